@@ -1,0 +1,67 @@
+"""What every other module needs to know about an image classifier, whichever library built it.
+
+A classifier is an `nn.Module` from pixels `[B, C, H, W]` to logits `[B, num_classes]`, or a transformers image
+classification model, whose output carries `logits`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def compute_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the logits `[B, num_classes]` of `model` for `pixel_values` `[B, C, H, W]`."""
+    output = model(pixel_values)
+    return getattr(output, "logits", output)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer of `model`; the CPU where it has none."""
+    tensor = next(model.parameters(), next(model.buffers(), None))
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return the `(channels, height, width)` that `model` says it takes, or None where it says nothing.
+
+    timm models say it in `pretrained_cfg["input_size"]`, transformers models in `config.num_channels` and
+    `config.image_size`.
+    """
+    cfg = pretrained_cfg_of(model)
+    if cfg.get("input_size"):
+        return tuple(cfg["input_size"])
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return (getattr(config, "num_channels", 3), height, width)
+
+
+def pretrained_cfg_of(model: nn.Module) -> dict:
+    """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
+    return dict(cfg or {})
+
+
+def nonfinite_tensor(model: nn.Module) -> str | None:
+    """Return the name of the first parameter or buffer that holds a NaN or an infinity, or None."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Context under which all modules of `models` are in evaluation mode; each gets its own mode back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,53 @@
+"""Distillation losses: pure functions of logits.
+
+All take `student_logits` and `teacher_logits` of shape `[B, num_classes]`, compute in float32 whatever the precision of
+their input, and return the mean over the batch as a scalar. No gradient flows into the teacher's logits from outside:
+detach them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def soft_cross_entropy(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of the student's softmax under the teacher's: `-sum_c p_T(c) log p_S(c)`.
+
+    The loss of Raikwar & Mishra (2022), Algorithm 1, there with temperature 1. In nats, >= the teacher's entropy.
+    """
+    teacher_probs = F.softmax(teacher_logits.float() / temperature, dim=-1)
+    return F.cross_entropy(student_logits.float() / temperature, teacher_probs)
+
+
+def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Kullback-Leibler divergence `KL(teacher || student)` of the softened answers, times `temperature ** 2`.
+
+    The factor keeps the size of the gradients independent of the temperature (Hinton, Vinyals & Dean, 2015,
+    section 2). In nats, >= 0, and 0 where both answer the same.
+    """
+    student_log_probs = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher_log_probs = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def centered_mse(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Mean squared error between logits from which the mean over the classes was taken away.
+
+    Softmax ignores that mean, so should the loss. It is the limit of [`kl_divergence`] for high temperatures up to a
+    factor (Hinton, Vinyals & Dean, 2015, section 2.1), so `temperature` has no effect here. In squared logits, >= 0.
+    """
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
+    difference = (student_logits - student_logits.mean(-1, keepdim=True)) - (
+        teacher_logits - teacher_logits.mean(-1, keepdim=True)
+    )
+    return difference.square().mean()
+
+
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "soft_cross_entropy": soft_cross_entropy,
+    "kl": kl_divergence,
+    "centered_mse": centered_mse,
+}

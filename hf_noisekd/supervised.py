@@ -1,0 +1,143 @@
+"""Training with labels: teachers, and the supervised students that a distilled one is compared with."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from .classifier import compute_logits
+from .config import ClassifierConfig
+from .evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
+from .hub import load_student, save_model
+
+
+class ClassifierTrainer(Trainer):
+    """transformers' Trainer for any image classifier, timm's, transformers' or a plain module.
+
+    It minimises the cross-entropy with the labels, reports accuracy under running and under batch statistics at each
+    evaluation (`eval_running_accuracy`, `eval_batch_accuracy`, ..., see [`evaluate`]), and saves checkpoints that timm
+    and transformers read.
+
+    Args:
+        model: The classifier, or anything [`load_student`] takes.
+        args: Training arguments.
+        train_dataset: Images with labels; see [`collate_images`] for the forms.
+        eval_dataset: Likewise, or a mapping of several by name.
+        **kwargs: Anything else that transformers' Trainer takes.
+    """
+
+    teacher_model: nn.Module | None = None
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: ClassifierConfig | None = None,
+        data_collator=collate_images,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            model=load_student(model),
+            args=ClassifierConfig() if args is None else args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
+        # divided it by the number of accumulation steps already.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        # Convolutions run fastest with the channels last, on CPUs and on GPUs.
+        self.model.to(memory_format=torch.channels_last)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
+        logits = compute_logits(model, inputs["pixel_values"])
+        loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return this process's share of the evaluation batches; see [`evaluation_loader`]."""
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
+            raise ValueError("There is nothing to evaluate on: pass an eval_dataset.")
+        return evaluation_loader(
+            eval_dataset,
+            self.args.eval_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator,
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate under running and under batch statistics; `Trainer.evaluate` calls it."""
+        if description == "Prediction":
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        self._broadcast_buffers()
+        self.callback_handler.eval_dataloader = dataloader
+        with self.accelerator.autocast():
+            results = evaluate_loader(
+                self.model,
+                dataloader,
+                teacher_answers=self.teacher_answers_for(dataloader.dataset),
+                reduce=self._sum_over_processes,
+                on_batch=self._on_prediction_step,
+            )
+        metrics = {
+            f"{metric_key_prefix}_{statistics}_{name}": value
+            for statistics, values in results.items()
+            for name, value in values.items()
+        }
+        images = torch.tensor([float(sum(counts_of(dataloader)))])
+        return EvalLoopOutput(
+            predictions=None,
+            label_ids=None,
+            metrics=metrics,
+            num_samples=int(self._sum_over_processes(images)),
+        )
+
+    def teacher_answers_for(self, dataset: Dataset):
+        """Return the function from pixels to the teacher's logits on `dataset`, or None where there is no teacher."""
+        return None
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the loss, the logits under running statistics and the labels of a batch; for `Trainer.predict`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = compute_logits(model, inputs["pixel_values"]).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return loss, logits, labels
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            save_model(self.model, output_dir or self.args.output_dir, teacher_model=self.teacher_model)
+
+    def _on_prediction_step(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return tensor
+        # float32 sums of counts stay exact up to 16 million; MPS and XLA have no float64.
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
+
+    def _broadcast_buffers(self) -> None:
+        """Give every process the running statistics of process 0, as DDP does before each forward pass."""
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)

@@ -1,0 +1,362 @@
+"""Distil a teacher into a student with noise: no image, no label, no generator network."""
+
+import copy
+import math
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import safetensors
+import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from .batch_norm import batch_statistics
+from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
+from .config import NoiseKDConfig
+from .evaluation import check_labels, collate_images, evaluation_loader
+from .hub import WEIGHTS_NAME, load_student, load_teacher
+from .losses import LOSSES
+from .noise import NoiseDataset
+from .supervised import ClassifierTrainer
+
+
+class NoiseKDTrainer(ClassifierTrainer):
+    """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
+
+    Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
+    on the statistics of that batch, and trains the student on the answers. The teacher's weights, buffers and modes
+    never change; it is neither wrapped for distributed training nor saved.
+
+    Training logs `loss`, `agreement` (share of equal top-1 answers in percent) and `class_balance`, the entropy of the
+    teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0
+    only one, and nothing will be learnt.
+
+    Args:
+        model: The student: a module from pixels to logits, a transformers image classifier, a timm name, which is
+            built with the teacher's classes and input size, or a Hub id or folder to train further.
+        teacher_model: The teacher, likewise; a timm name loads its pretrained weights. Needs BatchNorm layers.
+        args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
+        data_collator: Collator for real images; noise needs none.
+        train_dataset: What the teacher answers in training. Default: white Gaussian noise in the teacher's input size,
+            at each rank its own. A [`NoiseDataset`] of yours keeps its seed and sizes; it is drawn on the training
+            device whatever its own. A data set of real images gives ordinary distillation; labels are not used.
+        eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise, on
+            which the agreement with the teacher is measured.
+        processing_class: Image processor to save with the student.
+        callbacks: Callbacks beside the Trainer's own.
+        optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
+
+    Raises:
+        ValueError: The models do not fit each other or the method, or a data set cannot be used. All checks are made
+            before anything is written.
+
+    Example:
+        ```python
+        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model="path/to/teacher")
+        trainer.train()
+        trainer.save_model("student")
+        ```
+    """
+
+    _tag_names = ("noisekd", "knowledge-distillation", "data-free")
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher_model: str | nn.Module,
+        args: NoiseKDConfig | None = None,
+        data_collator: Callable = collate_images,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class=None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = NoiseKDConfig() if args is None else args
+        teacher_model = load_teacher(teacher_model)
+        teacher_statistics = batch_statistics(teacher_model, args.batch_norm_fraction, seed=args.seed)
+        input_size = args.input_size
+        if input_size is None and isinstance(train_dataset, NoiseDataset):
+            input_size = train_dataset.input_size
+        noise = {"input_size": input_size, "batch_size": args.per_device_train_batch_size, "seed": args.seed}
+        if train_dataset is None:
+            train_dataset = NoiseDataset.for_model(teacher_model, num_steps=args.steps_per_epoch, **noise)
+        if eval_dataset is None and (input_size or declared_input_size(teacher_model)):
+            eval_dataset = NoiseDataset.for_model(
+                teacher_model,
+                **noise | {"num_steps": args.eval_noise_batches, "held_out": True},
+            )
+        noise_size = getattr(train_dataset, "input_size", input_size or declared_input_size(teacher_model))
+        num_classes = _answer(teacher_model, noise_size, "teacher").shape[-1]
+        model = load_student(model, num_classes=num_classes, input_size=noise_size)
+        check_models(model, teacher_model, noise_size, num_classes, explicit_size=input_size is not None)
+        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            check_eval_dataset(dataset, num_classes)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        # A plain attribute, not a part of the student: neither wrapped, optimised nor saved.
+        self.teacher_model = teacher_model.to(self.args.device, memory_format=torch.channels_last).eval()
+        self._teacher_forward = (
+            torch.compile(
+                self.teacher_model, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
+            )
+            if self.args.torch_compile
+            else self.teacher_model
+        )
+        self._teacher_statistics = teacher_statistics
+        self._loss_fn = LOSSES[self.args.loss_type]
+        self.train_dataset = self._on_this_device(self.train_dataset)
+        self.eval_dataset = (
+            {name: self._on_this_device(dataset, rank=0) for name, dataset in self.eval_dataset.items()}
+            if isinstance(self.eval_dataset, dict)
+            else self._on_this_device(self.eval_dataset, rank=0)
+        )
+        # Sums over the steps since the last log entry, on the device: the teacher's mean answer, and the agreement.
+        self._answer_sum = torch.zeros(num_classes, device=self.args.device)
+        self._agreement_sum = torch.zeros((), device=self.args.device)
+        self._steps_since_log = 0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train the student; see transformers' `Trainer.train`.
+
+        Resuming is exact: step `k` sees the noise it would have seen without the break, at no cost for the steps
+        before.
+
+        Raises:
+            ValueError: The checkpoint is missing or damaged. Nothing has been changed then.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = (
+                get_last_checkpoint(self.args.output_dir) if _is_dir(self.args.output_dir) else None
+            )
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"There is no checkpoint to resume from in {self.args.output_dir!r}: train without "
+                    "resume_from_checkpoint first."
+                )
+        if resume_from_checkpoint:
+            check_checkpoint(resume_from_checkpoint, self.model)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training batches.
+
+        For noise it gives step numbers, and the noise is drawn where the step runs: steps before a resumption cost
+        nothing, and gradient accumulation does not hold several batches. It is not prepared by Accelerate, which would
+        draw on rank 0 and broadcast, or draw every rank's noise on each.
+        """
+        if not isinstance(self.train_dataset, NoiseDataset):
+            return super().get_train_dataloader()
+        return DataLoaderShard(_NoiseSteps(self.train_dataset), batch_size=None)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Return the number of training images in an epoch, over all processes."""
+        if isinstance(dataloader.dataset, _NoiseSteps):
+            return len(dataloader) * self.train_dataset.batch_size * self.args.world_size
+        return super().num_examples(dataloader)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
+        pixel_values = inputs["pixel_values"]
+        with torch.no_grad(), self._teacher_statistics, self.accelerator.autocast():
+            teacher_logits = compute_logits(self._teacher_forward, pixel_values).float()
+        student_logits = compute_logits(model, pixel_values)
+        loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
+        with torch.no_grad():
+            self._answer_sum += teacher_logits.softmax(-1).mean(0)
+            self._agreement_sum += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
+            self._steps_since_log += 1
+        return (loss, {"logits": student_logits}) if return_outputs else loss
+
+    def teacher_answers_for(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the teacher's answers: to noise as in training, to images as it is deployed."""
+        if not isinstance(getattr(dataset, "noise", None), NoiseDataset):
+            return lambda pixel_values: compute_logits(self.teacher_model, pixel_values)
+
+        def answers(pixel_values: torch.Tensor) -> torch.Tensor:
+            with self._teacher_statistics:
+                return compute_logits(self.teacher_model, pixel_values)
+
+        return answers
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the agreement and the class balance of the steps since the last entry."""
+        if "loss" in logs and self._steps_since_log:
+            sums = torch.cat([self._answer_sum, self._agreement_sum[None]])
+            *answer, agreement = (
+                self._sum_over_processes(sums) / (self.args.world_size * self._steps_since_log)
+            ).tolist()
+            logs["agreement"] = 100 * agreement
+            logs["class_balance"] = -sum(p * math.log(p) for p in answer if p > 0) / math.log(len(answer))
+            self._answer_sum.zero_()
+            self._agreement_sum.zero_()
+            self._steps_since_log = 0
+        super().log(logs, start_time)
+
+    def _prepare_inputs(self, inputs):
+        if "noise_step" in inputs:
+            inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
+        return super()._prepare_inputs(inputs)
+
+    def _on_this_device(self, dataset: Dataset | None, rank: int | None = None) -> Dataset | None:
+        """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""
+        if not isinstance(dataset, NoiseDataset):
+            return dataset
+        dataset = copy.copy(dataset)
+        dataset.device = self.args.device
+        dataset.rank = self.args.process_index if rank is None else rank
+        if self.args.bf16:
+            dataset.dtype = torch.bfloat16
+        return dataset
+
+
+class _NoiseSteps(IterableDataset):
+    """The step numbers of a [`NoiseDataset`], for a loader that leaves the drawing to the training step."""
+
+    def __init__(self, noise: NoiseDataset):
+        self.noise = noise
+
+    def set_epoch(self, epoch: int) -> None:
+        self.noise.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, int]]:
+        return ({"noise_step": step} for step in self.noise.steps())
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+
+def check_models(
+    model: nn.Module,
+    teacher_model: nn.Module,
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    *,
+    explicit_size: bool,
+) -> None:
+    """Check that the student can learn the teacher's answers to images of `input_size`.
+
+    Raises:
+        ValueError: A teacher's weight is not finite, or the models differ in input or in classes.
+    """
+    name = nonfinite_tensor(teacher_model)
+    if name is not None:
+        raise ValueError(
+            f"The teacher's {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again."
+        )
+    for role, candidate in (("teacher", teacher_model), ("student", model)):
+        declared = declared_input_size(candidate)
+        if declared is None or declared == tuple(input_size):
+            continue
+        if declared[0] != input_size[0]:
+            raise ValueError(
+                f"The {role} takes {declared[0]} input channels and the noise has {input_size[0]}: build the student "
+                f"with in_chans={input_size[0]}, or give it by its timm name to have it built to fit."
+            )
+        if not explicit_size:
+            raise ValueError(
+                f"The {role} takes images of {_by(declared)} and the noise has {_by(input_size)}: give the student by "
+                "its timm name to have it built to fit, or set input_size in the arguments to choose a size for both."
+            )
+    student_classes = _answer(model, input_size, "student").shape[-1]
+    if student_classes != num_classes:
+        raise ValueError(
+            f"The teacher has {num_classes} classes and the student {student_classes}: build the student with "
+            f"num_classes={num_classes}."
+        )
+
+
+def check_eval_dataset(dataset: Dataset | None, num_classes: int) -> None:
+    """Check what can be checked of an evaluation data set without loading all its images.
+
+    Raises:
+        ValueError: It is empty or has no length, its images have no tensor, or a label is out of range. Labels are
+            checked up front where the data set keeps them in `labels`, `targets`, a column or a tensor; elsewhere
+            those of the first image, and all others when they are evaluated.
+    """
+    if dataset is None:
+        return
+    evaluation_loader(dataset, batch_size=2)
+    if isinstance(dataset, NoiseDataset):
+        return
+    labels = collate_images([dataset[0]]).get("labels")
+    columns = getattr(dataset, "column_names", None) or ()
+    for name in ("labels", "label"):
+        if name in columns:
+            labels = dataset.with_format(None)[name]
+    for name in ("labels", "targets"):
+        labels = getattr(dataset, name, labels)
+    if len(getattr(dataset, "tensors", ())) == 2:
+        labels = dataset.tensors[1]
+    if labels is not None:
+        check_labels(torch.as_tensor(list(labels) if not torch.is_tensor(labels) else labels), num_classes)
+
+
+def check_checkpoint(folder: str, model: nn.Module) -> None:
+    """Check that `folder` holds a whole checkpoint of `model`.
+
+    Raises:
+        ValueError: A file is missing or damaged, or the weights are those of another model.
+    """
+    path = Path(folder)
+    advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
+    if not path.is_dir():
+        raise ValueError(f"There is no checkpoint folder {folder!r}. {advice}")
+    missing = [
+        name
+        for name in (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+        if not (path / name).is_file()
+    ]
+    if missing:
+        raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
+    try:
+        with safetensors.safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        name = "optimizer.pt"
+        torch.load(path / name, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != expected:
+        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"The checkpoint {folder!r} is of another model: {len(differing)} tensors differ, first {differing[0]!r}. "
+            + advice
+        )
+
+
+def _answer(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
+    """Return the logits `[1, num_classes]` for one blank image, or say why there are none."""
+    parameter = next(model.parameters())
+    pixel_values = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            logits = compute_logits(model, pixel_values)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"The {role} does not take images of {_by(input_size)}: {error}") from error
+    if not torch.is_tensor(logits) or logits.ndim != 2:
+        found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
+    return logits
+
+
+def _by(input_size: tuple[int, int, int]) -> str:
+    return "x".join(str(size) for size in input_size)
+
+
+def _is_dir(folder: str | None) -> bool:
+    return folder is not None and os.path.isdir(folder)
