@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from .classifier import compute_logits
+from .classifier import compute_logits, training_memory_format
 from .config import ClassifierConfig
 from .evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
 from .hub import load_student, save_model
@@ -51,8 +51,21 @@ class ClassifierTrainer(Trainer):
         # divided it by the number of accumulation steps already.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
-        # Convolutions run fastest with the channels last, on CPUs and on GPUs.
-        self.model.to(memory_format=torch.channels_last)
+        self.memory_format = training_memory_format(self.model, self.args.device)
+        self.model.to(memory_format=self.memory_format)
+
+    def train(self, *args, **kwargs):
+        """Train the model; see transformers' `Trainer.train`.
+
+        The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
+        float32 in anybody's hands.
+        """
+        output = super().train(*args, **kwargs)
+        # Accelerate's own `unwrap_model(keep_fp32_wrapper=False)` would strip the decorators of transformers' models.
+        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(attribute, None)
+        self.model_wrapped = self.model  # so that another call wraps it anew
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""

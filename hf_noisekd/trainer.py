@@ -1,6 +1,7 @@
 """Distil a teacher into a student with noise: no image, no label, no generator network."""
 
 import copy
+import json
 import math
 import os
 import pickle
@@ -219,6 +220,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         dataset = copy.copy(dataset)
         dataset.device = self.args.device
         dataset.rank = self.args.process_index if rank is None else rank
+        dataset.memory_format = self.memory_format
         if self.args.bf16:
             dataset.dtype = torch.bfloat16
         return dataset
@@ -324,12 +326,15 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
     if missing:
         raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
     try:
-        with safetensors.safe_open(path / WEIGHTS_NAME, framework="pt") as file:
+        name = WEIGHTS_NAME
+        with safetensors.safe_open(path / name, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         name = "optimizer.pt"
         torch.load(path / name, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"The checkpoint {folder!r} is damaged ({error}). {advice}") from error
+        name = "trainer_state.json"
+        json.loads((path / name).read_text())
+    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(f"{name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if shapes != expected:
         differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))

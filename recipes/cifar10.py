@@ -9,6 +9,8 @@ noise batch. White noise teaches slowly: the paper's 39,200 steps reach 86 %, th
 results.json, curves.png, the teacher and the student of the last run to the output folder.
 """
 
+from pathlib import Path
+
 import timm
 import torch
 
@@ -37,7 +39,6 @@ PRESETS = {
         "noise": {"max_steps": 39_200, "learning_rate": 1e-3},
     },
 }
-SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
 
 
 def main() -> None:
@@ -48,7 +49,8 @@ def main() -> None:
     parser.add_argument("--student", help="timm name of the student; default: the preset's")
     options = parser.parse_args()
     preset = PRESETS[options.preset] | ({"student": options.student} if options.student else {})
-    results = Results("cifar10", options, preset | {"dataset": options.dataset, "trained_teacher": options.teacher})
+    sources = {"dataset": Path(options.dataset).name, "trained_teacher": options.teacher is not None}
+    results = Results("cifar10", options, preset | sources)
     train_dataset, test_dataset = load_image_datasets(options.dataset)
     shared = {"seed": options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
 
@@ -65,18 +67,14 @@ def main() -> None:
             options.output_dir / "teacher",
             num_train_epochs=preset["teacher_epochs"],
             max_steps=options.max_steps or -1,
-            per_device_train_batch_size=128,
-            learning_rate=0.1,
+            learning_rate=3e-3,
+            weight_decay=0.05,
             lr_scheduler_type="linear",
             warmup_steps=0.2,
             **shared,
         )
         trainer = ClassifierTrainer(
-            model(preset["teacher"]),
-            args,
-            train_dataset=train_dataset,
-            eval_dataset=test_dataset,
-            optimizer_cls_and_kwargs=(torch.optim.SGD, SGD | {"lr": args.learning_rate}),
+            model(preset["teacher"]), args, train_dataset=train_dataset, eval_dataset=test_dataset
         )
         teacher = results.train("teacher", trainer, test_dataset)
         trainer.save_model()

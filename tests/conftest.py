@@ -1,0 +1,82 @@
+"""Small models and data that several test files share. Nothing here or in the default tests reaches the network."""
+
+import hashlib
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
+from hf_noisekd.config import ClassifierConfig
+from hf_noisekd.image_data import ImageDataset, channel_statistics
+from hf_noisekd.supervised import ClassifierTrainer
+
+
+class TinyCNN(nn.Module):
+    """A plain module from `[B, 1, 8, 8]` to three logits, with BatchNorm in 1d and 2d, drop-out, and no `config`."""
+
+    def __init__(self, num_classes: int = 3, in_chans: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.bn3 = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.fc(self.drop(self.bn3(x.mean((2, 3)))))
+
+
+def digest(model: nn.Module) -> str:
+    """A hash of every name and bit of a model's state."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(name.encode() + str(tensor.dtype).encode() + tensor.numpy().tobytes())
+    return state.hexdigest()
+
+
+@pytest.fixture
+def tiny_cnn():
+    """A `TinyCNN` whose running statistics are not those of a new model."""
+    torch.manual_seed(0)
+    model = TinyCNN()
+    with torch.no_grad():
+        for _ in range(5):
+            model(1 + 2 * torch.randn(16, 1, 8, 8))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[ImageDataset, ImageDataset]:
+    """scikit-learn's digits enlarged to 32x32, the first 1,297 to train on and the other 500 to test on."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.nn.functional.interpolate(torch.from_numpy(bunch.images)[:, None], size=(32, 32), mode="bilinear")
+    images, labels = (images * (255 / 16)).round().to(torch.uint8), torch.from_numpy(bunch.target).long()
+    mean, std = channel_statistics(images[:1297])
+    shared = {"mean": mean, "std": std, "label_names": [str(digit) for digit in range(10)]}
+    return ImageDataset(images[:1297], labels[:1297], **shared), ImageDataset(images[1297:], labels[1297:], **shared)
+
+
+@pytest.fixture(scope="session")
+def digits_teacher(digits, tmp_path_factory):
+    """A ResNet trained on the digits for a few seconds, above 90 %. Tests must not change it."""
+    torch.manual_seed(0)
+    train, _ = digits
+    model = timm.create_model(
+        "resnet10_cifar", width=8, stem_stride=2, in_chans=1, pretrained_cfg_overlay=train.pretrained_cfg
+    )
+    args = ClassifierConfig(
+        tmp_path_factory.mktemp("teacher"), max_steps=100, learning_rate=1e-2, save_strategy="no", disable_tqdm=True
+    )
+    ClassifierTrainer(model, args, train_dataset=train).train()
+    return model.eval()

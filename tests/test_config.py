@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from hf_noisekd import NoiseKDConfig
+from hf_noisekd.config import ClassifierConfig, _cpu_has_bf16
+
+
+def test_paper_preset_is_the_authors_setting(tmp_path):
+    args = NoiseKDConfig.paper(tmp_path)
+    assert args.learning_rate == 1e-3
+    assert args.temperature == 1.0
+    assert args.per_device_train_batch_size == 256
+    assert args.loss_type == "soft_cross_entropy"
+    assert args.weight_decay == 0.0
+    assert args.max_grad_norm == 0.0
+    assert args.steps_per_epoch * args.num_train_epochs == 39_200
+    assert NoiseKDConfig.paper(tmp_path, learning_rate=0.5).learning_rate == 0.5
+
+
+def test_precision_is_the_devices_unless_asked_for(tmp_path):
+    if not torch.accelerator.is_available():
+        assert ClassifierConfig(tmp_path).bf16 == _cpu_has_bf16()
+    assert ClassifierConfig(tmp_path, bf16=False).bf16 is False
+    assert ClassifierConfig(tmp_path, bf16=False).mixed_precision == "no"
+
+
+def test_best_model_is_chosen_by_accuracy_or_without_images_by_agreement(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
+    assert ClassifierConfig(tmp_path, **best, save_steps=5).metric_for_best_model == "batch_accuracy"
+    args = NoiseKDConfig(tmp_path, **best, save_steps=5)
+    assert (args.metric_for_best_model, args.greater_is_better) == ("batch_agreement", True)
+    args = NoiseKDConfig(tmp_path, **best, save_steps=5, metric_for_best_model="running_loss")
+    assert (args.metric_for_best_model, args.greater_is_better) == ("running_loss", False)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1: .*at least 2"),
+        ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size is 1: .*at least 2"),
+        ({"loss_type": "hinge"}, "loss_type is 'hinge': use one of centered_mse, kl, soft_cross_entropy"),
+        ({"temperature": 0.0}, "temperature is 0.0: use a number above 0"),
+        ({"batch_norm_fraction": 1.5}, "batch_norm_fraction is 1.5"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch is 0"),
+        ({"eval_noise_batches": 0}, "eval_noise_batches is 0"),
+        ({"input_size": [32, 32]}, r"input_size is \[32, 32\]: use channels, height and width"),
+    ],
+)
+def test_refuses_options_out_of_range(tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseKDConfig(tmp_path / "new", **option)
+    assert not (tmp_path / "new").exists()
+
+
+def test_every_option_of_its_own_has_a_help_text():
+    for field in ClassifierConfig.__dataclass_fields__.keys() | NoiseKDConfig.__dataclass_fields__.keys():
+        assert NoiseKDConfig.__dataclass_fields__[field].metadata.get("help") or field in dir(
+            __import__("transformers").TrainingArguments
+        )

@@ -1,0 +1,131 @@
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from hf_noisekd import NoiseDataset
+from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, _draw_seed, white
+
+
+def test_white_noise_has_zero_mean_and_unit_variance():
+    x = white(torch.Generator().manual_seed(0), (64, 3, 32, 32))
+    # Five standard errors of the mean and of the variance of n normal numbers.
+    assert abs(x.mean()) < 5 / x.numel() ** 0.5
+    assert abs(x.var() - 1) < 5 * (2 / x.numel()) ** 0.5
+    assert abs(x.pow(4).mean() - 3) < 0.1
+
+
+def test_a_step_is_a_function_of_seed_rank_and_step():
+    first = NoiseDataset((3, 8, 8), 4, 10, seed=5, rank=2)
+    second = NoiseDataset((3, 8, 8), 4, 10, seed=5, rank=2)
+    list(first)
+    torch.randn(3)
+    assert torch.equal(first.draw(7), second.draw(7))
+    assert torch.equal(list(second)[7]["pixel_values"], first.draw(7))
+
+
+def test_no_two_draws_share_a_batch():
+    draws = {}
+    for seed in (0, 1):
+        for rank in range(3):
+            for held_out in (False, True):
+                noise = NoiseDataset((1, 4, 4), 2, seed=seed, rank=rank, held_out=held_out)
+                draws |= {(seed, rank, held_out, step): noise.draw(step).flatten() for step in range(20)}
+    # Compare image by image: not even one image may recur.
+    images = torch.stack(list(draws.values())).view(-1, 16)
+    assert len(torch.unique(images, dim=0)) == len(images)
+
+
+def test_cpu_seeds_never_collide_within_a_seed():
+    # torch's CPU generator uses 32 bits. A hash would give about 12 collisions here.
+    seeds = {
+        _draw_seed(3, rank, step, held_out) & 0xFFFFFFFF
+        for rank in (0, 1, 2, MAX_RANKS - 1)
+        for step in range(40_000)
+        for held_out in (False, True)
+    }
+    assert len(seeds) == 4 * 40_000 * 2
+
+
+def test_neighbouring_draws_are_uncorrelated():
+    noise = NoiseDataset((3, 16, 16), 16)
+    x = torch.stack([noise.draw(step).flatten() for step in range(8)])
+    correlations = torch.corrcoef(x).fill_diagonal_(0)
+    assert correlations.abs().max() < 5 / x.shape[1] ** 0.5
+
+
+def test_epochs_continue_and_length_is_that_of_an_epoch():
+    noise = NoiseDataset((1, 2, 2), 2, num_steps=3)
+    assert len(noise) == 3
+    assert list(noise.steps()) == [0, 1, 2]
+    noise.set_epoch(2)
+    assert list(noise.steps()) == [6, 7, 8]
+    assert torch.equal(next(iter(noise))["pixel_values"], NoiseDataset((1, 2, 2), 2).draw(6))
+
+
+def test_unbounded_form_has_no_length_and_no_end():
+    noise = NoiseDataset((1, 2, 2), 2)
+    with pytest.raises(TypeError, match="unbounded"):
+        len(noise)
+    assert [step for step, _ in zip(noise.steps(), range(5), strict=False)] == [0, 1, 2, 3, 4]
+
+
+def test_loader_workers_give_the_same_batches():
+    noise = NoiseDataset((1, 4, 4), 2, num_steps=5)
+    alone = [batch["pixel_values"] for batch in noise]
+    shared = [batch["pixel_values"] for batch in DataLoader(noise, batch_size=None, num_workers=2)]
+    assert len(alone) == len(shared)
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_dtype_and_memory_format():
+    batch = NoiseDataset((3, 8, 8), 4, dtype=torch.bfloat16).draw(0)
+    assert batch.dtype == torch.bfloat16
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    plain = NoiseDataset((3, 8, 8), 4, memory_format=torch.contiguous_format).draw(0)
+    assert plain.is_contiguous()
+    assert torch.equal(plain.bfloat16(), batch)
+
+
+def test_size_and_scale_come_from_the_model():
+    teacher = timm.create_model("resnet10_cifar", width=4, in_chans=1, pretrained_cfg_overlay={"input_size": (1, 8, 8)})
+    noise = NoiseDataset.for_model(teacher, batch_size=4)
+    assert (noise.input_size, noise.mean, noise.std) == ((1, 8, 8), 0.0, 1.0)
+    assert NoiseDataset.for_model(teacher, input_size=(1, 16, 16)).input_size == (1, 16, 16)
+    raw = {"mean": (0.0,), "std": (1.0,), "input_size": (1, 8, 8)}
+    teacher = timm.create_model("resnet10_cifar", width=4, in_chans=1, pretrained_cfg_overlay=raw)
+    x = NoiseDataset.for_model(teacher).draw(0)
+    assert abs(x.mean() - 0.5) < 0.02
+    assert abs(x.std() - 0.25) < 0.02
+    assert NoiseDataset.for_model(teacher, mean=0.0, std=1.0).std == 1.0
+
+
+def test_another_distribution_plugs_in():
+    noise = NoiseDataset((1, 2, 2), 3, distribution=lambda generator, shape: torch.ones(shape), mean=1.0, std=2.0)
+    assert torch.equal(noise.draw(0), torch.full((3, 1, 2, 2), 3.0))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"input_size": (3, 0, 8)}, "input_size"),
+        ({"input_size": (8, 8)}, "input_size"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_steps": 0}, "num_steps"),
+        ({"std": 0.0}, "std"),
+        ({"rank": MAX_RANKS}, "rank"),
+        ({"rank": -1}, "rank"),
+    ],
+)
+def test_refuses_arguments_out_of_range(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseDataset(**{"input_size": (1, 2, 2)} | kwargs)
+
+
+def test_refuses_a_step_out_of_range_and_a_model_without_size():
+    with pytest.raises(ValueError, match="step must be"):
+        NoiseDataset((1, 2, 2)).draw(MAX_STEPS)
+    with pytest.raises(ValueError, match="does not say what input size"):
+        NoiseDataset.for_model(nn.Linear(2, 2))

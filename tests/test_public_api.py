@@ -1,0 +1,74 @@
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+import hf_noisekd
+
+PACKAGE = Path(hf_noisekd.__file__).parent
+ROOT = PACKAGE.parent
+
+
+def test_public_names():
+    from hf_noisekd import (  # noqa: F401
+        NoiseDataset,
+        NoiseKDConfig,
+        NoiseKDTrainer,
+        batch_statistics,
+        evaluate,
+        recalibrate_batch_norm,
+    )
+
+    assert set(hf_noisekd.__all__) >= {
+        "NoiseKDTrainer",
+        "NoiseKDConfig",
+        "NoiseDataset",
+        "batch_statistics",
+        "recalibrate_batch_norm",
+        "evaluate",
+    }
+    assert re.fullmatch(r"\d+\.\d+\.\d+", hf_noisekd.__version__)
+
+
+def test_importing_registers_the_models():
+    assert {"resnet18_cifar", "resnet34_cifar", "mobilenetv2_cifar", "wide_resnet28_10_cifar"} <= set(
+        timm.list_models("*_cifar")
+    )
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages, and modules of this package, that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f".{node.module}" if node.level else node.module.split(".")[0]}
+            if node.level and node.module is None:
+                names |= {f".{alias.name}" for alias in node.names}
+    return names
+
+
+def reached(module: str) -> set[str]:
+    """Everything that a module of this package imports, directly or through another one."""
+    seen, queue = set(), [f".{module}"]
+    while queue:
+        name = queue.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if name.startswith("."):
+            queue += imports(PACKAGE / f"{name[1:]}.py")
+    return seen
+
+
+@pytest.mark.parametrize("module", ["noise", "losses", "batch_norm", "trainer"])
+def test_what_distils_reaches_no_real_image(module):
+    assert not reached(module) & {"datasets", "torchvision", "PIL", "sklearn", ".image_data"}
+
+
+def test_the_citation_and_the_licence_are_there():
+    assert "Raikwar" in (ROOT / "CITATION.cff").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
