@@ -39,6 +39,9 @@ class ClassifierConfig(TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN and infinite losses in the log. Waits for the device at each step."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient at each step of distributed training."}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns that the model's forward pass does not take."}
     )

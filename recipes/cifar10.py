@@ -57,7 +57,8 @@ def main() -> None:
     def model(name: str) -> torch.nn.Module:
         torch.manual_seed(options.seed)
         cfg = train_dataset.pretrained_cfg
-        return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=cfg, **preset["model_args"])
+        model_args = preset["model_args"] if name.startswith("resnet") else {}
+        return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=cfg, **model_args)
 
     if options.teacher:
         teacher = load_teacher(options.teacher)

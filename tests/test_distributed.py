@@ -1,0 +1,152 @@
+"""Two real processes over gloo: each draws its own noise, both hold one student, one writes, images count once."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TinyCNN, digest
+from torch.utils.data import TensorDataset
+
+from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, evaluate
+
+STEPS = 5
+
+
+def models():
+    torch.manual_seed(0)
+    return TinyCNN(), TinyCNN().eval()
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(50, 1, 8, 8, generator=generator), torch.arange(50) % 3)
+
+
+def config(folder) -> NoiseKDConfig:
+    return NoiseKDConfig(
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        input_size=[1, 8, 8],
+        save_steps=STEPS,
+        logging_steps=2,
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+
+
+def run(folder: Path) -> None:
+    """What each process does; it reports into a file of its own."""
+    drawn, written = [], []
+    draw = NoiseDataset.draw
+
+    def record_draw(self, step):
+        batch = draw(self, step)
+        drawn.append((self.rank, step, round(batch.double().sum().item(), 6)))
+        return batch
+
+    NoiseDataset.draw = record_draw
+    student, teacher = models()
+    before = digest(teacher)
+    trainer = NoiseKDTrainer(student, teacher, config(folder / "out"), eval_dataset=images())
+    save = trainer._save
+    trainer._save = lambda *args, **kwargs: (written.append(trainer.args.should_save), save(*args, **kwargs))
+    trainer.train()
+    metrics = trainer.evaluate()
+    rank = trainer.args.process_index
+    report = {
+        "world_size": trainer.args.world_size,
+        "drawn": drawn,
+        "parameters": [parameter.double().sum().item() for parameter in student.parameters()],
+        "digest": digest(student),
+        "teacher_unchanged": digest(teacher) == before,
+        "teacher_wrapped": type(trainer.teacher_model).__name__ != "TinyCNN",
+        "written": written,
+        "metrics": metrics,
+        "samples": round(metrics["eval_samples_per_second"] * metrics["eval_runtime"]),
+        "log": trainer.state.log_history,
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+@pytest.fixture(scope="module", params=["accelerate", "torchrun"])
+def reports(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    launcher = {
+        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+        "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }[request.param]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-m", *launcher, __file__, str(folder)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_there_are_two_processes(reports):
+    assert [report["world_size"] for report in reports[1]] == [2, 2]
+
+
+def test_each_rank_draws_its_own_noise_and_only_its_own(reports):
+    _, (first, second) = reports
+    assert [draw[:2] for draw in first["drawn"]] == [[0, step] for step in range(STEPS)]
+    assert [draw[:2] for draw in second["drawn"]] == [[1, step] for step in range(STEPS)]
+    assert not {draw[2] for draw in first["drawn"]} & {draw[2] for draw in second["drawn"]}
+    alone = NoiseDataset((1, 8, 8), 16, rank=1, seed=config(reports[0]).seed).draw(3)
+    assert second["drawn"][3][2] == pytest.approx(alone.double().sum().item(), abs=1e-5)
+
+
+def test_both_ranks_hold_the_same_student_and_an_untouched_teacher(reports):
+    _, (first, second) = reports
+    assert first["parameters"] == second["parameters"]
+    assert first["digest"] == second["digest"]
+    for report in (first, second):
+        assert report["teacher_unchanged"]
+        assert not report["teacher_wrapped"]
+
+
+def test_gradients_are_means_over_both_ranks(reports):
+    """Training alone on the same noise as rank 0 ends elsewhere; the second rank took part."""
+    student, teacher = models()
+    NoiseKDTrainer(student, teacher, config(reports[0] / "alone")).train()
+    assert [p.double().sum().item() for p in student.parameters()] != reports[1][0]["parameters"]
+
+
+def test_only_rank_0_writes(reports):
+    folder, (first, second) = reports
+    assert first["written"] == [True]
+    assert second["written"] == [False]
+    assert [path.name for path in (folder / "out").iterdir()] == [f"checkpoint-{STEPS}"]
+
+
+def test_evaluation_counts_each_image_once_and_agrees_with_one_process(reports):
+    folder, (first, second) = reports
+    assert first["samples"] == 50
+    student = TinyCNN()
+    from safetensors.torch import load_file
+
+    student.load_state_dict(load_file(folder / "out" / f"checkpoint-{STEPS}" / "model.safetensors"))
+    alone = evaluate(student.eval(), images(), teacher_model=models()[1], batch_size=16)
+    for statistics, scores in alone.items():
+        for name, value in scores.items():
+            for report in (first, second):
+                assert report["metrics"][f"eval_{statistics}_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-4)
+
+
+def test_both_ranks_log_the_same_means(reports):
+    _, (first, second) = reports
+    entries = [[entry for entry in report["log"] if "agreement" in entry] for report in (first, second)]
+    assert entries[0]
+    for one, other in zip(*entries, strict=True):
+        assert one["agreement"] == other["agreement"]
+        assert one["class_balance"] == other["class_balance"]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
