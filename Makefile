@@ -14,6 +14,8 @@ test: $(VENV)/.installed
 test-slow test-gpu test-network: test-%: $(VENV)/.installed
 	$(BIN)/python -m pytest -m $*
 
+test-network: export HF_HUB_OFFLINE := 0
+
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

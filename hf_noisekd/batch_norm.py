@@ -98,9 +98,9 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor | Ma
 
     Each layer gets the mean and the unbiased variance of its input pooled over all images and positions, while the
     layers before it already use their new statistics. The result does not depend on how the images are cut into
-    batches, and equals one training-mode forward pass of a single batch that holds them all. It costs one (partial)
-    forward pass of the images for each layer. A layer that the forward pass never reaches keeps what it has, as does
-    every `num_batches_tracked`.
+    batches. (A training-mode pass of one batch that holds them all stores almost the same; it normalises by the biased
+    variance on the way.) It costs one partial forward pass of the images for each layer. A layer that the forward pass
+    never reaches keeps what it has, as does every `num_batches_tracked`.
 
     Args:
         model: The model. All its modules run in evaluation mode; modes are restored afterwards.

@@ -26,12 +26,13 @@ def device_of(model: nn.Module) -> torch.device:
 def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
     """Return the `(channels, height, width)` that `model` says it takes, or None where it says nothing.
 
-    timm models say it in `pretrained_cfg["input_size"]`, transformers models in `config.num_channels` and
-    `config.image_size`.
+    timm models say it in `in_chans` and `pretrained_cfg["input_size"]`, transformers models in `config.num_channels`
+    and `config.image_size`.
     """
     cfg = pretrained_cfg_of(model)
     if cfg.get("input_size"):
-        return tuple(cfg["input_size"])
+        # timm leaves the channels in `pretrained_cfg` as they were when a model is built with other `in_chans`.
+        return (getattr(model, "in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     if size is None:

@@ -53,9 +53,12 @@ class ClassifierConfig(TrainingArguments):
         # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
         self.use_cpu = on_cpu
         # transformers would choose the loss, which is reported under both kinds of statistics here.
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ):
             self.metric_for_best_model = self._default_metric
-            self.greater_is_better = True
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
         super().__post_init__()
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 2:

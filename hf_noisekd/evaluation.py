@@ -84,13 +84,14 @@ def evaluate_loader(
         on_batch: Called after each batch.
     """
     device = device_of(model)
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm else nullcontext()}
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):
         for batch, count in zip(loader, counts_of(loader), strict=True):
-            pixel_values = batch["pixel_values"].to(device)
+            pixel_values = batch["pixel_values"].to(device, dtype)
             labels = batch["labels"][:count].to(device) if "labels" in batch else None
             teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
             for row, context in enumerate(contexts.values()):
@@ -134,11 +135,19 @@ def evaluation_loader(
         )
     size = len(dataset)
     if isinstance(dataset, NoiseDataset):
-        return DataLoader(_DrawnBatches(dataset), batch_size=None, sampler=range(rank, size, world_size))
+        return DataLoader(
+            _DrawnBatches(dataset), batch_size=None, sampler=range(rank, size, world_size), generator=torch.Generator()
+        )
     if isinstance(dataset, IterableDataset):
         raise ValueError(f"Cannot evaluate on {type(dataset).__name__}: pass a map-style data set instead of a stream.")
-    sampler = FullBatchSampler(size, batch_size, rank=rank, world_size=world_size)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=collate_fn or collate_images)
+    return DataLoader(
+        dataset,
+        batch_sampler=FullBatchSampler(size, batch_size, rank=rank, world_size=world_size),
+        num_workers=num_workers,
+        collate_fn=collate_fn or collate_images,
+        # A loader takes a number off its generator for its workers; the global one must go on as without evaluation.
+        generator=torch.Generator(),
+    )
 
 
 def counts_of(loader: DataLoader) -> list[int]:

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import safetensors.torch
 import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from timm.models._hub import save_config_for_hf
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from .classifier import pretrained_cfg_of
+from .classifier import declared_input_size, pretrained_cfg_of
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 # What a student takes over from its teacher's `pretrained_cfg`: how to turn an image into pixels.
-PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 def load_teacher(source: str | nn.Module) -> nn.Module:
@@ -76,8 +79,11 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
         model.save_pretrained(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # A copy in the default memory format: safetensors stores contiguous tensors only.
-    state_dict = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # Copies in the default memory format: safetensors stores contiguous tensors that share no memory.
+    state_dict = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
     safetensors.torch.save_file(state_dict, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     if not pretrained_cfg_of(model).get("architecture"):
         logger.warning(
@@ -92,12 +98,13 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
 def _save_timm_config(model: nn.Module, path: Path, teacher_model: nn.Module | None) -> None:
     teacher_cfg = pretrained_cfg_of(teacher_model) if teacher_model is not None else {}
     preprocessing = {key: teacher_cfg[key] for key in PREPROCESSING_KEYS if teacher_cfg.get(key) is not None}
+    preprocessing["input_size"] = declared_input_size(model if not teacher_cfg else teacher_model)
     label_names = class_names(model if teacher_model is None else teacher_model, model.num_classes)
     save_config_for_hf(
         model,
         path,
         model_config={"pretrained_cfg": preprocessing, "label_names": label_names},
-        model_args={"in_chans": model.in_chans} | getattr(model, "model_args", {}),
+        model_args={"in_chans": declared_input_size(model)[0]} | getattr(model, "model_args", {}),
     )
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.
@@ -145,16 +152,28 @@ def _has_weights(source: str) -> bool:
 
 
 def _load_with_weights(source: str) -> nn.Module:
-    folder = Path(source.removeprefix("local-dir:"))
+    folder = Path(source.removeprefix("local-dir:")).expanduser()
     if folder.is_dir():
-        config_path = folder / CONFIG_NAME
-        if not config_path.is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no {CONFIG_NAME}.")
-        if "architecture" not in json.loads(config_path.read_text()):
-            return AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True)
-        if not (folder / WEIGHTS_NAME).is_file():
-            raise ValueError(f"{folder} has no {WEIGHTS_NAME}: save the model in safetensors format.")
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    if source.startswith(("/", ".", "~", "local-dir:")):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is not a model folder: it has no {name}.")
+        config_path, timm_source = folder / CONFIG_NAME, f"local-dir:{folder}"
+        transformers_source = {"pretrained_model_name_or_path": str(folder)}
+    elif source.startswith(("/", ".", "~", "local-dir:")):
         raise ValueError(f"There is no folder {str(folder)!r}.")
-    return timm.create_model(source if ":" in source else f"hf-hub:{source}", pretrained=True)
+    else:
+        repo_id, _, revision = source.removeprefix("hf-hub:").partition("@")
+        try:
+            config_path = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision or None))
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise ValueError(
+                f"There is no folder {source!r}, and no such model could be had from the Hub: {error}"
+            ) from error
+        timm_source = f"hf-hub:{source.removeprefix('hf-hub:')}"
+        transformers_source = {"pretrained_model_name_or_path": repo_id, "revision": revision or None}
+    try:
+        if "architecture" in json.loads(config_path.read_text()):
+            return timm.create_model(timm_source, pretrained=True)
+        return AutoModelForImageClassification.from_pretrained(**transformers_source, use_safetensors=True)
+    except (safetensors.SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
+        raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error

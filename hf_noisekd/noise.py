@@ -31,8 +31,8 @@ class NoiseDataset(IterableDataset):
     Iterating gives mappings `{"pixel_values": [B, C, H, W]}`: whole batches, so a `DataLoader` over it needs
     `batch_size=None`, and no worker processes. With worker processes each draws its share; the batches are the same.
 
-    Step `k` of a rank is a function of `(seed, rank, k)` alone, and no two of them, nor the held-out noise, ever share
-    a batch. Two kinds of device give different numbers for the same step.
+    Step `k` of a rank is a function of `(seed, rank, k)` alone. Under one seed no two steps or ranks, nor the held-out
+    noise, ever share a batch. Two kinds of device give different numbers for the same step.
 
     Args:
         input_size: `(channels, height, width)` of one image.
@@ -40,7 +40,7 @@ class NoiseDataset(IterableDataset):
         num_steps: Batches in an epoch, which is then the length. None for an unbounded data set without length.
         seed: Any integer.
         rank: Process that this copy serves, in [0, 255].
-        held_out: Draw from a stream apart from the training noise of every seed, rank and step.
+        held_out: Draw from a stream apart from the training noise of this seed, whatever its rank and step.
         mean: Mean of the noise, in the units of the network's input.
         std: Standard deviation of the noise, in the same units.
         distribution: What to draw; see the module's text.
@@ -75,8 +75,7 @@ class NoiseDataset(IterableDataset):
             raise ValueError(f"batch_size and num_steps must be positive, got {batch_size} and {num_steps}.")
         if std <= 0:
             raise ValueError(f"std must be positive, got {std}.")
-        if not 0 <= rank < MAX_RANKS:
-            raise ValueError(f"rank must be in [0, {MAX_RANKS - 1}], got {rank}.")
+        _draw_seed(seed, rank, 0, held_out)  # checks the rank
         self.input_size = tuple(input_size)
         self.batch_size = batch_size
         self.num_steps = num_steps
@@ -160,6 +159,8 @@ def _draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:
     """
     if not 0 <= step < MAX_STEPS:
         raise ValueError(f"step must be in [0, {MAX_STEPS - 1}], got {step}.")
+    if not 0 <= rank < MAX_RANKS:
+        raise ValueError(f"rank must be in [0, {MAX_RANKS - 1}], got {rank}.")
     key = _mix64(seed)
     index = (held_out << (_RANK_BITS + _STEP_BITS)) | (rank << _STEP_BITS) | step
     return (key >> 32 << 32) | _mix32(index ^ (key & 0xFFFFFFFF))

@@ -5,9 +5,10 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 - `recipe`, `preset`, `seed`: which experiment this was; `configuration`: its constants and options.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
 - `machine`: processor, cores, accelerator; `versions`: Python and the packages that matter.
-- `runs`: a list, each with `name`, `steps`, `seconds` of training, `images_per_second` in training, and, under
-  `running` and `batch`, what [`evaluate`] measured on the test images with BatchNorm on running and on batch
-  statistics: `accuracy` and so on in percent, `loss` and `kl` in nats. `curve` holds the training log.
+- `runs`: a list, each with `name`, `steps`, `seconds` from the first training step to the last, with the evaluations in
+  between, `images_per_second` of training over these seconds, and, under `running` and `batch`, what [`evaluate`]
+  measured on the test images with BatchNorm on running and on batch statistics: `accuracy` and so on in percent, `loss`
+  and `kl` in nats. `curve` holds the training log.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
@@ -83,17 +85,16 @@ class Results:
             The trained model.
         """
         metrics = trainer.train().metrics
-        if trainer.is_world_process_zero():
-            self.add(
-                name,
-                trainer.model,
-                test_dataset,
-                teacher_model,
-                steps=trainer.state.global_step,
-                seconds=metrics["train_runtime"],
-                images_per_second=metrics["train_samples_per_second"],
-                curve=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
-            )
+        self.add(
+            name,
+            trainer.model,
+            test_dataset,
+            teacher_model,
+            steps=trainer.state.global_step,
+            seconds=metrics["train_runtime"],
+            images_per_second=metrics["train_samples_per_second"],
+            curve=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+        )
         trainer.accelerator.wait_for_everyone()
         return trainer.model
 
@@ -110,6 +111,8 @@ class Results:
         curve: Sequence[Mapping] = (),
     ) -> None:
         """Evaluate a model in float32 on the test images and record it; without steps it was not trained here."""
+        if not PartialState().is_main_process:
+            return
         scores = evaluate(model, test_dataset, teacher_model=teacher_model)
         run = {"name": name, "steps": steps, "seconds": round(seconds, 1)}
         run["images_per_second"] = round(images_per_second, 1)

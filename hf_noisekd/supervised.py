@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .classifier import compute_logits, training_memory_format
@@ -25,7 +25,8 @@ class ClassifierTrainer(Trainer):
         args: Training arguments.
         train_dataset: Images with labels; see [`collate_images`] for the forms.
         eval_dataset: Likewise, or a mapping of several by name.
-        **kwargs: Anything else that transformers' Trainer takes.
+        **kwargs: Anything else that transformers' Trainer takes, apart from what replaces the model, the loss or the
+            metrics.
     """
 
     teacher_model: nn.Module | None = None
@@ -39,9 +40,11 @@ class ClassifierTrainer(Trainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         **kwargs,
     ):
+        args = ClassifierConfig() if args is None else args
+        set_seed(args.seed)  # before a model given by name gets its random weights
         super().__init__(
             model=load_student(model),
-            args=ClassifierConfig() if args is None else args,
+            args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -60,12 +63,17 @@ class ClassifierTrainer(Trainer):
         The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
         float32 in anybody's hands.
         """
-        output = super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._unwrap_model()
+
+    def _unwrap_model(self) -> None:
+        """Take off what Accelerate put around the model, so that another call wraps it anew."""
         # Accelerate's own `unwrap_model(keep_fp32_wrapper=False)` would strip the decorators of transformers' models.
         for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
             self.model.__dict__.pop(attribute, None)
-        self.model_wrapped = self.model  # so that another call wraps it anew
-        return output
+        self.model_wrapped = self.model
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
@@ -95,9 +103,12 @@ class ClassifierTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Evaluate under running and under batch statistics; `Trainer.evaluate` calls it."""
         if description == "Prediction":
-            return super().evaluation_loop(
+            output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
+            if not self.is_in_train:
+                self._unwrap_model()
+            return output
         self._broadcast_buffers()
         self.callback_handler.eval_dataloader = dataloader
         with self.accelerator.autocast():
@@ -138,7 +149,10 @@ class ClassifierTrainer(Trainer):
         if isinstance(self.model, PreTrainedModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            save_model(self.model, output_dir or self.args.output_dir, teacher_model=self.teacher_model)
+            output_dir = output_dir or self.args.output_dir
+            save_model(self.model, output_dir, teacher_model=self.teacher_model)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
@@ -146,7 +160,6 @@ class ClassifierTrainer(Trainer):
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.args.world_size == 1:
             return tensor
-        # float32 sums of counts stay exact up to 16 million; MPS and XLA have no float64.
         return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
 
     def _broadcast_buffers(self) -> None:

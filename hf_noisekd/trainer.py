@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +13,8 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from .batch_norm import batch_statistics
 from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
@@ -81,23 +81,29 @@ class NoiseKDTrainer(ClassifierTrainer):
         args = NoiseKDConfig() if args is None else args
         teacher_model = load_teacher(teacher_model)
         teacher_statistics = batch_statistics(teacher_model, args.batch_norm_fraction, seed=args.seed)
-        input_size = args.input_size
-        if input_size is None and isinstance(train_dataset, NoiseDataset):
-            input_size = train_dataset.input_size
-        noise = {"input_size": input_size, "batch_size": args.per_device_train_batch_size, "seed": args.seed}
+        input_size = _input_size(args, teacher_model, train_dataset, data_collator)
+        noise = {"input_size": input_size, "seed": args.seed}
         if train_dataset is None:
-            train_dataset = NoiseDataset.for_model(teacher_model, num_steps=args.steps_per_epoch, **noise)
-        if eval_dataset is None and (input_size or declared_input_size(teacher_model)):
+            train_dataset = NoiseDataset.for_model(
+                teacher_model, batch_size=args.per_device_train_batch_size, num_steps=args.steps_per_epoch, **noise
+            )
+        if eval_dataset is None:
             eval_dataset = NoiseDataset.for_model(
                 teacher_model,
-                **noise | {"num_steps": args.eval_noise_batches, "held_out": True},
+                batch_size=args.per_device_eval_batch_size,
+                num_steps=args.eval_noise_batches,
+                held_out=True,
+                **noise,
             )
-        noise_size = getattr(train_dataset, "input_size", input_size or declared_input_size(teacher_model))
-        num_classes = _answer(teacher_model, noise_size, "teacher").shape[-1]
-        model = load_student(model, num_classes=num_classes, input_size=noise_size)
-        check_models(model, teacher_model, noise_size, num_classes, explicit_size=input_size is not None)
+        check_train_noise(train_dataset, args)
+        num_classes = _answer(teacher_model, input_size, "teacher").shape[-1]
+        set_seed(args.seed)  # before a student given by name gets its random weights
+        model = load_student(model, num_classes=num_classes, input_size=input_size)
+        check_models(model, teacher_model, input_size, num_classes, explicit_size=args.input_size is not None)
+        if eval_dataset == {}:
+            raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            check_eval_dataset(dataset, num_classes)
+            check_eval_dataset(dataset, input_size, num_classes, data_collator)
 
         super().__init__(
             model=model,
@@ -126,7 +132,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             if isinstance(self.eval_dataset, dict)
             else self._on_this_device(self.eval_dataset, rank=0)
         )
-        # Sums over the steps since the last log entry, on the device: the teacher's mean answer, and the agreement.
+        # Sums over the steps since the last log entry, kept on the device.
         self._answer_sum = torch.zeros(num_classes, device=self.args.device)
         self._agreement_sum = torch.zeros((), device=self.args.device)
         self._steps_since_log = 0
@@ -151,6 +157,7 @@ class NoiseKDTrainer(ClassifierTrainer):
                 )
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
+        self._forget_steps_since_log()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -203,10 +210,13 @@ class NoiseKDTrainer(ClassifierTrainer):
             ).tolist()
             logs["agreement"] = 100 * agreement
             logs["class_balance"] = -sum(p * math.log(p) for p in answer if p > 0) / math.log(len(answer))
-            self._answer_sum.zero_()
-            self._agreement_sum.zero_()
-            self._steps_since_log = 0
+            self._forget_steps_since_log()
         super().log(logs, start_time)
+
+    def _forget_steps_since_log(self) -> None:
+        self._answer_sum.zero_()
+        self._agreement_sum.zero_()
+        self._steps_since_log = 0
 
     def _prepare_inputs(self, inputs):
         if "noise_step" in inputs:
@@ -282,30 +292,44 @@ def check_models(
         )
 
 
-def check_eval_dataset(dataset: Dataset | None, num_classes: int) -> None:
+def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
+    """Check that noise of the user's own fits the arguments, which the Trainer's bookkeeping goes by.
+
+    Raises:
+        ValueError: Its batch size is another one.
+    """
+    if isinstance(dataset, NoiseDataset) and dataset.batch_size != args.per_device_train_batch_size:
+        raise ValueError(
+            f"The NoiseDataset has batches of {dataset.batch_size} and the arguments say "
+            f"{args.per_device_train_batch_size}: set per_device_train_batch_size={dataset.batch_size}."
+        )
+
+
+def check_eval_dataset(
+    dataset: Dataset, input_size: tuple[int, int, int], num_classes: int, collate_fn: Callable = collate_images
+) -> None:
     """Check what can be checked of an evaluation data set without loading all its images.
 
     Raises:
-        ValueError: It is empty or has no length, its images have no tensor, or a label is out of range. Labels are
-            checked up front where the data set keeps them in `labels`, `targets`, a column or a tensor; elsewhere
-            those of the first image, and all others when they are evaluated.
+        ValueError: It is empty or has no length, its first image has no tensor or other channels than the models, or a
+            label is out of range. Labels are checked up front where the data set keeps them as numbers in `labels`,
+            `targets` or a tensor; elsewhere that of the first image, and all others when they are evaluated.
     """
-    if dataset is None:
-        return
     evaluation_loader(dataset, batch_size=2)
     if isinstance(dataset, NoiseDataset):
         return
-    labels = collate_images([dataset[0]]).get("labels")
-    columns = getattr(dataset, "column_names", None) or ()
-    for name in ("labels", "label"):
-        if name in columns:
-            labels = dataset.with_format(None)[name]
-    for name in ("labels", "targets"):
-        labels = getattr(dataset, name, labels)
-    if len(getattr(dataset, "tensors", ())) == 2:
-        labels = dataset.tensors[1]
-    if labels is not None:
-        check_labels(torch.as_tensor(list(labels) if not torch.is_tensor(labels) else labels), num_classes)
+    batch = collate_fn([dataset[0]])
+    channels = batch["pixel_values"].shape[1]
+    if channels != input_size[0]:
+        raise ValueError(f"The evaluation images have {channels} channels and the models take {input_size[0]}.")
+    known = [batch.get("labels"), *getattr(dataset, "tensors", ())[1:2]]
+    if getattr(dataset, "target_transform", None) is None:
+        known += [getattr(dataset, name, None) for name in ("labels", "targets")]
+    for labels in known:
+        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+            labels = torch.tensor(labels)
+        if torch.is_tensor(labels) and not labels.is_floating_point():
+            check_labels(labels, num_classes)
 
 
 def check_checkpoint(folder: str, model: nn.Module) -> None:
@@ -325,16 +349,19 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
     ]
     if missing:
         raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
-    try:
-        name = WEIGHTS_NAME
-        with safetensors.safe_open(path / name, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        name = "optimizer.pt"
-        torch.load(path / name, map_location="cpu", weights_only=True)
-        name = "trainer_state.json"
-        json.loads((path / name).read_text())
-    except (safetensors.SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    for file in [path / "trainer_state.json", *path.glob("*.pt"), *path.glob("*.pth"), path / WEIGHTS_NAME]:
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text())
+            elif file.suffix in (".pt", ".pth"):
+                with zipfile.ZipFile(file) as archive:  # torch's format; reading it this way unpickles nothing
+                    if archive.testzip() is not None:
+                        raise zipfile.BadZipFile("wrong check sum")
+            else:
+                with safetensors.safe_open(file, framework="pt") as weights:
+                    shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
+            raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if shapes != expected:
         differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
@@ -344,10 +371,28 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
         )
 
 
+def _input_size(
+    args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
+) -> tuple[int, int, int]:
+    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one."""
+    if isinstance(train_dataset, NoiseDataset):
+        if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
+            raise ValueError(
+                f"The NoiseDataset has images of {_by(train_dataset.input_size)} and the arguments say "
+                f"{_by(args.input_size)}: leave input_size out."
+            )
+        return train_dataset.input_size
+    if args.input_size is not None:
+        return tuple(args.input_size)
+    if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
+        return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
+    return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
+
+
 def _answer(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
-    """Return the logits `[1, num_classes]` for one blank image, or say why there are none."""
+    """Return the logits `[2, num_classes]` for two blank images, or say why there are none."""
     parameter = next(model.parameters())
-    pixel_values = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    pixel_values = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
         with torch.no_grad(), evaluation_mode(model):
             logits = compute_logits(model, pixel_values)

@@ -9,12 +9,14 @@ noise batch. White noise teaches slowly: the paper's 39,200 steps reach 86 %, th
 results.json, curves.png, the teacher and the student of the last run to the output folder.
 """
 
+import math
 from pathlib import Path
 
 import timm
 import torch
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.classifier import pretrained_cfg_of
 from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.figures import plot_curves
 from hf_noisekd.hub import load_teacher
@@ -58,16 +60,18 @@ def main() -> None:
         torch.manual_seed(options.seed)
         cfg = train_dataset.pretrained_cfg
         model_args = preset["model_args"] if name.startswith("resnet") else {}
-        return timm.create_model(name, num_classes=10, pretrained_cfg_overlay=cfg, **model_args)
+        return timm.create_model(name, num_classes=cfg["num_classes"], pretrained_cfg_overlay=cfg, **model_args)
 
     if options.teacher:
         teacher = load_teacher(options.teacher)
+        cfg = pretrained_cfg_of(teacher)
+        for dataset in (train_dataset, test_dataset):  # the student's images are the teacher's
+            dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
         results.add("teacher", teacher, test_dataset)
     else:
         args = ClassifierConfig(
             options.output_dir / "teacher",
-            num_train_epochs=preset["teacher_epochs"],
-            max_steps=options.max_steps or -1,
+            max_steps=min(options.max_steps or 10**9, preset["teacher_epochs"] * math.ceil(len(train_dataset) / 256)),
             learning_rate=3e-3,
             weight_decay=0.05,
             lr_scheduler_type="linear",

@@ -5,7 +5,7 @@
 scikit-learn's 1,797 real 8x8 digits train a small ResNet. Then two students learn from its answers to Gaussian noise
 alone, one with the teacher's BatchNorm layers on their running statistics, where the method fails, and one with them on
 the statistics of the noise batch (Raikwar & Mishra, NeurIPS 2022, Algorithm 1). Writes results.json, curves.png and the
-last student to the output folder.
+models to the output folder.
 """
 
 import timm
@@ -51,7 +51,9 @@ def main() -> None:
             **arguments(name, preset["supervised_steps"]), learning_rate=3e-3, lr_scheduler_type="cosine"
         )
         trainer = ClassifierTrainer(model(width), args, train_dataset=train_dataset, eval_dataset=test_dataset)
-        return results.train(name, trainer, test_dataset)
+        results.train(name, trainer, test_dataset)
+        trainer.save_model()
+        return trainer.model
 
     teacher = supervised("teacher", preset["teacher_width"])
     supervised("supervised student", preset["student_width"])

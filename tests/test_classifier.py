@@ -22,6 +22,7 @@ def test_logits_of_both_kinds_of_model(tiny_cnn):
 
 def test_declared_input_sizes(tiny_cnn):
     assert declared_input_size(timm.create_model("resnet10_cifar", width=4)) == (3, 32, 32)
+    assert declared_input_size(timm.create_model("resnet10_cifar", width=4, in_chans=1)) == (1, 32, 32)
     assert declared_input_size(tiny_cnn) is None
     vit = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=48)
     assert declared_input_size(ViTForImageClassification(vit)) == (3, 48, 48)

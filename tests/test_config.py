@@ -33,6 +33,14 @@ def test_best_model_is_chosen_by_accuracy_or_without_images_by_agreement(tmp_pat
     assert (args.metric_for_best_model, args.greater_is_better) == ("running_loss", False)
 
 
+def test_a_lower_divergence_or_loss_is_better(tmp_path):
+    assert NoiseKDConfig(tmp_path, metric_for_best_model="batch_kl").greater_is_better is False
+    assert NoiseKDConfig(tmp_path, metric_for_best_model="running_loss").greater_is_better is False
+    assert NoiseKDConfig(tmp_path, metric_for_best_model="batch_kl", greater_is_better=True).greater_is_better is True
+    args = NoiseKDConfig(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps", eval_steps=5)
+    assert args.metric_for_best_model == "batch_agreement"
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -3,6 +3,7 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.hub import class_names, load_student, load_teacher, save_model
@@ -62,6 +63,22 @@ def test_a_student_takes_preprocessing_and_class_names_from_its_teacher(digits, 
     assert config["pretrained_cfg"]["mean"] == list(digits[0].mean)
 
 
+def test_saves_modules_that_share_a_weight(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    save_model(model, tmp_path)
+    again = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(again[1].weight, model[0].weight)
+
+
+@pytest.mark.network
+def test_pulls_a_teacher_from_the_hub():
+    assert load_teacher("timm/resnet10t.c3_in1k").num_classes == 1000
+    assert load_teacher("resnet10t.c3_in1k").num_classes == 1000
+    assert isinstance(load_teacher("microsoft/resnet-18"), ResNetForImageClassification)
+
+
 def test_class_names_are_never_guessed():
     assert class_names(timm.create_model("resnet10_cifar", width=4), 10) == [str(index) for index in range(10)]
 
@@ -72,6 +89,8 @@ def test_class_names_are_never_guessed():
         ("resnet18_cifra", "Unknown model 'resnet18_cifra'.*Did you mean resnet18_cifar"),
         ("xyzzy", "Unknown model 'xyzzy'"),
         ("./nowhere", "There is no folder"),
+        ("runs/nowhere", "no folder 'runs/nowhere', and no such model could be had from the Hub"),
+        ("runs/too/deep", "no folder 'runs/too/deep', and no such model could be had from the Hub"),
         (7, "got int"),
     ],
 )
@@ -84,6 +103,10 @@ def test_refuses_folders_that_are_no_models(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_teacher(str(tmp_path / "empty"))
+    with open(saved / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(saved))
     (saved / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         load_teacher(str(saved))

@@ -7,9 +7,9 @@ from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.supervised import ClassifierTrainer
 
 
-def test_learns_real_digits(digits, digits_teacher):
+def test_learns_real_digits(digits, digits_teacher, tmp_path):
     # The fixture trained it.
-    trainer = ClassifierTrainer(digits_teacher, ClassifierConfig("unused", disable_tqdm=True), eval_dataset=digits[1])
+    trainer = ClassifierTrainer(digits_teacher, ClassifierConfig(tmp_path, disable_tqdm=True), eval_dataset=digits[1])
     metrics = trainer.evaluate()
     assert metrics["eval_running_accuracy"] > 90
     assert metrics["eval_batch_accuracy"] > 90

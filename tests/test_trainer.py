@@ -206,6 +206,24 @@ def test_same_seed_same_student_and_another_seed_another(tiny_cnn, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_student_given_by_name_gets_its_weights_from_the_seed(digits_teacher, tmp_path):
+    digests = []
+    for seed in (0, 0, 1):
+        digests.append(
+            digest(NoiseKDTrainer("resnet10_cifar", digits_teacher, config(tmp_path, input_size=None, seed=seed)).model)
+        )
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_resuming_at_an_epoch_with_evaluation_is_exact_for_drop_out_too(tiny_cnn, tmp_path):
+    options = {"max_steps": 8, "steps_per_epoch": 4, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    whole, resumed = student(), student(seed=99)
+    NoiseKDTrainer(whole, tiny_cnn, config(tmp_path, **options)).train()
+    trainer = NoiseKDTrainer(resumed, tiny_cnn, config(tmp_path, **options))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert digest(resumed) == digest(whole)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resuming_is_exact_and_draws_no_noise_twice(tiny_cnn, tmp_path, accumulation, monkeypatch):
     options = {
@@ -287,6 +305,7 @@ def test_several_evaluation_sets_and_prediction(tiny_cnn, tmp_path):
     predictions = trainer.predict(images())
     assert predictions.predictions.shape == (12, 3)
     assert predictions.label_ids.tolist() == images().tensors[1].tolist()
+    assert "forward" not in vars(trainer.model)
 
 
 def test_held_out_noise_is_apart_from_training_noise(tiny_cnn, tmp_path):
@@ -295,14 +314,46 @@ def test_held_out_noise_is_apart_from_training_noise(tiny_cnn, tmp_path):
     assert not any(torch.equal(held_out, trainer.train_dataset.draw(step)) for step in range(50))
 
 
+def test_evaluates_on_the_trainers_noise_outside_of_it(tiny_cnn, tmp_path):
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=True))
+    trainer.train()
+    scores = evaluate(trainer.model, trainer.eval_dataset, teacher_model=tiny_cnn)
+    assert scores["batch"]["kl"] == pytest.approx(trainer.evaluate()["eval_batch_kl"], rel=0.1, abs=1e-3)
+
+
+def test_a_collator_of_the_users_reads_images_of_the_users(tiny_cnn, tmp_path):
+    data = [{"picture": torch.randn(1, 8, 8), "class": index % 3} for index in range(20)]
+
+    def collate(samples):
+        return {
+            "pixel_values": torch.stack([sample["picture"] for sample in samples]),
+            "labels": torch.tensor([sample["class"] for sample in samples]),
+        }
+
+    args = config(tmp_path, input_size=None)
+    trainer = NoiseKDTrainer(student(), tiny_cnn, args, data_collator=collate, train_dataset=data, eval_dataset=data)
+    assert trainer.train().global_step == 6
+    assert "eval_batch_accuracy" in trainer.evaluate()
+
+
+def test_saves_the_image_processor_with_the_student(tiny_cnn, tmp_path):
+    class Processor:
+        def save_pretrained(self, folder):
+            (Path(folder) / "preprocessor_config.json").write_text("{}")
+
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path), processing_class=Processor())
+    trainer.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "preprocessor_config.json").is_file()
+
+
 def test_distils_on_real_images_too(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path), train_dataset=images(64), eval_dataset=images())
     assert trainer.train().global_step == 6
 
 
 def test_takes_a_noise_data_set_of_the_users(tiny_cnn, tmp_path):
-    mine = NoiseDataset((1, 8, 8), 8, seed=11, std=2.0)
-    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False), train_dataset=mine)
+    mine = NoiseDataset((1, 8, 8), 16, seed=11, std=2.0)
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False, input_size=None), train_dataset=mine)
     assert torch.equal(trainer.train_dataset.draw(3), mine.draw(3))
     assert trainer.train().global_step == 6
 
@@ -336,6 +387,7 @@ def test_torch_compile(tiny_cnn, tmp_path, backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_trains_on_a_gpu(digits_teacher, tmp_path):
     import copy
 
@@ -393,8 +445,12 @@ def timm_model(**cfg):
         ({"teacher_model": "/no/such/folder"}, {}, "no folder"),
         ({"teacher_model": 3}, {}, "a name, a folder or an nn.Module, got int"),
         ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' holds a NaN"),
-        ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[1, 8, 8, 8\]"),
+        ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[2, 8, 8, 8\]"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 1)}, {}, "has batches of 1 and the arguments say 16"),
+        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
+        ({"eval_dataset": {}}, {}, "empty mapping"),
+        ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
         ({"eval_dataset": {"a": images(), "b": images(1)}}, {}, "1 image"),
         ({"eval_dataset": images(12, num_classes=5)}, {}, "label 3, but the model has 3 classes"),
     ],
@@ -418,6 +474,8 @@ def damage(name, size):
     [
         (damage("model.safetensors", 100), "model.safetensors of the checkpoint .* is damaged"),
         (damage("optimizer.pt", 100), "optimizer.pt of the checkpoint .* is damaged"),
+        (damage("scheduler.pt", 100), "scheduler.pt of the checkpoint .* is damaged"),
+        (damage("rng_state.pth", 1000), "rng_state.pth of the checkpoint .* is damaged"),
         (damage("trainer_state.json", 10), "trainer_state.json of the checkpoint .* is damaged"),
         (lambda folder: os.remove(folder / "optimizer.pt"), "not whole: optimizer.pt missing"),
         (lambda folder: os.remove(folder / "model.safetensors"), "not whole: model.safetensors missing"),
