@@ -78,7 +78,7 @@ class ClassifierTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
         logits = compute_logits(model, inputs["pixel_values"])
-        loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=self.args.label_smoothing_factor)
+        loss = F.cross_entropy(logits.float(), inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:

@@ -30,8 +30,8 @@ class NoiseKDTrainer(ClassifierTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
-    on the statistics of that batch, and trains the student on the answers. The teacher's weights, buffers and modes
-    never change; it is neither wrapped for distributed training nor saved.
+    on the statistics of that batch, and trains the student on the answers. The teacher stays in evaluation mode; its
+    weights and buffers never change, and it is neither wrapped for distributed training nor saved.
 
     Training logs `loss`, `agreement` (share of equal top-1 answers in percent) and `class_balance`, the entropy of the
     teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0

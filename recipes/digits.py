@@ -20,7 +20,7 @@ from hf_noisekd.image_data import ImageDataset, channel_statistics
 from hf_noisekd.recipe import Results, recipe_parser
 from hf_noisekd.supervised import ClassifierTrainer
 
-PRESETS = {"cpu": {"teacher_width": 32, "student_width": 16, "supervised_steps": 400, "noise_steps": 2000}}
+PRESETS = {"cpu": {"teacher_width": 32, "student_width": 16, "supervised_steps": 400, "noise_steps": 1500}}
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
             "max_steps": steps,
             "seed": options.seed,
             "eval_strategy": "steps",
-            "eval_steps": max(1, steps // 8),
+            "eval_steps": max(1, steps // 6),
             "save_strategy": "no",
         }
 
