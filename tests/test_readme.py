@@ -1,0 +1,42 @@
+"""The README's Python runs as it stands, and its numbers are those of the committed results files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import timm
+
+from hf_noisekd.hub import save_model
+from hf_noisekd.recipe import results_table
+
+ROOT = Path(__file__).parents[1]
+DEMO_TEACHER = "runs/digits/teacher"
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    # What `make demo` leaves behind.
+    cfg = {"input_size": (1, 8, 8)}
+    save_model(timm.create_model("resnet10_cifar", width=16, in_chans=1, pretrained_cfg_overlay=cfg), DEMO_TEACHER)
+    namespace = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert (tmp_path / "student" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10_cpu"])
+def test_tables_are_those_of_the_results_files(name):
+    record = json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text())
+    assert results_table(record) in README
+    assert record["commit"] in README
+    assert not record["commit"].endswith("-dirty")
+
+
+def test_commands_are_make_targets():
+    targets = re.findall(r"^([a-z-]+(?: [a-z-]+)*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    targets = {target for line in targets for target in line.split()}
+    assert set(re.findall(r"`?make ([a-z-]+)`?", README)) <= targets
