@@ -13,7 +13,7 @@ def plot_curves(record: Mapping, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, statistics in zip(axes, ("running", "batch"), strict=True):
         key = f"eval_{statistics}_accuracy"
@@ -25,5 +25,6 @@ def plot_curves(record: Mapping, path: str | Path) -> None:
         axis.set_xlabel("training steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)")
-    axes[1].legend(loc="lower right", fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.savefig(path, dpi=120)

@@ -157,7 +157,7 @@ def _load_with_weights(source: str) -> nn.Module:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is not a model folder: it has no {name}.")
-        config_path, timm_source = folder / CONFIG_NAME, f"local-dir:{folder}"
+        config_path, timm_source, pretrained = folder / CONFIG_NAME, f"local-dir:{folder}", False
         transformers_source = {"pretrained_model_name_or_path": str(folder)}
     elif source.startswith(("/", ".", "~", "local-dir:")):
         raise ValueError(f"There is no folder {str(folder)!r}.")
@@ -169,11 +169,15 @@ def _load_with_weights(source: str) -> nn.Module:
             raise ValueError(
                 f"There is no folder {source!r}, and no such model could be had from the Hub: {error}"
             ) from error
-        timm_source = f"hf-hub:{source.removeprefix('hf-hub:')}"
+        timm_source, pretrained = f"hf-hub:{source.removeprefix('hf-hub:')}", True
         transformers_source = {"pretrained_model_name_or_path": repo_id, "revision": revision or None}
     try:
         if "architecture" in json.loads(config_path.read_text()):
-            return timm.create_model(timm_source, pretrained=True)
+            model = timm.create_model(timm_source, pretrained=pretrained)
+            if not pretrained:
+                # By our own hand: timm 1.0.25 would unpickle whatever else lies in the folder.
+                model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS_NAME))
+            return model
         return AutoModelForImageClassification.from_pretrained(**transformers_source, use_safetensors=True)
     except (safetensors.SafetensorError, json.JSONDecodeError, RuntimeError, OSError) as error:
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error

@@ -121,7 +121,7 @@ def test_gradients_are_means_over_both_ranks(reports):
 def test_only_rank_0_writes(reports):
     folder, (first, second) = reports
     assert first["written"] == [True]
-    assert second["written"] == [False]
+    assert not any(second["written"])
     assert [path.name for path in (folder / "out").iterdir()] == [f"checkpoint-{STEPS}"]
 
 
