@@ -52,6 +52,7 @@ def test_cifar10_with_and_without_a_teacher(tmp_path):
     output = run("cifar10", *options, "--teacher", teacher, "--output-dir", tmp_path / "second", timeout=600)
     first, second = (json.loads((tmp_path / run / "results.json").read_text()) for run in ("first", "second"))
     assert second["runs"][0]["steps"] == 0
-    assert second["runs"][0]["running"] == first["runs"][0]["running"]
+    # The loaded teacher runs in another memory format; rounding may tip an image or two of the 10,000.
+    assert second["runs"][0]["running"] == pytest.approx(first["runs"][0]["running"], abs=0.05)
     assert output.count("| noise, ") == 2
     assert second["configuration"]["dataset"] == "cifar10"
