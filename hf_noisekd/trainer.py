@@ -148,7 +148,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = (
-                get_last_checkpoint(self.args.output_dir) if _is_dir(self.args.output_dir) else None
+                get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
             )
             if resume_from_checkpoint is None:
                 raise ValueError(
@@ -406,7 +406,3 @@ def _answer(model: nn.Module, input_size: tuple[int, int, int], role: str) -> to
 
 def _by(input_size: tuple[int, int, int]) -> str:
     return "x".join(str(size) for size in input_size)
-
-
-def _is_dir(folder: str | None) -> bool:
-    return folder is not None and os.path.isdir(folder)
