@@ -4,32 +4,26 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 
 - `recipe`, `preset`, `seed`: which experiment this was; `configuration`: its constants and options.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
-- `machine`: processor, cores, accelerator; `versions`: Python and the packages that matter.
-- `runs`: a list, each with `name`, `steps`, `seconds` from the first training step to the last, with the evaluations in
-  between, `images_per_second` of training over these seconds, and, under `running` and `batch`, what [`evaluate`]
-  measured on the test images with BatchNorm on running and on batch statistics: `accuracy` and so on in percent, `loss`
-  and `kl` in nats. `curve` holds the training log.
+- `machine` and `versions`, as in [`hf_noisekd.record`].
+- `runs`: a list, each with a `name` and the rest of its record, see there. A teacher that was not trained here has only
+  the `evaluations`.
 """
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer
 
 from .evaluation import STATISTICS, evaluate
-
-PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
+from .push import check_hub_access
+from .record import dataset_name, describe_model, machine, versions
+from .supervised import ClassifierTrainer
 
 
 def recipe_parser(doc: str, name: str, presets: Mapping[str, Mapping]) -> argparse.ArgumentParser:
@@ -44,6 +38,7 @@ def recipe_parser(doc: str, name: str, presets: Mapping[str, Mapping]) -> argpar
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="where results.json goes")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise (default: 0)")
     parser.add_argument("--max-steps", type=int, help="train nothing for more steps than this, to try the recipe out")
+    parser.add_argument("--push-to", metavar="REPO_ID", help="push the student to this repository of the Hub")
     parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="size of the experiment")
     return parser
 
@@ -58,6 +53,8 @@ class Results:
     """
 
     def __init__(self, recipe: str, options: argparse.Namespace, configuration: Mapping):
+        if options.push_to:
+            check_hub_access(options.push_to)  # before hours of training
         self.output_dir = options.output_dir
         self.record = {
             "recipe": recipe,
@@ -66,59 +63,36 @@ class Results:
             "configuration": dict(configuration) | {"max_steps": options.max_steps},
             "commit": _commit(),
             "machine": machine(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions(),
             "runs": [],
         }
 
-    def train(
-        self, name: str, trainer: Trainer, test_dataset: Dataset, teacher_model: nn.Module | None = None
-    ) -> nn.Module:
-        """Train, evaluate in float32 on the test images, and record the run.
+    def train(self, name: str, trainer: ClassifierTrainer) -> nn.Module:
+        """Train, evaluate in float32 on the trainer's evaluation images, record the run, and return the trained model.
 
         Args:
             name: Name of the run in the table.
             trainer: Ready to train.
-            test_dataset: Images to evaluate the trained model on.
-            teacher_model: Teacher to measure the agreement with.
-
-        Returns:
-            The trained model.
         """
-        metrics = trainer.train().metrics
-        self.add(
-            name,
-            trainer.model,
-            test_dataset,
-            teacher_model,
-            steps=trainer.state.global_step,
-            seconds=metrics["train_runtime"],
-            images_per_second=metrics["train_samples_per_second"],
-            curve=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
-        )
+        trainer.train()
+        trainer.evaluate()
+        if trainer.is_world_process_zero():
+            self._write(name, trainer.record())
         trainer.accelerator.wait_for_everyone()
         return trainer.model
 
-    def add(
-        self,
-        name: str,
-        model: nn.Module,
-        test_dataset: Dataset,
-        teacher_model: nn.Module | None = None,
-        *,
-        steps: int = 0,
-        seconds: float = 0.0,
-        images_per_second: float = 0.0,
-        curve: Sequence[Mapping] = (),
-    ) -> None:
-        """Evaluate a model in float32 on the test images and record it; without steps it was not trained here."""
-        if not PartialState().is_main_process:
-            return
-        scores = evaluate(model, test_dataset, teacher_model=teacher_model)
-        run = {"name": name, "steps": steps, "seconds": round(seconds, 1)}
-        run["images_per_second"] = round(images_per_second, 1)
-        for statistics in STATISTICS:
-            run[statistics] = {key: round(value, 4) for key, value in scores[statistics].items()}
-        self.record["runs"].append(run | {"curve": list(curve)})
+    def add(self, name: str, model: nn.Module, test_dataset: Dataset, batch_size: int = 256) -> None:
+        """Evaluate a model that was not trained here, in float32 on the test images, and record it."""
+        if PartialState().is_main_process:
+            evaluation = {"dataset": dataset_name(test_dataset), "images": len(test_dataset), "batch_size": batch_size}
+            scores = evaluate(model, test_dataset, batch_size=batch_size)
+            for statistics in STATISTICS:
+                evaluation[statistics] = {key: round(value, 4) for key, value in scores[statistics].items()}
+            self._write(name, {"model": describe_model(model), "steps": 0, "evaluations": [evaluation], "curve": []})
+
+    def _write(self, name: str, record: Mapping) -> None:
+        header = {key: value for key, value in record.items() if key not in ("machine", "versions")}
+        self.record["runs"].append({"name": name} | header)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
@@ -133,28 +107,11 @@ def results_table(record: Mapping) -> str:
         "| | steps | seconds | images/s | accuracy, running statistics (%) | accuracy, batch statistics (%) |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {run['name']} | {run['steps']:,} | {run['seconds']:.0f} | {run['images_per_second']:,.0f} "
-        f"| {run['running']['accuracy']:.2f} | {run['batch']['accuracy']:.2f} |"
-        for run in record["runs"]
-    ]
+    for run in record["runs"]:
+        accuracies = " | ".join(f"{run['evaluations'][0][statistics]['accuracy']:.2f}" for statistics in STATISTICS)
+        speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
+        lines.append(f"| {run['name']} | {run['steps']:,} | {speed} | {accuracies} |")
     return "\n".join(lines)
-
-
-def machine() -> dict[str, str | int | None]:
-    """Return the processor, its cores usable here, the threads torch uses and the accelerator of this machine."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux
-    return {
-        "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def _commit() -> str | None:

@@ -1,16 +1,19 @@
 """Training with labels: teachers, and the supervised students that a distilled one is compared with."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from .classifier import compute_logits, training_memory_format
 from .config import ClassifierConfig
 from .evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
 from .hub import load_student, save_model
+from .record import describe_model, evaluations_in, machine, versions
 
 
 class ClassifierTrainer(Trainer):
@@ -54,6 +57,7 @@ class ClassifierTrainer(Trainer):
         # divided it by the number of accumulation steps already.
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
+        self._resumed = False
         self.memory_format = training_memory_format(self.model, self.args.device)
         self.model.to(memory_format=self.memory_format)
 
@@ -63,6 +67,7 @@ class ClassifierTrainer(Trainer):
         The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
         float32 in anybody's hands.
         """
+        self._resumed = bool(kwargs.get("resume_from_checkpoint") or (args and args[0]))
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -111,7 +116,8 @@ class ClassifierTrainer(Trainer):
             return output
         self._broadcast_buffers()
         self.callback_handler.eval_dataloader = dataloader
-        with self.accelerator.autocast():
+        # Out of training the model is measured as it will be deployed, in float32.
+        with self.accelerator.autocast() if self.is_in_train else nullcontext():
             results = evaluate_loader(
                 self.model,
                 dataloader,
@@ -145,10 +151,31 @@ class ClassifierTrainer(Trainer):
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return loss, logits, labels
 
+    def record(self) -> dict:
+        """Return what is known of the training so far, as plain data; see [`hf_noisekd.record`].
+
+        The evaluations in it are those made after the training, or else the last ones made in it. On process 0.
+        """
+        history = self.state.log_history
+        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        record = {
+            "model": describe_model(self.model),
+            "steps": self.state.global_step,
+            "processes": self.args.world_size,
+            "evaluations": evaluations_in(history, self.eval_dataset, self.args.eval_batch_size, best),
+            "machine": machine(),
+            "versions": versions(),
+            "curve": [entry for entry in history if "train_runtime" not in entry],
+        }
+        for entry in history:
+            if "train_runtime" in entry and not self._resumed:
+                record["seconds"] = round(entry["train_runtime"], 1)
+                record["images_per_second"] = round(entry["train_samples_per_second"], 1)
+        return record
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if isinstance(self.model, PreTrainedModel):
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
+        # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.
+        if self.args.should_save:
             output_dir = output_dir or self.args.output_dir
             save_model(self.model, output_dir, teacher_model=self.teacher_model)
             if self.processing_class is not None:

@@ -2,10 +2,11 @@
 
 import copy
 import json
+import logging
 import math
-import os
+import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -14,16 +15,29 @@ from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint, has_length
+from transformers.trainer_utils import HubStrategy, SaveStrategy, has_length
+from transformers.utils.hub import PushInProgress
 
 from .batch_norm import batch_statistics
 from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
 from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
-from .hub import WEIGHTS_NAME, load_student, load_teacher
+from .hub import (
+    WEIGHTS_NAME,
+    class_names,
+    load_student,
+    load_teacher,
+    replacing_files,
+    teacher_identity,
+)
 from .losses import LOSSES
+from .model_card import write_model_card
 from .noise import NoiseDataset
+from .push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
+from .record import command_line, versions
 from .supervised import ClassifierTrainer
+
+logger = logging.getLogger(__name__)
 
 
 class NoiseKDTrainer(ClassifierTrainer):
@@ -132,6 +146,10 @@ class NoiseKDTrainer(ClassifierTrainer):
             if isinstance(self.eval_dataset, dict)
             else self._on_this_device(self.eval_dataset, rank=0)
         )
+        self._teacher_identity = teacher_identity(teacher_model)
+        # Over all steps that were logged, the sum of the teacher's mean answers, and their number.
+        self._logged_answers = [0.0] * num_classes
+        self._logged_steps = 0
         # Sums over the steps since the last log entry, kept on the device.
         self._answer_sum = torch.zeros(num_classes, device=self.args.device)
         self._agreement_sum = torch.zeros((), device=self.args.device)
@@ -147,15 +165,8 @@ class NoiseKDTrainer(ClassifierTrainer):
             ValueError: The checkpoint is missing or damaged. Nothing has been changed then.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = (
-                get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
-            )
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"There is no checkpoint to resume from in {self.args.output_dir!r}: train without "
-                    "resume_from_checkpoint first."
-                )
-        if resume_from_checkpoint:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
+        elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
         self._forget_steps_since_log()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -210,8 +221,198 @@ class NoiseKDTrainer(ClassifierTrainer):
             ).tolist()
             logs["agreement"] = 100 * agreement
             logs["class_balance"] = -sum(p * math.log(p) for p in answer if p > 0) / math.log(len(answer))
+            self._logged_answers = [
+                total + p * self._steps_since_log for total, p in zip(self._logged_answers, answer, strict=True)
+            ]
+            self._logged_steps += self._steps_since_log
             self._forget_steps_since_log()
         super().log(logs, start_time)
+
+    def record(self) -> dict:
+        """Return what is known of the student, as plain data; see [`hf_noisekd.record`]. On process 0."""
+        record = super().record()
+        names = class_names(self.teacher_model, len(self._logged_answers))
+        record["model"] |= {"label_names": names, "num_classes": len(names)}
+        record["noisekd"] = self.noisekd_section(record)
+        if self._logged_steps and "noise" in record["noisekd"]:
+            record["class_frequencies"] = [round(total / self._logged_steps, 6) for total in self._logged_answers]
+        if command := command_line():
+            record["command"] = command
+        return record
+
+    def noisekd_section(self, record: Mapping) -> dict:
+        """Return what goes into the section `noisekd` of `config.json`; see [`hf_noisekd.hub.noisekd_section`].
+
+        The student is to be run with the statistics with which it is better on labelled images, running statistics
+        having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.
+        """
+        noise = self.train_dataset if isinstance(self.train_dataset, NoiseDataset) else None
+        batch_norm = "running" if noise is None else "batch"
+        for evaluation in record["evaluations"]:
+            if "accuracy" in evaluation["batch"]:
+                lead = evaluation["batch"]["accuracy"] - evaluation["running"]["accuracy"]
+                batch_norm = "batch" if lead > 1 else "running"
+        section = {
+            "method": "distillation on images" if noise is None else "distillation with noise",
+            "batch_norm": batch_norm,
+            "teacher_batch_norm_fraction": self.args.batch_norm_fraction,
+            "loss_type": self.args.loss_type,
+            "temperature": self.args.temperature,
+            "steps": self.state.global_step,
+            "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            "seed": self.args.seed,
+            "teacher": self._teacher_identity,
+            "versions": versions(),
+        }
+        if noise is not None:
+            section["noise"] = {
+                "distribution": noise.distribution.__name__,
+                "mean": noise.mean,
+                "std": noise.std,
+                "input_size": list(noise.input_size),
+                "seed": noise.seed,
+            }
+        return section
+
+    def create_model_card(
+        self,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Write the student's card, `README.md` with figures, and its record `noisekd.json` to the output folder.
+
+        Evaluate and save the student before: the card reports the last evaluation.
+
+        Args:
+            license: Licence of the student; by default the teacher's, where it is known.
+            tags: Tags beside the usual ones.
+            model_name: Title of the card.
+            **kwargs: Accepted because scripts for transformers' Trainer give them; not used.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "repo_id": self.hub_model_id,
+            "license": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "title": model_name,
+        }
+        write_model_card(self.record() | {key: value for key, value in given.items() if value}, self.args.output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make sure, before the first step, that the student's repository is there and can be written to.
+
+        Raises:
+            HubError: It cannot; the message says why and what to do.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = check_hub_access(
+                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+                token=token or self.args.hub_token,
+                private=self.args.hub_private_repo if private is None else private,
+            )
+            self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Save the student with its card, and push both to the Hub; see transformers' `Trainer.push_to_hub`.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Whether to wait for the end of the upload.
+            token: Token with write access; by default that of the arguments or of `hf auth login`.
+            revision: Branch to commit to.
+            private: Whether a new repository is private.
+            **kwargs: As in [`create_model_card`].
+
+        Returns:
+            The commit, or its future if not `blocking`. None on all processes but the first.
+
+        Raises:
+            HubError: The Hub refuses or cannot be reached. The student has been saved then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.create_model_card(**kwargs)
+        return (upload if blocking else upload_later)(
+            self.args.output_dir,
+            self.hub_model_id,
+            token=token,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # transformers' own would upload the pickled training arguments, with the token in them, and lose the errors.
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None:
+            if not self.push_in_progress.is_done() and not self.args.hub_always_push:
+                return
+            self._report_failed_pushes()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        with replacing_files(self.args.output_dir) as staging:
+            for file in Path(checkpoint_folder).iterdir():
+                if any(file.match(pattern) for pattern in RELEASED_FILES):
+                    shutil.copy(file, staging)
+        self.create_model_card()
+        where = (
+            f"step {self.state.global_step}"
+            if self.args.save_strategy == SaveStrategy.STEPS
+            else f"epoch {int(self.state.epoch)}"
+        )
+        to = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        message = f"Training in progress, {where}"
+        jobs = [upload_later(self.args.output_dir, self.hub_model_id, commit_message=message, **to)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                upload_later(
+                    checkpoint_folder,
+                    self.hub_model_id,
+                    patterns=["*"],
+                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    **to,
+                )
+            )
+        unfinished = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress(unfinished + jobs)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._report_failed_pushes()
+
+    def _report_failed_pushes(self) -> None:
+        """Warn of the uploads that failed since the last call, and forget those that are done."""
+        if getattr(self, "push_in_progress", None) is None:
+            return
+        for job in self.push_in_progress.jobs:
+            if job.done() and job.exception() is not None:
+                logger.warning(
+                    "Training goes on. %s", push_again(self.args.output_dir, self.hub_model_id, job.exception())
+                )
+        self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            self.model.noisekd = self.noisekd_section(super().record())
+        super()._save(output_dir, state_dict)
 
     def _forget_steps_since_log(self) -> None:
         self._answer_sum.zero_()
@@ -332,6 +533,29 @@ def check_eval_dataset(
             check_labels(labels, num_classes)
 
 
+def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
+    """Return the last checkpoint in a folder to resume from, passing over one that a kill left half written.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    problems = []
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        try:
+            check_checkpoint(str(path), model)
+        except ValueError as error:
+            logger.warning("Passing over a checkpoint. %s", error)
+            problems.append(str(error))
+        else:
+            return str(path)
+    raise ValueError(
+        problems[0]
+        if problems
+        else f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
+    )
+
+
 def check_checkpoint(folder: str, model: nn.Module) -> None:
     """Check that `folder` holds a whole checkpoint of `model`.
 
@@ -362,6 +586,7 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
                     shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
         except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
             raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if shapes != expected:
         differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))

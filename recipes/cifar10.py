@@ -81,19 +81,28 @@ def main() -> None:
         trainer = ClassifierTrainer(
             model(preset["teacher"]), args, train_dataset=train_dataset, eval_dataset=test_dataset
         )
-        teacher = results.train("teacher", trainer, test_dataset)
+        teacher = results.train("teacher", trainer)
         trainer.save_model()
 
     for name, fraction in (("noise, running-statistics teacher", 0.0), ("noise, batch-statistics teacher", 1.0)):
         noise = preset["noise"] | {"max_steps": min(options.max_steps or 10**9, preset["noise"]["max_steps"])}
-        args = NoiseKDConfig.paper(options.output_dir / "student", batch_norm_fraction=fraction, **noise, **shared)
+        args = NoiseKDConfig.paper(
+            options.output_dir / "student",
+            batch_norm_fraction=fraction,
+            hub_model_id=options.push_to,
+            **noise,
+            **shared,
+        )
         trainer = NoiseKDTrainer(model(preset["student"]), teacher, args, eval_dataset=test_dataset)
-        results.train(name, trainer, test_dataset, teacher_model=teacher)
+        results.train(name, trainer)
 
     trainer.save_model()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        plot_curves(results.record, options.output_dir / "curves.png")
+        plot_curves(results.record["runs"], options.output_dir / "curves.png")
         print(results.table())
+    if options.push_to:
+        trainer.push_to_hub()
 
 
 if __name__ == "__main__":

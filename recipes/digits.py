@@ -30,7 +30,7 @@ def main() -> None:
     results = Results("digits", options, preset)
     train_dataset, test_dataset = load_images()
 
-    def model(width: int) -> torch.nn.Module:
+    def build(width: int) -> torch.nn.Module:
         torch.manual_seed(options.seed)
         cfg = train_dataset.pretrained_cfg
         return timm.create_model("resnet10_cifar", width=width, in_chans=1, pretrained_cfg_overlay=cfg)
@@ -50,22 +50,27 @@ def main() -> None:
         args = ClassifierConfig(
             **arguments(name, preset["supervised_steps"]), learning_rate=3e-3, lr_scheduler_type="cosine"
         )
-        trainer = ClassifierTrainer(model(width), args, train_dataset=train_dataset, eval_dataset=test_dataset)
-        results.train(name, trainer, test_dataset)
+        trainer = ClassifierTrainer(build(width), args, train_dataset=train_dataset, eval_dataset=test_dataset)
+        model = results.train(name, trainer)
         trainer.save_model()
-        return trainer.model
+        return model
 
     teacher = supervised("teacher", preset["teacher_width"])
     supervised("supervised student", preset["student_width"])
     for name, fraction in (("noise, running-statistics teacher", 0.0), ("noise, batch-statistics teacher", 1.0)):
-        args = NoiseKDConfig(**arguments(name, preset["noise_steps"]), batch_norm_fraction=fraction)
-        trainer = NoiseKDTrainer(model(preset["student_width"]), teacher, args, eval_dataset=test_dataset)
-        results.train(name, trainer, test_dataset, teacher_model=teacher)
+        args = NoiseKDConfig(
+            **arguments("student", preset["noise_steps"]), batch_norm_fraction=fraction, hub_model_id=options.push_to
+        )
+        trainer = NoiseKDTrainer(build(preset["student_width"]), teacher, args, eval_dataset=test_dataset)
+        results.train(name, trainer)
 
-    trainer.save_model(options.output_dir / "student")
+    trainer.save_model()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
-        plot_curves(results.record, options.output_dir / "curves.png")
+        plot_curves(results.record["runs"], options.output_dir / "curves.png")
         print(results.table())
+    if options.push_to:
+        trainer.push_to_hub()
 
 
 def load_images() -> tuple[ImageDataset, ImageDataset]:
@@ -75,7 +80,12 @@ def load_images() -> tuple[ImageDataset, ImageDataset]:
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     mean, std = channel_statistics(images[train])
-    shared = {"mean": mean, "std": std, "label_names": [str(digit) for digit in range(10)]}
+    shared = {
+        "name": "scikit-learn digits",
+        "mean": mean,
+        "std": std,
+        "label_names": [str(digit) for digit in range(10)],
+    }
     return (
         ImageDataset(images[train], labels[train], crop_padding=1, **shared),
         ImageDataset(images[test], labels[test], **shared),

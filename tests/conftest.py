@@ -8,11 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
+from hub_server import HubServer
 from torch import nn
 
 import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
 from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.image_data import ImageDataset, channel_statistics
+from hf_noisekd.push import _api
 from hf_noisekd.supervised import ClassifierTrainer
 
 
@@ -80,3 +82,19 @@ def digits_teacher(digits, tmp_path_factory):
     )
     ClassifierTrainer(model, args, train_dataset=train).train()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def hub_server(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub")) as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server, tmp_path, monkeypatch):
+    """A Hub on this machine that the client of this process talks to, with a token that can write, for `alice`."""
+    hub_server.reset()
+    hub_server.patch_client(monkeypatch, tmp_path / "home")
+    _api.cache_clear()
+    yield hub_server
+    _api.cache_clear()

@@ -45,9 +45,10 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {f".{node.module}" if node.level else node.module.split(".")[0]}
             if node.level and node.module is None:
                 names |= {f".{alias.name}" for alias in node.names}
+            else:
+                names |= {f".{node.module}" if node.level else node.module.split(".")[0]}
     return names
 
 

@@ -2,10 +2,13 @@ import json
 
 import pytest
 import torch
+from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.figures import plot_curves
-from hf_noisekd.recipe import Results, machine, recipe_parser
+from hf_noisekd.push import HubError
+from hf_noisekd.recipe import Results, recipe_parser
 
 
 @pytest.fixture
@@ -13,9 +16,20 @@ def results(tiny_cnn, tmp_path):
     options = recipe_parser("doc", "tiny", {"cpu": {}}).parse_args(["--output-dir", str(tmp_path), "--seed", "3"])
     results = Results("tiny", options, {"width": 4})
     data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
-    curve = [{"step": 5, "eval_running_accuracy": 30.0, "eval_batch_accuracy": 40.0}, {"step": 6, "loss": 1.0}]
     results.add("teacher", tiny_cnn, data)
-    results.add("student", tiny_cnn, data, tiny_cnn, steps=10, seconds=2.0, images_per_second=1234.5, curve=curve)
+    args = NoiseKDConfig(
+        str(tmp_path / "student"),
+        max_steps=10,
+        per_device_train_batch_size=8,
+        input_size=[1, 8, 8],
+        eval_strategy="steps",
+        eval_steps=5,
+        logging_steps=5,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = NoiseKDTrainer(TinyCNN(), tiny_cnn, args, eval_dataset={"twenty": data})
+    assert results.train("student", trainer) is trainer.model
     return results
 
 
@@ -38,26 +52,31 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
     assert record["configuration"] == {"width": 4, "max_steps": None}
     assert {"python", "torch", "timm", "transformers"} <= set(record["versions"])
     teacher, student = record["runs"]
-    assert set(student) == {"name", "steps", "seconds", "images_per_second", "running", "batch", "curve"}
-    assert set(teacher["running"]) == {"accuracy", "loss"}
-    assert set(student["batch"]) == {"accuracy", "loss", "agreement", "kl"}
-    assert student["running"]["agreement"] == 100
+    assert set(teacher) == {"name", "model", "steps", "evaluations", "curve"}
+    assert set(student) >= set(teacher) | {"seconds", "images_per_second", "noisekd", "class_frequencies"}
+    assert set(student) & set(record) == set()
+    assert teacher["evaluations"][0]["running"].keys() == {"accuracy", "loss"}
+    evaluation = student["evaluations"][0]
+    assert evaluation["batch"].keys() == {"accuracy", "loss", "agreement", "kl"}
+    assert (evaluation["dataset"], evaluation["images"], evaluation["step"]) == ("twenty", 20, 10)
 
 
 def test_table_has_a_row_for_each_run(results):
     lines = results.table().splitlines()
     assert len(lines) == 4
-    accuracy = results.record["runs"][1]["batch"]["accuracy"]
-    assert lines[3].startswith("| student | 10 | 2 | 1,234 |")
-    assert lines[3].endswith(f"{accuracy:.2f} |")
+    student = results.record["runs"][1]
+    assert lines[2].startswith("| teacher | 0 | 0 | 0 |")
+    assert lines[3].startswith(f"| student | 10 | {student['seconds']:.0f} |")
+    assert lines[3].endswith(f"{student['evaluations'][0]['batch']['accuracy']:.2f} |")
     assert len({line.count("|") for line in lines}) == 1
 
 
-def test_machine_is_named():
-    assert machine()["processor"]
-    assert machine()["cores"] >= 1
+def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):
+    options = recipe_parser("doc", "tiny", {"cpu": {}}).parse_args(["--push-to", "somebody/student"])
+    with pytest.raises(HubError, match="may not write"):
+        Results("tiny", options, {})
 
 
 def test_curves_are_drawn(results, tmp_path):
-    plot_curves(results.record, tmp_path / "curves.png")
+    plot_curves(results.record["runs"], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,152 @@
+"""What is known of a training run, as plain data that its results file, its student's folder and its card share.
+
+A record is a mapping of this schema; what is not known is left out:
+
+- `model`: `architecture`; `library`, which can build it: `timm`, `transformers` or else `torch`; `parameters`;
+  `input_size`; of a distilled student `label_names`.
+- `steps` of training, `seconds` from the first to the last, with the evaluations in between, and `images_per_second`
+  over these seconds. A resumed run has no `seconds`. `processes`: how many trained.
+- `evaluations`: a list, for each data set its name as `dataset`, the number of `images`, the `batch_size`, the `step`
+  after which, and under `running` and `batch` what [`evaluate`] measured: `accuracy` and so on in percent, `loss` and
+  `kl` in nats. On noise there is `agreement` with the teacher alone.
+- `curve`: the training log, entries with `step`.
+- `noisekd`: of a distilled student, see [`noisekd_section`], and `class_frequencies`: the teacher's mean answer to the
+  training noise, a probability for each class.
+- `machine`: processor, cores, accelerator; `versions`: Python and the packages that matter; `command`.
+"""
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from .classifier import declared_input_size, pretrained_cfg_of
+from .evaluation import METRICS, STATISTICS
+from .hub import architecture_of
+from .noise import NoiseDataset
+
+RECORD_NAME = "noisekd.json"
+PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
+
+
+def describe_model(model: nn.Module) -> dict:
+    """Return the part `model` of a record."""
+    description = {"architecture": architecture_of(model), "library": "torch"}
+    if pretrained_cfg_of(model).get("architecture"):
+        description["library"] = "timm"
+    elif isinstance(model, PreTrainedModel):
+        description["library"] = "transformers"
+    description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    input_size = declared_input_size(model)
+    if input_size is not None:
+        description["input_size"] = list(input_size)
+    return description
+
+
+def evaluations_in(
+    log_history: Sequence[Mapping], eval_dataset: Dataset | Mapping[str, Dataset], batch_size: int, step: int | None
+) -> list[dict]:
+    """Return the evaluations that tell how good a model is now, out of a trainer's log.
+
+    Args:
+        log_history: `trainer.state.log_history`.
+        eval_dataset: What the trainer evaluates on.
+        batch_size: Images in a batch of the evaluation.
+        step: The step that the weights are of, where it is not the last one. Evaluations after the training count
+            whatever their step.
+    """
+    ends = [index for index, entry in enumerate(log_history) if "train_runtime" in entry]
+    after_training = log_history[ends[-1] + 1 :] if ends else []
+    datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
+    evaluations = []
+    for key, dataset in datasets.items():
+        prefix = f"eval_{key}_" if key else "eval_"
+        current = [entry for entry in after_training if f"{prefix}runtime" in entry] or [
+            entry for entry in log_history if f"{prefix}runtime" in entry and step in (None, entry["step"])
+        ]
+        if current:
+            if isinstance(dataset, NoiseDataset):
+                name, images, batch_size = "held-out noise", len(dataset) * dataset.batch_size, dataset.batch_size
+            else:
+                name, images = key or dataset_name(dataset), len(dataset)
+            evaluations.append(
+                {
+                    "dataset": name,
+                    "images": images,
+                    "batch_size": min(batch_size, images),
+                    "step": current[-1]["step"],
+                }
+                | {
+                    statistics: {
+                        metric: round(current[-1][f"{prefix}{statistics}_{metric}"], 4)
+                        for metric in METRICS
+                        if f"{prefix}{statistics}_{metric}" in current[-1]
+                    }
+                    for statistics in STATISTICS
+                }
+            )
+    return evaluations
+
+
+def dataset_name(dataset: Dataset) -> str:
+    """Return the name that a data set has (`name`, or that of `datasets`), or a description."""
+    for name in (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None)):
+        if isinstance(name, str):
+            return name
+    return "evaluation images"
+
+
+def machine() -> dict[str, str | int | None]:
+    """Return the processor, its cores usable here, the threads torch uses and the accelerator of this machine."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def command_line(argv: Sequence[str] | None = None) -> str | None:
+    """Return the command that started this process, or None where it was no script, as in a notebook.
+
+    It is made to be published: folders are named without the path to them, and access tokens are left out.
+    """
+    script, *arguments = sys.argv if argv is None else argv
+    script = Path(script)
+    if script.name == "noisekd" or script.parts[-2:] == ("hf_noisekd", "cli.py"):
+        words = ["noisekd"]
+    elif script.suffix == ".py" and script.name not in ("__main__.py", "ipykernel_launcher.py"):
+        words = ["python", script.name]
+    else:
+        return None
+    option = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("-") else (option, "", argument)
+        value = "***" if value and "token" in option else _without_path(value)
+        words.append(option + equals + value if argument.startswith("-") else value)
+    return " ".join(f"'{word}'" if re.search(r"\s", word) else word for word in words)
+
+
+def _without_path(value: str) -> str:
+    value = re.sub(r"hf_[A-Za-z0-9]{8,}", "***", value)
+    is_path = value.startswith(("/", "~", ".")) or "\\" in value or (os.sep in value and Path(value).exists())
+    return Path(value.replace("\\", "/")).name if is_path else value

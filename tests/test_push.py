@@ -1,0 +1,298 @@
+"""Students go to a Hub, a real one as far as the client can tell, and come back; nothing is lost when it fails."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch.utils.data import TensorDataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.hub import load_student, load_teacher, save_model
+from hf_noisekd.push import HubError, check_hub_access, push_model
+
+FILES = {"config.json", "model.safetensors", "README.md", "noisekd.json", "curves.png", "class_balance.png"}
+
+
+def teacher(in_chans=3):
+    torch.manual_seed(0)
+    cfg = {
+        "input_size": (in_chans, 32, 32),
+        "mean": (0.4,) * in_chans,
+        "std": (0.3,) * in_chans,
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+        "num_classes": 10,
+        "label_names": [f"class {index}" for index in range(10)],
+    }
+    model = timm.create_model("resnet10_cifar", width=8, in_chans=in_chans, pretrained_cfg_overlay=cfg)
+    model.origin = {"license": "mit"}
+    return model
+
+
+def images(in_chans=3, count=4):
+    """PIL images, of another size than the models'."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 40, 48, in_chans), dtype=np.uint8)
+    return [Image.fromarray(array.squeeze()) for array in pixels]
+
+
+def trainer(folder, student="resnet10_cifar", in_chans=3, **options):
+    defaults = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    args = NoiseKDConfig(str(folder / "student"), **defaults | options)
+    data = TensorDataset(torch.randn(16, in_chans, 32, 32), torch.arange(16) % 10)
+    if student == "resnet10_cifar":
+        student = timm.create_model(
+            student, width=8, in_chans=in_chans, pretrained_cfg_overlay={"input_size": (in_chans, 32, 32)}
+        )
+    return NoiseKDTrainer(student, teacher(in_chans), args, eval_dataset=data)
+
+
+@pytest.mark.parametrize(
+    ("student", "in_chans"),
+    [("resnet10_cifar", 3), ("resnet10_cifar", 1), ("resnet18", 3), ("mobilenetv3_small_100", 3)],
+)
+def test_what_is_pushed_is_pulled_by_timm_and_transformers(hub, tmp_path, student, in_chans):
+    run = trainer(tmp_path, student, in_chans, push_to_hub=True, hub_model_id="alice/student", hub_strategy="end")
+    run.train()
+    run.push_to_hub()
+    assert set(hub.repo("alice/student").head["files"]) == FILES | {".gitattributes"}
+    model = run.model.eval()
+
+    from_timm = timm.create_model("hf-hub:alice/student", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=from_timm))
+    inputs = torch.stack([transform(image) for image in images(in_chans)])
+    with torch.no_grad():
+        expected = model(inputs)
+        torch.testing.assert_close(from_timm(inputs), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(load_teacher("alice/student").eval()(inputs), expected, rtol=0, atol=1e-6)
+    # The teacher's preprocessing, not the architecture's.
+    assert from_timm.pretrained_cfg["license"] == "mit"
+    assert from_timm.pretrained_cfg["mean"] == [0.4] * in_chans
+    assert (from_timm.pretrained_cfg["crop_pct"], from_timm.pretrained_cfg["interpolation"]) == (0.9, "bilinear")
+
+    processor = AutoImageProcessor.from_pretrained("alice/student")
+    from_transformers = AutoModelForImageClassification.from_pretrained("alice/student").eval()
+    processed = processor(images(in_chans), return_tensors="pt")
+    assert torch.equal(processed["pixel_values"], inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(from_transformers(**processed).logits, expected, rtol=0, atol=1e-6)
+    assert from_transformers.config.id2label[3] == "class 3"
+
+    if in_chans == 1:  # a pipeline makes all images RGB; the card says what to do
+        from torchvision.transforms import Grayscale
+
+        processor.val_transforms.transforms.insert(0, Grayscale())
+    classify = pipeline("image-classification", model="alice/student", image_processor=processor, top_k=10)
+    for answer, logits in zip(classify(images(in_chans)), expected, strict=True):
+        scores = {entry["label"]: entry["score"] for entry in answer}
+        probs = logits.softmax(-1)
+        assert [scores[f"class {index}"] for index in range(10)] == pytest.approx(probs.tolist(), abs=1e-6)
+
+
+def test_the_pushed_card_names_the_repository_and_passes_the_hubs_checks(hub, tmp_path):
+    run = trainer(tmp_path, hub_model_id="alice/student")
+    run.train()
+    run.push_to_hub(tags="digits")
+    card = ModelCard.load("alice/student", ignore_metadata_errors=False)
+    card.validate()
+    assert "hf-hub:alice/student" in card.text
+    assert card.data.license == "mit"
+    assert "digits" in card.data.tags
+    assert len(card.data.eval_results) == 2
+    assert card.data.model_name == "student"
+
+
+def test_only_what_belongs_to_the_student_is_pushed(hub, tmp_path):
+    run = trainer(tmp_path, hub_model_id="alice/student", hub_token="hf_write", save_strategy="steps", save_steps=1)
+    run.train()
+    for name in ("patients.csv", "training_args.bin"):
+        Path(run.args.output_dir, name).write_text("private")
+    run.push_to_hub()
+    assert set(hub.repo("alice/student").head["files"]) == FILES | {".gitattributes"}
+    pushed = b"".join(hub.repo("alice/student").read(name) for name in FILES)
+    assert b"hf_write" not in pushed
+    assert str(tmp_path).encode() not in pushed
+
+
+@pytest.mark.parametrize(
+    ("strategy", "titles", "folders"),
+    [
+        ("end", [], set()),
+        ("every_save", ["Training in progress, step 1", "Training in progress, step 2"], set()),
+        ("checkpoint", None, {"last-checkpoint"}),
+        ("all_checkpoints", None, {"checkpoint-1", "checkpoint-2"}),
+    ],
+)
+def test_hub_strategies_are_the_trainers(hub, tmp_path, strategy, titles, folders):
+    run = trainer(
+        tmp_path,
+        push_to_hub=True,
+        hub_model_id="student",
+        hub_strategy=strategy,
+        hub_private_repo=True,
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+    )
+    run.train()
+    repo = hub.repo("alice/student")
+    assert repo.private
+    commits = [commit["title"] for commit in repo.commits[1:]]
+    if titles is not None:
+        assert commits == titles
+    files = set(repo.head["files"])
+    assert {name.split("/")[0] for name in files if "/" in name} == folders
+    assert all(f"{folder}/optimizer.pt" in files for folder in folders)
+    if strategy != "end":
+        assert files >= FILES
+    run.push_to_hub()
+    assert repo.commits[-1]["title"] == "End of training"
+
+
+FAILURES = [
+    (401, "no valid token"),
+    (403, "may not write"),
+    (409, "at the same time"),
+    (429, "too many requests"),
+    (500, "fault of its own"),
+    ("cut", "the connection failed"),
+]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client repeats some requests; do not wait between them."""
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(("failure", "message"), FAILURES)
+def test_a_failing_push_at_the_end_loses_nothing_and_says_how_to_push_again(hub, tmp_path, failure, message):
+    run = trainer(tmp_path, hub_model_id="alice/student")
+    run.train()
+    hub.fail(failure, path_pattern="/commit/", times=None)
+    with pytest.raises(HubError, match=message) as raised:
+        run.push_to_hub()
+    command = re.search(r"noisekd push --model (\S+) --repo-id (\S+)`", str(raised.value))
+    assert command, raised.value
+    hub.clear_failures()
+    assert "config.json" not in hub.repo("alice/student").head["files"]
+    push_model(*command.groups())
+    inputs = torch.randn(2, 3, 32, 32)
+    again = load_teacher("alice/student").eval()
+    with torch.no_grad():
+        assert torch.equal(again(inputs), load_teacher(run.args.output_dir).eval()(inputs))
+        torch.testing.assert_close(again(inputs), run.model.eval()(inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(("failure", "message"), FAILURES)
+def test_training_goes_on_when_the_hub_fails(hub, tmp_path, caplog, failure, message):
+    run = trainer(
+        tmp_path, push_to_hub=True, hub_model_id="alice/student", max_steps=3, save_strategy="steps", save_steps=1
+    )
+    hub.fail(failure, path_pattern="/commit/", times=None)
+    run.train()
+    assert run.state.global_step == 3
+    warnings = [record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage()]
+    assert warnings
+    assert message in warnings[0]
+    assert "noisekd push --model" in warnings[0]
+    hub.clear_failures()
+    run.push_to_hub()
+    assert set(hub.repo("alice/student").head["files"]) >= FILES
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize(("failure", "message"), [*FAILURES[:2], *FAILURES[3:]])
+def test_the_hub_is_asked_before_the_first_step(hub, tmp_path, failure, message):
+    hub.fail(failure, path_pattern="repos/create", times=None)
+    with pytest.raises(HubError, match=message):
+        trainer(tmp_path, push_to_hub=True, hub_model_id="alice/student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_bad_ids_and_tokens_are_refused(hub, tmp_path, monkeypatch):
+    for repo_id in ("a/b/c", "alice/white space", "-alice/x", "alice/x.git"):
+        with pytest.raises(HubError, match="must have the form"):
+            check_hub_access(repo_id)
+    with pytest.raises(HubError, match="no valid token"):
+        check_hub_access("alice/student", token="hf_unknown")
+    with pytest.raises(HubError, match="may not write"):
+        check_hub_access("somebody/student")
+    # A token that can only read, and a repository that is there: creating it "again" would go unnoticed.
+    hub.create_repo("alice/there")
+    for repo_id in ("alice/there", "alice/new"):
+        with pytest.raises(HubError, match="may not write"):
+            check_hub_access(repo_id, token="hf_read")
+    assert check_hub_access("there") == "alice/there"
+    monkeypatch.setenv("HF_TOKEN", "")
+    with pytest.raises(HubError, match="no valid token"):
+        check_hub_access("alice/student")
+
+
+def test_pushes_a_folder(hub, tmp_path):
+    save_model(teacher(), tmp_path / "model")
+    url = push_model(tmp_path / "model", "alice/model", private=True, commit_message="First")
+    assert "alice/model" in url
+    assert hub.repo("alice/model").private
+    assert hub.repo("alice/model").head["title"] == "First"
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ValueError, match=r"no folder|not a model folder"):
+            push_model(folder, "alice/other")
+
+
+def test_teachers_come_from_the_hub_with_their_revision_and_licence(hub, tmp_path):
+    save_model(teacher(), tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Teacher\n")
+    push_model(tmp_path / "model", "alice/teacher")
+    first = hub.repo("alice/teacher").head["oid"]
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
+    push_model(tmp_path / "model", "alice/teacher")
+    assert load_teacher(f"hf-hub:alice/teacher@{first}").origin["revision"] == first
+    args = NoiseKDConfig(str(tmp_path / "student"), max_steps=1, per_device_train_batch_size=4, disable_tqdm=True)
+    run = NoiseKDTrainer("resnet10_cifar", "alice/teacher", args)
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    section = json.loads((tmp_path / "student" / "config.json").read_text())["noisekd"]
+    assert section["teacher"]["id"] == "alice/teacher"
+    assert section["teacher"]["revision"] == hub.repo("alice/teacher").head["oid"]
+    assert "sha256" not in section["teacher"]
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert card.data.base_model == "alice/teacher"
+    assert load_student(str(tmp_path / "student")).noisekd == section
+
+
+def test_offline_makes_no_request_and_says_what_is_missing(hub, tmp_path, monkeypatch):
+    save_model(teacher(), tmp_path / "model")
+    push_model(tmp_path / "model", "alice/teacher")
+    load_teacher("alice/teacher")
+    requests = len(hub.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    load_teacher("alice/teacher")  # from the cache
+    for source in ("alice/other", "resnet10t.c3_in1k"):
+        with pytest.raises(ValueError, match="not in the local cache, and HF_HUB_OFFLINE=1 forbids requests"):
+            load_teacher(source)
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE=1"):
+        check_hub_access("alice/student")
+    assert len(hub.requests) == requests
