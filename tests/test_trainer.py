@@ -512,3 +512,23 @@ def test_a_plain_module_is_saved_with_a_warning(tiny_cnn, tmp_path, caplog):
         trainer.save_model(str(tmp_path / "saved"))
     assert "without a config.json" in caplog.text
     assert os.listdir(tmp_path / "saved") == ["model.safetensors"]
+
+
+def test_resuming_passes_over_a_checkpoint_that_a_kill_left_half_written(tiny_cnn, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
+    whole = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path / "whole", **options))
+    whole.train()
+    killed = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path / "killed", **options))
+    killed.train()
+    output_dir = Path(killed.args.output_dir)
+    (output_dir / "checkpoint-6" / "trainer_state.json").unlink()
+    (output_dir / "checkpoint-4" / "optimizer.pt").write_bytes(b"PK half")
+    again = NoiseKDTrainer(student(seed=5), tiny_cnn, config(tmp_path / "killed", **options))
+    again.train(resume_from_checkpoint=True)
+    assert digest(again.model) == digest(whole.model)
+    passed_over = [record.getMessage() for record in caplog.records if "Passing over" in record.getMessage()]
+    assert ["checkpoint-6" in passed_over[0], "checkpoint-4" in passed_over[1], len(passed_over)] == [True, True, 2]
+    for checkpoint in output_dir.glob("checkpoint-*"):
+        (checkpoint / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"trainer_state\.json missing"):
+        again.train(resume_from_checkpoint=True)

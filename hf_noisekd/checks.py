@@ -1,0 +1,200 @@
+"""Checks that are made before the first step, so that a run does not fail in its last one."""
+
+import json
+import logging
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers.trainer_utils import has_length
+
+from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
+from .config import NoiseKDConfig
+from .evaluation import check_labels, collate_images, evaluation_loader
+from .hub import WEIGHTS_NAME
+from .noise import NoiseDataset
+
+logger = logging.getLogger(__name__)
+
+
+def check_models(
+    model: nn.Module,
+    teacher_model: nn.Module,
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    *,
+    explicit_size: bool,
+) -> None:
+    """Check that the student can learn the teacher's answers to images of `input_size`.
+
+    Raises:
+        ValueError: A teacher's weight is not finite, or the models differ in input or in classes.
+    """
+    name = nonfinite_tensor(teacher_model)
+    if name is not None:
+        raise ValueError(
+            f"The teacher's {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again."
+        )
+    for role, candidate in (("teacher", teacher_model), ("student", model)):
+        declared = declared_input_size(candidate)
+        if declared is None or declared == tuple(input_size):
+            continue
+        if declared[0] != input_size[0]:
+            raise ValueError(
+                f"The {role} takes {declared[0]} input channels and the noise has {input_size[0]}: build the student "
+                f"with in_chans={input_size[0]}, or give it by its timm name to have it built to fit."
+            )
+        if not explicit_size:
+            raise ValueError(
+                f"The {role} takes images of {_by(declared)} and the noise has {_by(input_size)}: give the student by "
+                "its timm name to have it built to fit, or set input_size in the arguments to choose a size for both."
+            )
+    student_classes = answer_to_blanks(model, input_size, "student").shape[-1]
+    if student_classes != num_classes:
+        raise ValueError(
+            f"The teacher has {num_classes} classes and the student {student_classes}: build the student with "
+            f"num_classes={num_classes}."
+        )
+
+
+def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
+    """Check that noise of the user's own fits the arguments, which the Trainer's bookkeeping goes by.
+
+    Raises:
+        ValueError: Its batch size is another one.
+    """
+    if isinstance(dataset, NoiseDataset) and dataset.batch_size != args.per_device_train_batch_size:
+        raise ValueError(
+            f"The NoiseDataset has batches of {dataset.batch_size} and the arguments say "
+            f"{args.per_device_train_batch_size}: set per_device_train_batch_size={dataset.batch_size}."
+        )
+
+
+def check_eval_dataset(
+    dataset: Dataset, input_size: tuple[int, int, int], num_classes: int, collate_fn: Callable = collate_images
+) -> None:
+    """Check what can be checked of an evaluation data set without loading all its images.
+
+    Raises:
+        ValueError: It is empty or has no length, its first image has no tensor or other channels than the models, or a
+            label is out of range. Labels are checked up front where the data set keeps them as numbers in `labels`,
+            `targets` or a tensor; elsewhere that of the first image, and all others when they are evaluated.
+    """
+    evaluation_loader(dataset, batch_size=2)
+    if isinstance(dataset, NoiseDataset):
+        return
+    batch = collate_fn([dataset[0]])
+    channels = batch["pixel_values"].shape[1]
+    if channels != input_size[0]:
+        raise ValueError(f"The evaluation images have {channels} channels and the models take {input_size[0]}.")
+    known = [batch.get("labels"), *getattr(dataset, "tensors", ())[1:2]]
+    if getattr(dataset, "target_transform", None) is None:
+        known += [getattr(dataset, name, None) for name in ("labels", "targets")]
+    for labels in known:
+        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+            labels = torch.tensor(labels)
+        if torch.is_tensor(labels) and not labels.is_floating_point():
+            check_labels(labels, num_classes)
+
+
+def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
+    """Return the last checkpoint in a folder to resume from, passing over one that a kill left half written.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    problems = []
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        try:
+            check_checkpoint(str(path), model)
+        except ValueError as error:
+            logger.warning("Passing over a checkpoint. %s", error)
+            problems.append(str(error))
+        else:
+            return str(path)
+    raise ValueError(
+        problems[0]
+        if problems
+        else f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
+    )
+
+
+def check_checkpoint(folder: str, model: nn.Module) -> None:
+    """Check that `folder` holds a whole checkpoint of `model`.
+
+    Raises:
+        ValueError: A file is missing or damaged, or the weights are those of another model.
+    """
+    path = Path(folder)
+    advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
+    if not path.is_dir():
+        raise ValueError(f"There is no checkpoint folder {folder!r}. {advice}")
+    missing = [
+        name
+        for name in (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+        if not (path / name).is_file()
+    ]
+    if missing:
+        raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
+    file = path / "trainer_state.json"
+    try:
+        json.loads(file.read_text())
+        for file in [*path.glob("*.pt"), *path.glob("*.pth")]:
+            with zipfile.ZipFile(file) as archive:  # torch's format; reading it this way unpickles nothing
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("wrong check sum")
+        file = path / WEIGHTS_NAME
+        with safetensors.safe_open(file, framework="pt") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if shapes != expected:
+        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"The checkpoint {folder!r} is of another model: {len(differing)} tensors differ, first {differing[0]!r}. "
+            + advice
+        )
+
+
+def teacher_input_size(
+    args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
+) -> tuple[int, int, int]:
+    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one."""
+    if isinstance(train_dataset, NoiseDataset):
+        if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
+            raise ValueError(
+                f"The NoiseDataset has images of {_by(train_dataset.input_size)} and the arguments say "
+                f"{_by(args.input_size)}: leave input_size out."
+            )
+        return train_dataset.input_size
+    if args.input_size is not None:
+        return tuple(args.input_size)
+    if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
+        return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
+    return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
+
+
+def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
+    """Return the logits `[2, num_classes]` for two blank images, or say why there are none."""
+    parameter = next(model.parameters())
+    pixel_values = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            logits = compute_logits(model, pixel_values)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"The {role} does not take images of {_by(input_size)}: {error}") from error
+    if not torch.is_tensor(logits) or logits.ndim != 2:
+        found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
+    return logits
+
+
+def _by(input_size: tuple[int, int, int]) -> str:
+    return "x".join(str(size) for size in input_size)
