@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
+RECORD_NAME = "noisekd.json"
 # What a student takes over from its teacher's `pretrained_cfg`: how to turn an image into pixels.
 PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 # What timm says about the published weights of an architecture, and does not hold for a student of that architecture.
@@ -348,7 +349,7 @@ def _has_weights(source: str) -> bool:
 
 
 def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
-    folder, origin = _fetch(source, trust_remote_code)
+    folder, origin = model_folder(source, trust_remote_code)
     check_model_folder(folder)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
@@ -368,8 +369,12 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
     return model
 
 
-def _fetch(source: str, trust_remote_code: bool) -> tuple[Path, dict]:
-    """Return the folder of a model, downloaded from the Hub where `source` is no local one, and its Hub id."""
+def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, dict]:
+    """Return the folder of a model, downloaded where `source` is no local one, and its Hub `id` and `revision`.
+
+    Raises:
+        ValueError: There is none, here or on the Hub.
+    """
     folder = Path(source.removeprefix("local-dir:")).expanduser()
     if folder.is_file():
         raise ValueError(

@@ -15,8 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import models
 from .evaluation import STATISTICS
 from .figures import plot_class_balance, plot_curves
-from .hub import CARD_NAME, replacing_files
-from .record import RECORD_NAME
+from .hub import CARD_NAME, RECORD_NAME, model_folder, replacing_files
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation", "data-free")
 CURVES_NAME = "curves.png"
@@ -57,13 +56,14 @@ def write_model_card(
 
 
 def read_record(source: str | Path) -> dict:
-    """Return the record of a student's folder, or of the last run of a recipe's results file.
+    """Return the record of a student, in a folder or on the Hub, or of the last run of a recipe's results file.
 
     Raises:
         ValueError: There is none; the message says what was found.
     """
     path = Path(source).expanduser()
-    path = path / RECORD_NAME if path.is_dir() else path
+    if not path.is_file():
+        path = model_folder(str(source))[0] / RECORD_NAME
     if not path.is_file():
         raise ValueError(
             f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student, or "
@@ -163,7 +163,7 @@ def _results_table(evaluations: list[Mapping]) -> str:
                 for column in columns
             ]
             lines.append(
-                f"| {evaluation['dataset']}, {evaluation['images']:,} images | {_reading(statistics, evaluation)} "
+                f"| {evaluation['dataset']} ({evaluation['images']:,} images) | {_reading(statistics, evaluation)} "
                 f"| {' | '.join(values)} |"
             )
     return "\n".join(lines)

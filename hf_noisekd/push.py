@@ -11,9 +11,8 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 
-from .hub import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, check_model_folder
+from .hub import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
 from .model_card import CLASS_BALANCE_NAME, CURVES_NAME, write_model_card
-from .record import RECORD_NAME
 
 # What belongs to a model on the Hub. Training arguments, which may hold a token, checkpoints and anything else that the
 # user keeps in the folder stay behind.

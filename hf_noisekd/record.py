@@ -33,7 +33,6 @@ from .evaluation import METRICS, STATISTICS
 from .hub import architecture_of
 from .noise import NoiseDataset
 
-RECORD_NAME = "noisekd.json"
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
 

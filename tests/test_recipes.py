@@ -33,7 +33,7 @@ def test_digits(tmp_path):
     assert all(run["steps"] == 3 and f"| {run['name']} |" in output for run in record["runs"])
     assert record["seed"] == 1
     assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert "| scikit-learn digits, 450 images | batch statistics" in (tmp_path / "student" / "README.md").read_text()
+    assert "| scikit-learn digits (450 images) | batch statistics" in (tmp_path / "student" / "README.md").read_text()
     student = load_teacher(str(tmp_path / "student"))
     assert student(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
