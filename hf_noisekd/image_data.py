@@ -1,12 +1,23 @@
 """Real images, for training a teacher and for evaluation. Nothing that distils with noise imports this module."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.Image
 import torch
 import torch.nn.functional as F
+from timm.data import create_transform, resolve_data_config
+from torch import nn
 from torch.utils.data import Dataset
+from transformers import AutoImageProcessor, PreTrainedModel
+
+from .classifier import declared_input_size, pretrained_cfg_of
+
+# Pillow's name for what a model of so many channels sees.
+IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
 class ImageDataset(Dataset):
@@ -20,6 +31,7 @@ class ImageDataset(Dataset):
         label_names: Name of each class.
         crop_padding: Pixels of reflected border for random crops; 0 for none. For training.
         flip: Mirror half of the images. For training.
+        name: Name of the data set, for results and model cards.
     """
 
     def __init__(
@@ -32,6 +44,7 @@ class ImageDataset(Dataset):
         label_names: Sequence[str],
         crop_padding: int = 0,
         flip: bool = False,
+        name: str | None = None,
     ):
         self.images = images
         self.labels = labels
@@ -40,6 +53,7 @@ class ImageDataset(Dataset):
         self.label_names = list(label_names)
         self.crop_padding = crop_padding
         self.flip = flip
+        self.name = name
 
     @property
     def pretrained_cfg(self) -> dict:
@@ -71,6 +85,52 @@ class ImageDataset(Dataset):
         return {"pixel_values": pixel_values, "labels": self.labels[indices]}
 
 
+class LabelledImages(Dataset):
+    """Images of any size and kind, decoded and preprocessed when they are asked for.
+
+    Each comes as `{"pixel_values": [C, H, W], "labels": int}`.
+
+    Args:
+        images: The images, as one column of a data set of the `datasets` library.
+        labels: Class of each image.
+        transform: From a Pillow image of mode `mode` to pixels `[C, H, W]`.
+        mode: `"RGB"` or `"L"`. Transparency is dropped, as timm and transformers do.
+        indices: Which images to serve, in this order.
+        label_names: Name of each class.
+        name: Name of the data set, for results and model cards.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[PIL.Image.Image],
+        labels: Sequence[int],
+        *,
+        transform: Callable[[PIL.Image.Image], torch.Tensor],
+        mode: str,
+        indices: Sequence[int],
+        label_names: Sequence[str],
+        name: str,
+    ):
+        self.images = images
+        self.labels = labels
+        self.transform = transform
+        self.mode = mode
+        self.indices = indices
+        self.label_names = list(label_names)
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor | int]:
+        index = self.indices[position]
+        try:
+            image = _converted(self.images[index], self.mode)
+        except Exception as error:  # Pillow raises many kinds
+            raise ValueError(f"Image {index} of {self.name} cannot be read: {error}. Replace or remove it.") from error
+        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+
+
 def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) -> tuple[ImageDataset, ImageDataset]:
     """Load the training images, with augmentation, and the test images of a data set of small images of one size.
 
@@ -83,10 +143,7 @@ def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) 
     Raises:
         ValueError: There is no `train` or `test` split, or no such column; the message names what was found.
     """
-    splits = datasets.load_dataset(name)
-    missing = {"train", "test"} - set(splits)
-    if missing:
-        raise ValueError(f"{name} has no {' and no '.join(sorted(missing))} split, only {', '.join(splits)}.")
+    splits = _load_splits(name, "train", "test")
     features = splits["train"].features
     image_column = _column_of_type(features, datasets.Image, name)
     label_column = _column_of_type(features, datasets.ClassLabel, name)
@@ -97,10 +154,54 @@ def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) 
         images[split] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
         labels[split] = torch.tensor(splits[split][label_column])
     mean, std = channel_statistics(images["train"])
-    shared = {"mean": mean, "std": std, "label_names": label_names}
+    shared = {"mean": mean, "std": std, "label_names": label_names, "name": _short_name(name)}
     return (
         ImageDataset(images["train"], labels["train"], crop_padding=crop_padding, flip=flip, **shared),
         ImageDataset(images["test"], labels["test"], **shared),
+    )
+
+
+def load_labelled_images(
+    name: str, model: nn.Module, *, split: str = "test", num_images: int | None = None, seed: int = 0
+) -> LabelledImages:
+    """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
+
+    Args:
+        name: Id on the Hugging Face Hub, a local folder that `datasets.load_dataset` reads, or a parquet file, which is
+            taken for the split. The columns are found by their type: one `Image`, one `ClassLabel`.
+        model: The classifier, which says how it wants its images.
+        split: Which split.
+        num_images: Serve this many images only, drawn with `seed`, in the order in which they stand. With the same seed
+            a smaller number gives a part of what a larger one gives.
+        seed: Seed of that draw.
+
+    Raises:
+        ValueError: There is no such data set, split or column, or too few images; the data set has more classes than
+            the model; some images have no label; or it is not known how the model wants its images.
+    """
+    mode, transform = _preprocessing(model)
+    dataset = _load_splits(name, split)[split]
+    image_column = _column_of_type(dataset.features, datasets.Image, name)
+    label_column = _column_of_type(dataset.features, datasets.ClassLabel, name)
+    label_names = dataset.features[label_column].names
+    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
+    if num_classes is not None and len(label_names) > num_classes:
+        raise ValueError(
+            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
+            "own classes."
+        )
+    labels = dataset[label_column][:]
+    unlabelled = next((index for index, label in enumerate(labels) if label is None or label < 0), None)
+    if unlabelled is not None:
+        raise ValueError(f"Image {unlabelled} of the {split} split of {name} has no label: choose another split.")
+    return LabelledImages(
+        dataset[image_column],
+        labels,
+        transform=transform,
+        mode=mode,
+        indices=_drawn(len(dataset), num_images, seed, name),
+        label_names=label_names,
+        name=_short_name(name),
     )
 
 
@@ -110,6 +211,99 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
         *(torch.std_mean(images[:, channel].float() / 255) for channel in range(images.shape[1])), strict=True
     )
     return tuple(round(m.item(), 4) for m in mean), tuple(round(s.item(), 4) for s in std)
+
+
+def _load_splits(name: str, *required: str) -> datasets.DatasetDict:
+    """Load a data set that must have the splits `required`; a parquet file is the one that is required."""
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():
+            splits = datasets.load_dataset("parquet", data_files={split: str(path) for split in required})
+        else:
+            splits = datasets.load_dataset(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"The data set {name!r} cannot be loaded: {error}") from error
+    missing = set(required) - set(splits)
+    if missing:
+        raise ValueError(f"{name} has no {' and no '.join(sorted(missing))} split, only {', '.join(splits)}.")
+    return splits
+
+
+def _short_name(name: str) -> str:
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() else name
+
+
+def _drawn(size: int, num_images: int | None, seed: int, name: str) -> Sequence[int]:
+    if num_images is None:
+        return range(size)
+    if not 1 <= num_images <= size:
+        raise ValueError(f"num_images must lie in [1, {size}], the number of images in {name}; got {num_images}.")
+    indices = list(range(size))
+    random.Random(seed).shuffle(indices)
+    return sorted(indices[:num_images])
+
+
+def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
+    """Return the Pillow mode that `model` takes, and what makes pixels `[C, H, W]` of such an image."""
+    cfg = pretrained_cfg_of(model)
+    if cfg:
+        return _timm_preprocessing(model, cfg)
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not source:
+        raise ValueError(
+            f"{type(model).__name__} does not say how it wants its images: load it from a folder or a Hub id with an "
+            "image processor, or pass a data set that is preprocessed already."
+        )
+    try:
+        processor = AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source} holds no image processor that says how {type(model).__name__} wants its images; save one there "
+            f"with AutoImageProcessor's save_pretrained. ({error})"
+        ) from error
+    return _mode(getattr(model.config, "num_channels", 3)), _Processed(processor)
+
+
+def _timm_preprocessing(model: nn.Module, cfg: dict) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
+    config = resolve_data_config(pretrained_cfg=cfg)
+    channels = (declared_input_size(model) or config["input_size"])[0]
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            raise ValueError(
+                f"The model takes {channels} channel{'' if channels == 1 else 's'} and its pretrained_cfg gives {key} "
+                f"for {len(config[key])}, {tuple(config[key])}: build it with "
+                f'`pretrained_cfg_overlay={{"mean": ..., "std": ...}}`.'
+            )
+    return _mode(channels), create_transform(**config, is_training=False)
+
+
+class _Processed:
+    """An image processor of transformers as a function of one image; a class, so that workers can be sent it."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, image: PIL.Image.Image) -> torch.Tensor:
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _mode(channels: int) -> str:
+    if channels not in IMAGE_MODES:
+        raise ValueError(f"The model takes {channels} channels; images can be read for 1 (gray) or 3 (RGB).")
+    return IMAGE_MODES[channels]
+
+
+def _converted(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
+    """Return an image in a Pillow mode of 8 bits a channel. Its EXIF orientation was applied by `datasets`."""
+    if image is None:
+        raise ValueError("there is none")
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its mode is {image.mode}, and Pillow would clip it at 255; convert it to 8 bits a channel")
+    if image.mode == "P":
+        # The same colours; on the straight way Pillow warns of transparency.
+        image = image.convert("RGBA")
+    return image.convert(mode)
 
 
 def _random_crops(pixel_values: torch.Tensor, padding: int) -> torch.Tensor:
