@@ -42,9 +42,12 @@ def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def pretrained_cfg_of(model: nn.Module) -> dict:
-    """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict."""
+    """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict.
+
+    transformers builds the timm model that it wraps without the checkpoint's own entries, and keeps those in `config`.
+    """
     cfg = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
-    return dict(cfg or {})
+    return dict(cfg or {}) | dict(getattr(getattr(model, "config", None), "pretrained_cfg", None) or {})
 
 
 def nonfinite_tensor(model: nn.Module) -> str | None:

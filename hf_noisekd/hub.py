@@ -124,7 +124,8 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
         }
         safetensors.torch.save_file(state_dict, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         if pretrained_cfg_of(bare).get("architecture"):
-            _save_timm_config(bare, staging / CONFIG_NAME, teacher_model, section)
+            like = model if teacher_model is None else teacher_model
+            _save_timm_config(bare, staging / CONFIG_NAME, like, section)
         else:
             logger.warning(
                 "%s is not a timm or transformers model: its weights were saved, without a %s to build it from.",
@@ -246,11 +247,10 @@ def preprocessing_of(model: nn.Module) -> dict:
     return {key: value for key, value in preprocessing.items() if value is not None}
 
 
-def _save_timm_config(model: nn.Module, path: Path, teacher_model: nn.Module | None, section: Mapping) -> None:
-    preprocessing = {} if teacher_model is None else preprocessing_of(teacher_model)
-    teacher_size = None if teacher_model is None else declared_input_size(teacher_model)
-    preprocessing["input_size"] = teacher_size or declared_input_size(model)
-    label_names = class_names(model if teacher_model is None else teacher_model, model.num_classes)
+def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:
+    """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
+    preprocessing = preprocessing_of(like) | {"input_size": declared_input_size(like) or declared_input_size(model)}
+    label_names = class_names(like, model.num_classes)
     save_config_for_hf(
         model,
         path,
@@ -261,10 +261,10 @@ def _save_timm_config(model: nn.Module, path: Path, teacher_model: nn.Module | N
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.
     config["model_args"].pop("num_classes", None)
-    if teacher_model is not None:
+    if getattr(like, "timm_model", like) is not model:
         for key in OF_OTHER_WEIGHTS:
             config["pretrained_cfg"].pop(key, None)
-        if license_ := getattr(teacher_model, "origin", {}).get("license"):
+        if license_ := getattr(like, "origin", {}).get("license"):
             config["pretrained_cfg"]["license"] = license_
     path.write_text(json.dumps(config, indent=2) + "\n")
 

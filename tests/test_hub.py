@@ -227,6 +227,7 @@ def test_a_wrapped_timm_model_is_saved_as_timms(saved, digits_teacher, tmp_path)
     save_model(wrapped, tmp_path / "again")
     again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True)
     assert teacher_identity(again)["sha256"] == teacher_identity(digits_teacher)["sha256"]
+    assert again.pretrained_cfg["mean"] == list(digits_teacher.pretrained_cfg["mean"])
 
 
 def test_a_transformers_student_gets_the_preprocessing_of_a_timm_teacher(tmp_path):
