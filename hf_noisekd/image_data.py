@@ -85,30 +85,28 @@ class ImageDataset(Dataset):
         return {"pixel_values": pixel_values, "labels": self.labels[indices]}
 
 
-class LabelledImages(Dataset):
+class Images(Dataset):
     """Images of any size and kind, decoded and preprocessed when they are asked for.
 
-    Each comes as `{"pixel_values": [C, H, W], "labels": int}`.
+    Each comes as `{"pixel_values": [C, H, W], "labels": int}`, or without labels.
 
     Args:
         images: The images, as one column of a data set of the `datasets` library.
-        labels: Class of each image.
+        labels: Class of each image, or None.
         transform: From a Pillow image of mode `mode` to pixels `[C, H, W]`.
         mode: `"RGB"` or `"L"`. Transparency is dropped, as timm and transformers do.
         indices: Which images to serve, in this order.
-        label_names: Name of each class.
         name: Name of the data set, for results and model cards.
     """
 
     def __init__(
         self,
         images: Sequence[PIL.Image.Image],
-        labels: Sequence[int],
+        labels: Sequence[int] | None,
         *,
         transform: Callable[[PIL.Image.Image], torch.Tensor],
         mode: str,
         indices: Sequence[int],
-        label_names: Sequence[str],
         name: str,
     ):
         self.images = images
@@ -116,7 +114,6 @@ class LabelledImages(Dataset):
         self.transform = transform
         self.mode = mode
         self.indices = indices
-        self.label_names = list(label_names)
         self.name = name
 
     def __len__(self) -> int:
@@ -128,7 +125,8 @@ class LabelledImages(Dataset):
             image = _converted(self.images[index], self.mode)
         except Exception as error:  # Pillow raises many kinds
             raise ValueError(f"Image {index} of {self.name} cannot be read: {error}. Replace or remove it.") from error
-        return {"pixel_values": self.transform(image), "labels": self.labels[index]}
+        sample = {"pixel_values": self.transform(image)}
+        return sample if self.labels is None else sample | {"labels": self.labels[index]}
 
 
 def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) -> tuple[ImageDataset, ImageDataset]:
@@ -161,9 +159,15 @@ def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) 
     )
 
 
-def load_labelled_images(
-    name: str, model: nn.Module, *, split: str = "test", num_images: int | None = None, seed: int = 0
-) -> LabelledImages:
+def load_images(
+    name: str,
+    model: nn.Module,
+    *,
+    split: str = "test",
+    num_images: int | None = None,
+    seed: int = 0,
+    labels: bool = True,
+) -> Images:
     """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
 
     Args:
@@ -174,6 +178,7 @@ def load_labelled_images(
         num_images: Serve this many images only, drawn with `seed`, in the order in which they stand. With the same seed
             a smaller number gives a part of what a larger one gives.
         seed: Seed of that draw.
+        labels: Whether labels are needed. Otherwise the data set need not have any.
 
     Raises:
         ValueError: There is no such data set, split or column, or too few images; the data set has more classes than
@@ -182,25 +187,12 @@ def load_labelled_images(
     mode, transform = _preprocessing(model)
     dataset = _load_splits(name, split)[split]
     image_column = _column_of_type(dataset.features, datasets.Image, name)
-    label_column = _column_of_type(dataset.features, datasets.ClassLabel, name)
-    label_names = dataset.features[label_column].names
-    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
-    if num_classes is not None and len(label_names) > num_classes:
-        raise ValueError(
-            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
-            "own classes."
-        )
-    labels = dataset[label_column][:]
-    unlabelled = next((index for index, label in enumerate(labels) if label is None or label < 0), None)
-    if unlabelled is not None:
-        raise ValueError(f"Image {unlabelled} of the {split} split of {name} has no label: choose another split.")
-    return LabelledImages(
+    return Images(
         dataset[image_column],
-        labels,
+        _labels(dataset, model, f"the {split} split of {name}") if labels else None,
         transform=transform,
         mode=mode,
         indices=_drawn(len(dataset), num_images, seed, name),
-        label_names=label_names,
         name=_short_name(name),
     )
 
@@ -213,12 +205,28 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     return tuple(round(m.item(), 4) for m in mean), tuple(round(s.item(), 4) for s in std)
 
 
+def _labels(dataset: datasets.Dataset, model: nn.Module, name: str) -> list[int]:
+    """Return the class of each image, after a check that the model has as many."""
+    column = _column_of_type(dataset.features, datasets.ClassLabel, name)
+    found = len(dataset.features[column].names)
+    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
+    if num_classes is not None and found > num_classes:
+        raise ValueError(
+            f"{name} has {found} classes, and the model only {num_classes}: use a data set of the model's own classes."
+        )
+    labels = dataset[column][:]
+    unlabelled = next((index for index, label in enumerate(labels) if label is None or label < 0), None)
+    if unlabelled is not None:
+        raise ValueError(f"Image {unlabelled} of {name} has no label: choose another split.")
+    return labels
+
+
 def _load_splits(name: str, *required: str) -> datasets.DatasetDict:
-    """Load a data set that must have the splits `required`; a parquet file is the one that is required."""
+    """Load a data set that must have the splits `required`; a parquet file is the only one that is required."""
     path = Path(name).expanduser()
     try:
-        if path.is_file():
-            splits = datasets.load_dataset("parquet", data_files={split: str(path) for split in required})
+        if path.is_file() and len(required) == 1:
+            splits = datasets.load_dataset("parquet", data_files={required[0]: str(path)})
         else:
             splits = datasets.load_dataset(str(path) if path.is_dir() else name)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

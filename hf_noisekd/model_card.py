@@ -253,7 +253,7 @@ def _draw_figures(record: Mapping, folder: Path) -> dict[str, str]:
     figures = {}
     metric = "accuracy" if any("accuracy" in e["batch"] for e in record["evaluations"]) else "agreement"
     runs = record.get("runs") or [{"name": "this student"} | dict(record)]
-    if record["evaluations"]:
+    if record["evaluations"] and record["curve"]:
         plot_curves(runs, folder / CURVES_NAME, metric)
         what = "Accuracy on" if metric == "accuracy" else "Agreement with the teacher on"
         figures[CURVES_NAME] = f"{what} {record['evaluations'][0]['dataset']} against training steps"
