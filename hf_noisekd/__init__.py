@@ -3,12 +3,11 @@
 Importing the package registers its CIFAR-size models with timm.
 """
 
-from . import models
-from .batch_norm import batch_statistics, recalibrate_batch_norm
-from .config import NoiseKDConfig
-from .evaluation import evaluate
-from .noise import NoiseDataset
-from .trainer import NoiseKDTrainer
+import sys
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -21,3 +20,37 @@ __all__ = [
     "models",
     "recalibrate_batch_norm",
 ]
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `noisekd` or `python -m hf_noisekd.cli`."""
+    script = Path(sys.argv[0]).name if sys.argv else ""
+    return script in ("noisekd", "noisekd.exe", "noisekd-script.py") or (
+        ("-m", "hf_noisekd.cli") in pairwise(sys.orig_argv)
+    )
+
+
+# torch, timm and transformers take seconds to import. The command line, which answers `--help` and misspelt options at
+# once, imports them when it has something to run; for everybody else the models get registered here.
+if TYPE_CHECKING or not _is_command_line():
+    from . import models
+    from .batch_norm import batch_statistics, recalibrate_batch_norm
+    from .config import NoiseKDConfig
+    from .evaluation import evaluate
+    from .noise import NoiseDataset
+    from .trainer import NoiseKDTrainer
+else:
+    _MODULE_OF = {
+        "NoiseDataset": "noise",
+        "NoiseKDConfig": "config",
+        "NoiseKDTrainer": "trainer",
+        "batch_statistics": "batch_norm",
+        "evaluate": "evaluation",
+        "recalibrate_batch_norm": "batch_norm",
+    }
+
+    def __getattr__(name: str):
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        models = import_module(".models", __name__)
+        return models if name == "models" else getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

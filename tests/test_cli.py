@@ -1,0 +1,444 @@
+"""The command line, in this process as far as it goes: `main` returns the exit code."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
+
+import hf_noisekd
+from hf_noisekd import NoiseKDConfig, cli
+from hf_noisekd.cli import main
+from hf_noisekd.hub import load_teacher, noisekd_section, save_model
+
+THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
+
+
+def config_of(*options: str) -> NoiseKDConfig:
+    """The configuration of a distillation with these options beside the three that are required."""
+    return cli.noise_config(cli.parse_args(["distill", *THREE, "--use-cpu", *options]))
+
+
+def usage_error(capsys, *argv: str) -> str:
+    """The message of wrong usage, which must say the usage and how the command is called."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 2
+    output, message = capsys.readouterr()
+    assert output == ""
+    assert "usage: noisekd" in message
+    assert re.search(rf"^noisekd {argv[0]}: error: ", message, flags=re.MULTILINE)
+    return message.split("error: ", 1)[1]
+
+
+def run_error(capsys, *argv: str) -> str:
+    """The one line of a run that failed."""
+    assert main([str(word) for word in argv]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith(f"noisekd {argv[0]}: error: ")
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+# Start-up
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("--help", 0), ("distill --help", 0), ("--version", 0), ("distill --learning-rte 3", 2), ("", 2)],
+)
+def test_help_and_wrong_options_import_nothing_heavy(arguments, code):
+    command = [sys.executable, "-X", "importtime", "-m", "hf_noisekd.cli", *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(hf_noisekd.__file__).parents[1])
+    assert done.returncode == code
+    imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "argparse" in imported
+    assert not imported & {"torch", "transformers", "timm", "numpy", "datasets", "huggingface_hub", "yaml"}
+
+
+def load_package(monkeypatch, script: str):
+    """A second copy of the package's `__init__`, as a process sees it that runs `script`."""
+    monkeypatch.setattr(sys, "argv", [script])
+    spec = importlib.util.spec_from_file_location("hf_noisekd", hf_noisekd.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", ["/usr/bin/noisekd", "noisekd.exe", "noisekd-script.py"])
+def test_public_names_are_there_in_the_command_line_too(monkeypatch, script):
+    package = load_package(monkeypatch, script)
+    assert not set(package.__all__) & set(vars(package))
+    for name in package.__all__:
+        assert getattr(package, name) is getattr(hf_noisekd, name)
+    with pytest.raises(AttributeError, match="no attribute 'trainers'"):
+        package.trainers  # noqa: B018
+
+
+@pytest.mark.parametrize("script", ["train.py", "", "-c", "notebook/noisekd/run.py"])
+def test_anybody_else_gets_the_models_registered_on_import(monkeypatch, script):
+    assert set(hf_noisekd.__all__) <= set(vars(load_package(monkeypatch, script)))
+
+
+@pytest.mark.parametrize("command", [command.run.__name__ for command in cli.COMMANDS])
+def test_help(capsys, command):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: noisekd {command} " in text
+    assert "--config FILE" in text
+    assert "_" not in "".join(re.findall(r"^  (--\S+)", text, flags=re.MULTILINE))
+
+
+def test_help_of_distill_begins_with_what_is_this_packages_own(capsys):
+    main(["distill", "--help"])
+    text = capsys.readouterr().out
+    order = ["--teacher MODEL", "--output-dir", "noise distillation:", "--loss-type", "--learning-rate", "training:"]
+    places = [text.index(f"  {words}" if words.startswith("-") else f"\n{words}") for words in order]
+    assert places == sorted(places)
+    assert text.index("  --max-steps") > places[-1]
+    assert text.index("  --bf16") > text.index("  --loss-type")
+    assert "~20% slower" in text
+
+
+def test_help_lists_the_commands_a_line_each(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("distill", "evaluate", "recalibrate", "push", "card", "info", "export"):
+        assert len(re.findall(rf"^    {command} +\S.*$", text, flags=re.MULTILINE)) == 1
+        assert command in {"recalibrate", "card", "export"} or f"noisekd {command} --" in text
+
+
+# Options
+
+
+def test_both_spellings_and_all_kinds_of_values():
+    config = config_of(
+        *("--max_steps", "5", "--learning-rate", "1e-3", "--warmup_steps=0", "--input-size", "1", "8", "8", "--bf16"),
+        *("--no-dataloader-in-order", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--label-names", "a_b", "c"),
+        *("--run-name=a_b", "--include-for-metrics", "loss", "--tf32", "false", "--no_skip_memory_metrics"),
+    )
+    assert (config.max_steps, config.learning_rate, config.warmup_steps) == (5, 1e-3, 0)
+    assert (config.input_size, config.bf16, config.dataloader_in_order) == ([1, 8, 8], True, False)
+    assert (config.lr_scheduler_kwargs, config.label_names) == ({"num_cycles": 2}, ["a_b", "c"])
+    assert (config.run_name, config.include_for_metrics, config.tf32) == ("a_b", ["loss"], False)
+    assert config.skip_memory_metrics is False
+
+
+def test_defaults_are_those_of_the_configuration():
+    assert config_of().to_dict() == NoiseKDConfig("out", use_cpu=True).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["distill", *THREE, "--learning-rte", "3"], "unknown option --learning-rte. Did you mean --learning-rate?"),
+        (["distill", *THREE, "--max_step=3"], "unknown option --max-step. Did you mean --max-steps?"),
+        (["distill", "--teachr", "x"], "unknown option --teachr. Did you mean --teacher?"),
+        (["distill", *THREE, "--zzzz"], "unknown option --zzzz. `noisekd distill --help` lists all options."),
+        (["evaluate", "--modl", "x"], "unknown option --modl. Did you mean --model?"),
+        (["distill", *THREE, "--learning-rate", "fast"], "invalid float value: 'fast'"),
+        (["distill", *THREE, "--max-steps"], "expected one argument"),
+        (["distill", *THREE, "--loss-type", "mse"], "invalid choice: 'mse'"),
+        (["distill", *THREE, "--fp16", "maybe"], "maybe"),
+        (["distill", *THREE, "--temperature", "-1"], "temperature is -1.0: use a number above 0"),
+        (["distill", *THREE, "--batch-norm-fraction", "2"], "batch_norm_fraction is 2.0"),
+        (["distill", *THREE, "--lr-scheduler-type", "cosin"], "cosin"),
+        (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),
+        (["distill", "--teacher", "t"], "required: --student, --output-dir"),
+        (["distill", *THREE, "more"], "unexpected: more"),
+        (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
+        (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
+        (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),
+        (["export", "--model", "m", "--output", "o", "--format", "tflite"], "invalid choice: 'tflite'"),
+    ],
+)
+def test_wrong_usage(capsys, monkeypatch, tmp_path, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in usage_error(capsys, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_command_is_wrong_usage(capsys):
+    assert main(["distil"]) == 2
+    assert "invalid choice: 'distil'" in capsys.readouterr().err
+
+
+# Configuration files
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a configuration file and returns its path."""
+
+    def write(text: str) -> str:
+        (tmp_path / "config.yaml").write_text(text)
+        return str(tmp_path / "config.yaml")
+
+    return write
+
+
+def test_options_go_over_the_file_and_the_file_over_the_defaults(file):
+    path = file(
+        "learning_rate: 1e-2\nmax-steps: 7\ninput_size: [1, 8, 8]\nbf16: false\nuse_cpu: true\nrun_name: ~\n"
+        "lr_scheduler_kwargs: {num_cycles: 2}\ntemperature: 2\nskip_memory_metrics: false\nhub_model_id: 12\n"
+    )
+    config = config_of("--config", path, "--max_steps", "9", "--input-size", "3", "8", "8", "--skip-memory-metrics")
+    assert (config.learning_rate, config.temperature, config.bf16) == (1e-2, 2.0, False)
+    assert (config.max_steps, config.input_size, config.skip_memory_metrics) == (9, [3, 8, 8], True)
+    assert (config.lr_scheduler_kwargs, config.run_name, config.hub_model_id) == ({"num_cycles": 2}, None, "12")
+    assert config.loss_type == "soft_cross_entropy"
+
+
+def test_a_file_has_what_is_required_of_any_command(file):
+    args = cli.parse_args(["distill", "--config", file("teacher: t\nstudent: s\noutput_dir: -out-\n")])
+    assert (args.teacher, args.student, args.output_dir) == ("t", "s", "-out-")
+    args = cli.parse_args(["push", "--config", file("model: m\nrepo_id: a/b\nprivate: true\n"), "--repo-id", "c/d"])
+    assert (args.model, args.repo_id, args.private) == (Path("m"), "c/d", True)
+    args = cli.parse_args(["info", f"--config={file('teacher: t')}", "--json"])
+    assert (args.teacher, args.json) == ("t", True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 3", "unknown option 'learning_rte'. Did you mean --learning-rate?"),
+        ("no_skip_memory_metrics: true", "unknown option 'no_skip_memory_metrics'"),
+        ("help: true", "unknown option 'help'"),
+        ("config: other.yaml", "unknown option 'config'"),
+        ("3: 4", "unknown option 3"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("learning_rate: true", "invalid float value: 'true'"),
+        ("temperature: 0", "temperature is 0.0: use a number above 0"),
+        ("trust_remote_code: 3", "'3' is neither true nor false"),
+        ("- learning_rate", "holds list: it must map names of options to values"),
+        ("", "holds nothing"),
+        ("learning_rate: [1", "config.yaml is no YAML: "),
+    ],
+)
+def test_bad_files_are_wrong_usage(capsys, file, text, message):
+    assert message in usage_error(capsys, "distill", *THREE, "--config", file(text))
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(capsys, tmp_path):
+    message = usage_error(capsys, "distill", *THREE, "--config", tmp_path / "no.yaml")
+    assert "no.yaml: No such file" in message
+    assert "cannot read" in usage_error(capsys, "info", "--config", tmp_path)
+
+
+# Exit codes
+
+
+@pytest.mark.parametrize("command", ["distill", "recalibrate"])
+def test_an_output_folder_in_use_is_left_alone(capsys, tmp_path, command):
+    (tmp_path / "precious").write_text("")
+    required = ["--model", "m", "--dataset", "d"] if command == "recalibrate" else THREE[:4]
+    for folder, message in ((tmp_path, "is not empty"), (tmp_path / "precious", "is a file")):
+        assert message in usage_error(capsys, command, *required, "--output-dir", folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_later_processes_may_find_what_the_first_one_wrote(monkeypatch, capsys, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    monkeypatch.setenv("RANK", "1")
+    assert "There is no folder '/no'" in run_error(
+        capsys, "distill", "--teacher", "/no", "--student", "s", "--output-dir", tmp_path, "--use-cpu"
+    )
+
+
+def test_a_run_that_fails_says_so_in_a_line(capsys, tmp_path):
+    assert "Did you mean resnet18?" in run_error(capsys, "info", "--teacher", "resnet_18").replace(",", "?")
+    assert "no such model" in run_error(capsys, "evaluate", "--model", "nobody/nothing", "--dataset", "d")
+    assert "There is no" in run_error(capsys, "card", tmp_path)
+    assert "There is no folder" in run_error(capsys, "push", "--model", tmp_path / "no", "--repo-id", "a/b")
+
+
+@pytest.mark.parametrize(
+    ("error", "explained"),
+    [
+        (OSError("No space left\n on device"), True),
+        (ConnectionError(), True),
+        (ValueError("not enough values to unpack"), False),
+        (RuntimeError("shapes differ"), False),
+        (KeyError("labels"), False),
+    ],
+)
+def test_only_what_is_not_expected_has_a_traceback(capsys, monkeypatch, tmp_path, error, explained):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_noisekd.model_card.write_model_card", fail)
+    if explained:
+        line = " ".join(str(error).split()) or "ConnectionError"
+        assert run_error(capsys, "card", tmp_path) == f"noisekd card: error: {line}"
+    else:
+        with pytest.raises(type(error)):
+            main(["card", str(tmp_path)])
+
+
+# The commands
+
+
+@pytest.fixture(scope="module")
+def teacher(digits_teacher, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "teacher"
+    save_model(digits_teacher, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def images(digits, tmp_path_factory):
+    """A folder with a training and a test split of digits, as `datasets` reads it."""
+    folder = tmp_path_factory.mktemp("digits")
+    for split, data in zip(("train", "test"), digits, strict=True):
+        columns = {"image": [Image.fromarray(image[0].numpy()) for image in data.images], "label": data.labels.tolist()}
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=data.label_names)}
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        table.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, images, tmp_path_factory):
+    """A student of a few steps, and what its distillation printed."""
+    folder = tmp_path_factory.mktemp("cli") / "student"
+    (folder.parent / "config.yaml").write_text(
+        "max_steps: 3\nper_device_train_batch_size: 16\nlogging_steps: 1\nsave_steps: 2\ndisable_tqdm: true\n"
+    )
+    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(folder)]
+    command += ["--config", str(folder.parent / "config.yaml"), "--eval-dataset", images, "--max_steps", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        printed = []
+        patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
+        assert main(command) == 0
+    return str(folder), printed[-1]
+
+
+def test_distill_leaves_a_student_with_its_card(student, teacher):
+    folder, printed = student
+    assert {"config.json", "model.safetensors", "README.md", "noisekd.json"} <= {p.name for p in Path(folder).iterdir()}
+    assert (load_teacher(folder).num_classes, load_teacher(folder).in_chans) == (10, 1)
+    assert noisekd_section(load_teacher(folder))["steps"] == 4
+    assert noisekd_section(load_teacher(folder))["batch_size"] == 16
+    assert f"The student is in {folder}" in printed
+    assert re.search(r"running statistics +\d+\.\d\d", printed)
+    assert "accuracy (%)" in printed
+    assert f"noisekd push --model {folder}" in printed
+
+
+def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path, capsys):
+    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--save_steps", "1"]
+    command += ["--per-device-eval-batch-size", "8", "--disable-tqdm", "--bf16", "false"]
+    assert main([*command, "--max-steps", "1"]) == 0
+    assert "is not empty" in usage_error(capsys, *command, "--max-steps", "2")
+    assert main([*command, "--max-steps", "2", "--resume-from-checkpoint"]) == 0
+    summary = capsys.readouterr().out.split("The student is in")[1]
+    assert "agreement (%)" in summary
+    assert "accuracy" not in summary
+    assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
+    assert "no.pt" in run_error(capsys, *command, "--resume-from-checkpoint", tmp_path / "no.pt")
+
+
+def test_evaluate(teacher, student, images, tmp_path, capsys):
+    output = tmp_path / "new" / "scores.json"
+    command = ["evaluate", "--model", teacher, "--dataset", images, "--teacher", student[0], "--output", str(output)]
+    assert main([*command, "--num-images", "300", "--batch_size", "100"]) == 0
+    scores = json.loads(output.read_text())
+    assert scores["running"]["accuracy"] > 90
+    assert scores["batch"]["agreement"] < 90
+    assert (scores["images"], scores["batch_size"], scores["split"]) == (300, 100, "test")
+    table = capsys.readouterr().out
+    for statistics in ("running", "batch"):
+        assert re.search(rf"{statistics} statistics +{scores[statistics]['accuracy']:.2f}", table)
+    assert "no validation split" in run_error(capsys, *command, "--split", "validation")
+
+
+def test_recalibrate(student, images, tmp_path, capsys):
+    command = ["recalibrate", "--model", student[0], "--dataset", images, "--output-dir", str(tmp_path / "new")]
+    assert main([*command, "--num-images", "64"]) == 0
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (student[0], tmp_path / "new"))
+    changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"running_mean", "running_var"}
+    section = noisekd_section(load_teacher(str(tmp_path / "new")))
+    assert section["batch_norm"] == "running"
+    assert section["recalibration"] == {"dataset": Path(images).name, "split": "train", "images": 64}
+    assert str(tmp_path / "new") in capsys.readouterr().out
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert f"64 real images of {Path(images).name}" in card
+    assert "pipeline(" in card
+    assert "## Results" not in card, "what was measured does not hold for the new statistics"
+
+    command = ["evaluate", "--model", str(tmp_path / "new"), "--dataset", images, "--update-card"]
+    assert main([*command, "--num-images", "50"]) == 0
+    assert main([*command, "--num-images", "100"]) == 0
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert card.count("(100 images)") == 2
+    assert "(50 images)" not in card
+
+
+def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
+    table = datasets.load_dataset(images, split="train").remove_columns("label")
+    (tmp_path / "images").mkdir()
+    table.to_parquet(tmp_path / "images" / "train.parquet")
+    command = ["recalibrate", "--model", teacher, "--dataset", str(tmp_path / "images")]
+    assert main([*command, "--output-dir", str(tmp_path / "new"), "--num-images", "8"]) == 0
+    assert noisekd_section(load_teacher(tmp_path / "new")) == {}
+
+
+def test_info_of_a_teacher(teacher, digits_teacher, capsys):
+    assert main(["info", "--teacher", teacher, "--batch-size", "64", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["architecture"], facts["input_size"], facts["num_classes"]) == ("resnet10_cifar", [1, 32, 32], 10)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in digits_teacher.parameters())
+    assert facts["class_names"] == ["0", "1", "2", "3", "4"]
+    layers = [m for m in digits_teacher.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert facts["batch_norm"] == {"BatchNorm2d": len(layers)}
+    assert facts["verdict"].startswith("can be a teacher")
+
+    assert main(["info", "--teacher", teacher, "--batch-size", "64"]) == 0
+    text = capsys.readouterr().out
+    assert facts["verdict"] in text
+    for statistics, answers in facts["answers"].items():
+        assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
+
+
+def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):
+    save_model(timm.create_model("test_vit", num_classes=7), tmp_path / "vit")
+    assert main(["info", "--teacher", str(tmp_path / "vit"), "--batch-size", "4"]) == 1
+    text = capsys.readouterr().out
+    assert "cannot be a teacher" in text
+    assert "has no BatchNorm layer" in text
+    assert "7 classes" in text
+
+
+def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4, layer_type="basic")
+    save_model(ResNetForImageClassification(config), tmp_path)
+    command = ["info", "--teacher", str(tmp_path), "--batch-size", "4"]
+    assert "--input-size CHANNELS HEIGHT WIDTH" in usage_error(capsys, *command)
+    assert main([*command, "--input-size", "3", "32", "32"]) == 0
+    assert "does not take images of 5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
+
+
+def test_card_and_push(student, hub, tmp_path, capsys):
+    assert main(["card", student[0], "--output-dir", str(tmp_path / "card"), "--repo-id", "alice/other"]) == 0
+    assert "alice/other" in (tmp_path / "card" / "README.md").read_text()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "card" / "README.md")
+
+    assert main(["push", "--model", student[0], "--repo-id", "alice/student", "--commit-message", "A student"]) == 0
+    assert "model.safetensors" in hub.repo("alice/student").head["files"]
+    assert "--model alice/student" in capsys.readouterr().out
+
+
+def test_export(teacher, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    assert main(["export", "--model", teacher, "--format", "onnx", "--output", str(tmp_path / "teacher.onnx")]) == 0
+    assert onnxruntime.InferenceSession(tmp_path / "teacher.onnx").get_outputs()[0].name == "logits"

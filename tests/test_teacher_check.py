@@ -1,0 +1,37 @@
+import pytest
+import timm
+import torch
+from conftest import TinyCNN
+
+from hf_noisekd import NoiseDataset, batch_statistics
+from hf_noisekd.teacher_check import describe_teacher
+
+
+def test_measures_what_the_teacher_answers_under_either_statistics(digits_teacher):
+    facts = describe_teacher(digits_teacher, batch_size=32)
+    noise = [NoiseDataset((1, 32, 32), 32).draw(step) for step in range(2)]
+    with torch.no_grad():
+        expected = {"running": torch.cat([digits_teacher(batch) for batch in noise]).softmax(1)}
+        with batch_statistics(digits_teacher):
+            expected["batch"] = torch.cat([digits_teacher(batch) for batch in noise]).softmax(1)
+    for statistics, probs in expected.items():
+        answers = facts["answers"][statistics]
+        mean, most = probs.mean(0), torch.tensor(10.0).log()
+        assert answers["class_balance"] == pytest.approx((-(mean * mean.log()).sum() / most).item(), rel=1e-3)
+        assert answers["flatness"] == pytest.approx((-(probs * probs.log()).sum(1).mean() / most).item(), rel=1e-3)
+        counts = probs.argmax(1).bincount()
+        assert answers["top_class_share"] == pytest.approx(100 * counts.max().item() / 64)
+        assert answers["classes_answered"] == (counts > 0).sum()
+    assert facts["answers"]["batch"] != facts["answers"]["running"]
+
+
+def test_says_what_stands_in_the_way(tiny_cnn):
+    without = describe_teacher(timm.create_model("test_vit", num_classes=7), batch_size=4)
+    assert not without["can_teach"]
+    assert "has no BatchNorm layer" in without["verdict"]
+    damaged = TinyCNN()
+    damaged.fc.bias.data[0] = torch.nan
+    facts = describe_teacher(damaged, (1, 8, 8), batch_size=4)
+    assert (facts["can_teach"], facts["answers"]) == (False, {})
+    assert "'fc.bias' holds a NaN" in facts["verdict"]
+    assert "one class" in describe_teacher(TinyCNN(num_classes=1), (1, 8, 8), batch_size=4)["verdict"]
