@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-network quality format
+.PHONY: demo test test-slow test-gpu test-network quality format cards
+
+# Results files of the recipes whose students are released.
+RELEASED := digits
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/digits.py --output-dir runs/digits
@@ -23,6 +26,12 @@ quality: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The cards of the released students, out of the results files of their recipes.
+cards: $(VENV)/.installed
+	for name in $(RELEASED); do \
+		$(BIN)/noisekd card recipes/results/$$name.json --output-dir model_cards/$$name || exit 1; \
+	done
 
 # Reinstalled only when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml

@@ -243,7 +243,8 @@ def _facts(record: Mapping) -> list[str]:
             + "."
         )
     if record.get("command"):
-        lines.append(f"Command: `{record['command']}`")
+        at = f", at commit `{record['commit']}` of hf_noisekd" if record.get("commit") else ""
+        lines.append(f"Command: `{record['command']}`{at}.")
     lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made["versions"].items()) + ".")
     return lines
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import timm
 import torch
 from conftest import TinyCNN
 from huggingface_hub import ModelCard, ModelCardData
+from matplotlib.testing.compare import compare_images
 from PIL import Image
 from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
@@ -198,3 +200,23 @@ def test_class_balance_is_drawn_for_any_number_of_classes(tmp_path, num_classes)
     frequencies = torch.rand(num_classes).softmax(0).tolist()
     plot_class_balance(frequencies, tmp_path / "balance.png", [f"a rather long name {i}" for i in range(num_classes)])
     assert (tmp_path / "balance.png").stat().st_size > 5000
+
+
+ROOT = Path(__file__).parents[1]
+RELEASED = re.search(r"^RELEASED := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_cards_are_those_of_the_results_files(tmp_path, name):
+    card = write_model_card(ROOT / "recipes" / "results" / f"{name}.json", tmp_path / name)
+    released = ROOT / "model_cards" / name
+    assert (released / "README.md").read_text() == card.read_text(), "stale: run `make cards`"
+    assert {file.name for file in released.iterdir()} == {file.name for file in card.parent.iterdir()}
+    for figure in released.glob("*.png"):
+        # Room for the fonts of another version of matplotlib.
+        assert compare_images(str(figure), str(card.parent / figure.name), tol=20) is None, "stale: run `make cards`"
+    assert ModelCard.load(released / "README.md", ignore_metadata_errors=False).data.eval_results
+
+
+def test_no_other_card_is_kept():
+    assert {folder.name for folder in (ROOT / "model_cards").iterdir()} == set(RELEASED)
