@@ -100,7 +100,8 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor | Ma
     layers before it already use their new statistics. The result does not depend on how the images are cut into
     batches. (A training-mode pass of one batch that holds them all stores almost the same; it normalises by the biased
     variance on the way.) It costs one partial forward pass of the images for each layer. A layer that the forward pass
-    never reaches keeps what it has, as does every `num_batches_tracked`.
+    never reaches keeps what it has, as does every `num_batches_tracked`. A student of this package remembers, in its
+    attribute `noisekd`, that it is to be run with running statistics from now on.
 
     Args:
         model: The model. All its modules run in evaluation mode; modes are restored afterwards.
@@ -122,6 +123,9 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor | Ma
                 raise ValueError(f"BatchNorm layer {name!r} saw one value a channel: recalibrate on 2 images or more.")
             layers[name].running_mean.copy_(mean)
             layers[name].running_var.copy_(squares / (count - 1))
+    if section := getattr(model, "noisekd", None):
+        images = sum(len(_pixel_values(batch)) for batch in batches)
+        model.noisekd = dict(section) | {"batch_norm": "running", "recalibration": {"images": images}}
 
 
 class _StopForward(Exception):  # noqa: N818 - a signal, not an error

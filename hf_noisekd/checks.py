@@ -15,7 +15,7 @@ from transformers.trainer_utils import has_length
 from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
 from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
-from .hub import WEIGHTS_NAME
+from .hub import WEIGHTS_NAME, differing
 from .noise import NoiseDataset
 
 logger = logging.getLogger(__name__)
@@ -155,11 +155,9 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
         raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
     model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if shapes != expected:
-        differing = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if names := differing(expected, shapes):
         raise ValueError(
-            f"The checkpoint {folder!r} is of another model: {len(differing)} tensors differ, first {differing[0]!r}. "
-            + advice
+            f"The checkpoint {folder!r} is of another model: {len(names)} tensors differ, first {names[0]!r}. {advice}"
         )
 
 

@@ -232,6 +232,8 @@ def evaluate(args: argparse.Namespace) -> int:
     from .image_data import load_images
     from .model_card import read_record, write_model_card
 
+    if args.update_card and not Path(args.model).is_dir():
+        args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
     record = read_record(args.model) if args.update_card else None
     model = _load(args.model, args)
     dataset = load_images(args.dataset, model, split=args.split, num_images=args.num_images)
@@ -245,9 +247,17 @@ def evaluate(args: argparse.Namespace) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result | scores, indent=1) + "\n")
     if record is not None:
-        facts = {"dataset": dataset.name, "images": len(dataset), "batch_size": min(args.batch_size, len(dataset))}
-        others = [entry for entry in record["evaluations"] if entry["dataset"] != dataset.name]
-        write_model_card(record | {"evaluations": [facts | {"step": record["steps"]} | scores, *others]}, args.model)
+        facts = {
+            "dataset": dataset.name,
+            "split": args.split,
+            "images": len(dataset),
+            "batch_size": min(args.batch_size, len(dataset)),
+            "precision": "float32",
+            "step": record["steps"],
+        }
+        measured = (dataset.name, args.split)
+        others = [entry for entry in record["evaluations"] if (entry["dataset"], entry.get("split")) != measured]
+        write_model_card(record | {"evaluations": [*others, facts | scores]}, args.model)
     return 0
 
 
@@ -275,21 +285,19 @@ def recalibrate(args: argparse.Namespace) -> int:
 
     from .batch_norm import recalibrate_batch_norm
     from .evaluation import collate_images
-    from .hub import RECORD_NAME, model_folder, noisekd_section, save_model
+    from .hub import RECORD_NAME, has_weights, model_folder, noisekd_section, save_model
     from .image_data import load_images
     from .model_card import read_record, write_model_card
 
     model = _load(args.model, args)
     images = load_images(args.dataset, model, split=args.split, num_images=args.num_images, labels=False)
     recalibrate_batch_norm(model, DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images))
-    if section := noisekd_section(model):
-        recalibration = {"dataset": images.name, "split": args.split, "images": len(images)}
-        model.noisekd = section | {"batch_norm": "running", "recalibration": recalibration}
+    if noisekd_section(model):
+        model.noisekd["recalibration"] |= {"dataset": images.name, "split": args.split}
     save_model(model, args.output_dir)
-    source, _ = model_folder(args.model)
-    if (source / RECORD_NAME).is_file():
+    if has_weights(args.model) and (model_folder(args.model)[0] / RECORD_NAME).is_file():
         # What was measured before does not hold for the new statistics; nor is the student at its old address.
-        record = {key: value for key, value in read_record(source).items() if key not in ("repo_id", "curve")}
+        record = {key: value for key, value in read_record(args.model).items() if key != "repo_id"}
         write_model_card(record | {"noisekd": model.noisekd, "evaluations": [], "curve": []}, args.output_dir)
     print(
         f"{args.output_dir}: running statistics of {len(images):,} images. It answers single images as any network "

@@ -24,12 +24,11 @@ def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accura
     axes = figure.subplots(1, 2, sharey=True)
     for axis, statistics in zip(axes, STATISTICS, strict=True):
         for run in runs:
-            points = {}
-            for evaluation in run["evaluations"][:1]:
-                names = (f"eval_{evaluation['dataset']}_{statistics}_{metric}", f"eval_{statistics}_{metric}")
-                points = {entry["step"]: entry[name] for entry in run["curve"] for name in names if name in entry}
-                points[run["steps"]] = evaluation[statistics][metric]
-            axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3, label=run["name"])
+            if evaluation := charted_evaluation(run, metric):
+                name = f"{evaluation.get('log_prefix')}_{statistics}_{metric}"
+                points = {entry["step"]: entry[name] for entry in run["curve"] if name in entry}
+                points[evaluation.get("step", 0)] = evaluation[statistics][metric]
+                axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3, label=run["name"])
         axis.set_title(f"read with {statistics} statistics")
         axis.set_xlabel("training steps")
         axis.grid(alpha=0.3)
@@ -37,6 +36,18 @@ def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accura
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def charted_evaluation(run: Mapping, metric: str) -> Mapping | None:
+    """Return the first evaluation of a run that has a metric and was also made in its training, if there was any."""
+    return next(
+        (
+            evaluation
+            for evaluation in run["evaluations"]
+            if metric in evaluation["batch"] and ("log_prefix" in evaluation or not run["curve"])
+        ),
+        None,
+    )
 
 
 def plot_class_balance(

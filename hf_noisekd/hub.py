@@ -83,7 +83,7 @@ def load_student(
         ValueError: There is no such model, or it is damaged; the message says what was found.
     """
     kwargs = {}
-    if not isinstance(source, nn.Module) and not _has_weights(str(source)):
+    if not isinstance(source, nn.Module) and not has_weights(str(source)):
         kwargs["num_classes"] = num_classes
         if input_size is not None:
             kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
@@ -114,7 +114,8 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
                 names = class_names(teacher_model, bare.config.num_labels)
                 bare.config.id2label = dict(enumerate(names))
                 bare.config.label2id = {name: index for index, name in enumerate(names)}
-                _save_image_processor(teacher_model, staging)
+            if processor := image_processor_of(bare if teacher_model is None else teacher_model):
+                processor.save_pretrained(staging)
             bare.save_pretrained(staging)
             return
         # Copies in the default memory format: safetensors stores contiguous tensors that share no memory.
@@ -190,11 +191,14 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             file.chmod(staging.stat().st_mode & 0o666)  # as the user's umask has it; safetensors writes 0600
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        if exists:
-            for file in staging.iterdir():
-                file.replace(folder / file.name)
-        else:
-            staging.rename(folder)
+        if not exists:
+            # Another process may have made the folder meanwhile, for its own files.
+            with contextlib.suppress(OSError):
+                staging.rename(folder)
+                return
+        # The configuration last: it tells what the weights are.
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+            file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -228,10 +232,10 @@ def preprocessing_of(model: nn.Module) -> dict:
     cfg = pretrained_cfg_of(model)
     if cfg or not isinstance(model, PreTrainedModel):
         return {key: cfg[key] for key in PREPROCESSING_KEYS if cfg.get(key) is not None}
-    try:
-        processor = AutoImageProcessor.from_pretrained(model.name_or_path).to_dict()
-    except (OSError, ValueError):
+    processor = image_processor_of(model)
+    if processor is None:
         return {}
+    processor = processor.to_dict()
     preprocessing = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     if processor.get("resample") is not None:
         preprocessing["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(
@@ -245,6 +249,30 @@ def preprocessing_of(model: nn.Module) -> dict:
     elif size.get("height"):
         preprocessing |= {"crop_pct": 1.0, "crop_mode": "squash"}
     return {key: value for key, value in preprocessing.items() if value is not None}
+
+
+def image_processor_of(model: nn.Module):
+    """Return transformers' image processor for a model, its own or one like timm's evaluation; None if not known."""
+    if isinstance(model, PreTrainedModel):
+        try:
+            return AutoImageProcessor.from_pretrained(model.name_or_path)
+        except (OSError, ValueError):
+            return None
+    preprocessing = preprocessing_of(model)
+    input_size = declared_input_size(model)
+    if not {"mean", "std"} <= preprocessing.keys() or input_size is None:
+        return None
+    size = {"height": input_size[1], "width": input_size[2]}
+    squash = preprocessing.get("crop_mode") == "squash"
+    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+    return BitImageProcessor(
+        size=size if squash else {"shortest_edge": int(min(input_size[1:]) / preprocessing.get("crop_pct", 1.0))},
+        do_center_crop=not squash,
+        crop_size=size,
+        resample=resample[preprocessing.get("interpolation", "bicubic")],
+        image_mean=list(preprocessing["mean"]),
+        image_std=list(preprocessing["std"]),
+    )
 
 
 def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:
@@ -269,28 +297,6 @@ def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Ma
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _save_image_processor(teacher_model: nn.Module, folder: Path) -> None:
-    """Save the teacher's preprocessing as an image processor of transformers, if it is known."""
-    preprocessing = preprocessing_of(teacher_model)
-    input_size = declared_input_size(teacher_model)
-    if not {"mean", "std"} <= set(preprocessing) or input_size is None:
-        return
-    height, width = input_size[1:]
-    squash = preprocessing.get("crop_mode") == "squash"
-    BitImageProcessor(
-        size={"height": height, "width": width}
-        if squash
-        else {"shortest_edge": int(min(height, width) / preprocessing.get("crop_pct", 1.0))},
-        do_center_crop=not squash,
-        crop_size={"height": height, "width": width},
-        resample={"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}[
-            preprocessing.get("interpolation", "bicubic")
-        ],
-        image_mean=list(preprocessing["mean"]),
-        image_std=list(preprocessing["std"]),
-    ).save_pretrained(folder)
-
-
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
     """Return the class names a model carries, or their numbers where it carries none.
 
@@ -311,7 +317,7 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, **kwargs) -> 
     if not isinstance(source, str | Path):
         raise ValueError(f"A model must be a name, a folder or an nn.Module, got {type(source).__name__}.")
     source = str(source)
-    if _has_weights(source):
+    if has_weights(source):
         return _load_with_weights(source, trust_remote_code)
     model = _create_timm_model(source, **kwargs)
     if kwargs.get("pretrained"):
@@ -343,13 +349,15 @@ def _nearest(architecture: str) -> str:
     return f" Did you mean {', '.join(nearest)}?" if nearest else ""
 
 
-def _has_weights(source: str) -> bool:
+def has_weights(source: str) -> bool:
     """Whether `source` points at saved weights, rather than naming an architecture."""
     return "/" in source or ":" in source or Path(source).exists()
 
 
 def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
     folder, origin = model_folder(source, trust_remote_code)
+    if origin and not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"{source} has no {WEIGHTS_NAME} on the Hub: ask for one there, or convert its weights.")
     check_model_folder(folder)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
@@ -362,8 +370,6 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
     model.origin = origin | {"license": pretrained_cfg_of(model).get("license") or _card_license(folder)}
-    if isinstance(model, PreTrainedModel) and "id" in origin:
-        model.config._name_or_path = origin["id"]
     if config.get("noisekd"):
         model.noisekd = config["noisekd"]
     return model
@@ -465,24 +471,20 @@ def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: Names or shapes differ; the message names the first.
     """
-    expected = model.state_dict()
-    if differing := differing_tensors(expected, state_dict):
-        name = differing[0]
-        shapes = (list(tensors[name].shape) if name in tensors else "nothing" for tensors in (expected, state_dict))
+    expected, found = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (model.state_dict(), state_dict)
+    )
+    if names := differing(expected, found):
         raise ValueError(
-            f"the weights do not fit the architecture: {len(differing)} tensors differ, first {name!r}: the model has "
-            "{}, the file {}.".format(*shapes)
+            f"the weights do not fit the architecture: {len(names)} tensors differ, first {names[0]!r}: the model has "
+            f"{expected.get(names[0], 'nothing')}, the file {found.get(names[0], 'nothing')}."
         )
     model.load_state_dict(state_dict)
 
 
-def differing_tensors(expected: Mapping, found: Mapping) -> list[str]:
-    """Return the names under which two mappings do not hold tensors of one shape, in order."""
-
-    def shape(tensors: Mapping, name: str):
-        return tuple(tensors[name].shape) if name in tensors else None
-
-    return sorted(name for name in expected.keys() | found.keys() if shape(expected, name) != shape(found, name))
+def differing(expected: Mapping, found: Mapping) -> list[str]:
+    """Return the names under which two mappings do not hold the same, in order."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
 def _card_license(folder: Path) -> str | None:

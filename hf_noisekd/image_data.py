@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .classifier import declared_input_size, pretrained_cfg_of
+from .hub import image_processor_of
 
 # Pillow's name for what a model of so many channels sees.
 IMAGE_MODES = {1: "L", 3: "RGB"}
@@ -257,19 +258,12 @@ def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], t
     cfg = pretrained_cfg_of(model)
     if cfg:
         return _timm_preprocessing(model, cfg)
-    source = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not source:
+    processor = image_processor_of(model)
+    if processor is None:
         raise ValueError(
-            f"{type(model).__name__} does not say how it wants its images: load it from a folder or a Hub id with an "
-            "image processor, or pass a data set that is preprocessed already."
+            f"{type(model).__name__} does not say how it wants its images: save an image processor into its folder, "
+            "with AutoImageProcessor's save_pretrained, or pass a data set that is preprocessed already."
         )
-    try:
-        processor = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{source} holds no image processor that says how {type(model).__name__} wants its images; save one there "
-            f"with AutoImageProcessor's save_pretrained. ({error})"
-        ) from error
     return _mode(getattr(model.config, "num_channels", 3)), _Processed(processor)
 
 

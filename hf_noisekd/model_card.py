@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import models
 from .evaluation import STATISTICS
-from .figures import plot_class_balance, plot_curves
+from .figures import charted_evaluation, plot_class_balance, plot_curves
 from .hub import CARD_NAME, RECORD_NAME, model_folder, replacing_files
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation", "data-free")
@@ -52,6 +52,8 @@ def write_model_card(
         render_model_card(record, figures).save(staging / CARD_NAME)
         if "runs" not in record:
             (staging / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+    for name in {CURVES_NAME, CLASS_BALANCE_NAME} - figures.keys():
+        (Path(output_dir) / name).unlink(missing_ok=True)
     return Path(output_dir) / CARD_NAME
 
 
@@ -89,7 +91,6 @@ def render_model_card(record: Mapping, figures: Mapping[str, str] | None = None)
     """
     made, model = record["noisekd"], record["model"]
     teacher = made["teacher"]
-    batch_size = max([evaluation["batch_size"] for evaluation in record["evaluations"]], default=256)
     on_batch = made["batch_norm"] == "batch"
     code = _Code(record, on_batch)
     title = record.get("title") or (record.get("repo_id") or "").split("/")[-1]
@@ -104,10 +105,10 @@ def render_model_card(record: Mapping, figures: Mapping[str, str] | None = None)
         size=_by(model["input_size"]) if "input_size" in model else "any size",
         taught_by=_taught_by(made),
         data_free="no image and no label was used." if "noise" in made else "labels were not used.",
-        results_table=_results_table(record["evaluations"]),
+        results_table=_results_table(record),
         results_note=_results_note(record["evaluations"]),
         has_accuracy=any("accuracy" in evaluation["batch"] for evaluation in record["evaluations"]),
-        statistics_advice=_statistics_advice(made, batch_size),
+        statistics_advice=_statistics_advice(record),
         code=code,
         on_batch=on_batch,
         library=model["library"],
@@ -124,6 +125,7 @@ def _card_data(record: Mapping) -> ModelCardData:
             task_name="Image classification",
             dataset_type=evaluation["dataset"],
             dataset_name=evaluation["dataset"],
+            dataset_split=evaluation.get("split"),
             metric_type="accuracy",
             metric_name=f"Accuracy, {_reading(statistics, evaluation)}",
             metric_value=round(evaluation[statistics]["accuracy"] / 100, 6),
@@ -133,6 +135,7 @@ def _card_data(record: Mapping) -> ModelCardData:
         if "accuracy" in evaluation[statistics]
     ]
     fields = {
+        "language": record.get("language"),
         "license": record.get("license") or teacher.get("license"),
         "base_model": teacher.get("id"),
         "metrics": ["accuracy"] if results else None,
@@ -147,7 +150,8 @@ def _card_data(record: Mapping) -> ModelCardData:
     )
 
 
-def _results_table(evaluations: list[Mapping]) -> str:
+def _results_table(record: Mapping) -> str:
+    evaluations = record["evaluations"]
     if not evaluations:
         return ""
     names = {"accuracy": "accuracy (%)", "top5_accuracy": "top-5 accuracy (%)", "agreement": "agreement (%)"}
@@ -157,20 +161,23 @@ def _results_table(evaluations: list[Mapping]) -> str:
         f"|---|---|{'---:|' * len(columns)}",
     ]
     for evaluation in evaluations:
+        where = f"{evaluation['dataset']}{', ' + evaluation['split'] if 'split' in evaluation else ''}"
+        after = "" if evaluation["step"] == record["steps"] else f", after step {evaluation['step']:,}"
         for statistics in STATISTICS:
             values = [
                 f"{evaluation[statistics][column]:.2f}" if column in evaluation[statistics] else ""
                 for column in columns
             ]
             lines.append(
-                f"| {evaluation['dataset']} ({evaluation['images']:,} images) | {_reading(statistics, evaluation)} "
+                f"| {where} ({evaluation['images']:,} images{after}) | {_reading(statistics, evaluation)} "
                 f"| {' | '.join(values)} |"
             )
     return "\n".join(lines)
 
 
 def _results_note(evaluations: list[Mapping]) -> str:
-    note = "Measured in float32."
+    precisions = sorted({evaluation["precision"] for evaluation in evaluations})
+    note = f"Measured in {' and '.join(precisions)}."
     if any("agreement" in evaluation["batch"] for evaluation in evaluations):
         note += " Agreement is the share of images for which student and teacher give the same first answer."
     return note
@@ -182,21 +189,28 @@ def _reading(statistics: str, evaluation: Mapping) -> str:
     return f"batch statistics, batches of {evaluation['batch_size']}"
 
 
-def _statistics_advice(made: Mapping, batch_size: int) -> str:
+def _statistics_advice(record: Mapping) -> str:
+    made = record["noisekd"]
     if made["batch_norm"] == "batch":
+        sizes = [str(evaluation["batch_size"]) for evaluation in record["evaluations"]]
+        measured = f" (it was measured with {' and '.join(dict.fromkeys(sizes))})" if sizes else ""
         return (
             "**Batch statistics.** The running statistics that this student stores are those of what it was taught "
             "with, not of real images, and reading it with them costs accuracy. Give it batches of images of mixed "
-            f"classes, the larger the better up to about 256 (it was measured with {batch_size}), and let its "
-            "BatchNorm layers use the statistics of the batch at hand, as below; or recalibrate it once."
+            f"classes, the larger the better up to about 256{measured}, and let its BatchNorm layers use the "
+            "statistics of the batch at hand, as below; or recalibrate it once."
         )
     if "recalibration" in made:
-        on = made["recalibration"]
         return (
-            f"**Running statistics**, as for any other model: they were re-estimated from {on['images']:,} real images "
-            f"of {on['dataset']}. Single images and batches of any size will do."
+            f"**Running statistics**, as for any other model: they were re-estimated from {_recalibrated_on(made)}. "
+            "Single images and batches of any size will do."
         )
     return "**Running statistics**, as for any other model. Single images and batches of any size will do."
+
+
+def _recalibrated_on(made: Mapping) -> str:
+    on = made["recalibration"]
+    return f"{on['images']:,} real images" + (f" of {on['dataset']}" if "dataset" in on else "")
 
 
 def _taught_by(made: Mapping) -> str:
@@ -210,7 +224,8 @@ def _facts(record: Mapping) -> list[str]:
     fraction = made["teacher_batch_norm_fraction"]
     layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
     if teacher.get("id"):
-        identity = f" ([{teacher['id']}](https://huggingface.co/{teacher['id']}), revision `{teacher['revision']}`)"
+        identity = f" ([{teacher['id']}](https://huggingface.co/{teacher['id']})"
+        identity += f", revision `{teacher['revision']}`)" if "revision" in teacher else ")"
     else:
         identity = f" (SHA-256 of its weights `{teacher['sha256'][:16]}`)"
     loss = {
@@ -229,8 +244,7 @@ def _facts(record: Mapping) -> list[str]:
         f"{made['temperature']:g}, seed {made['seed']}."
     )
     if "recalibration" in made:
-        on = made["recalibration"]
-        lines.append(f"Recalibration: running statistics of {on['images']:,} real images of {on['dataset']}.")
+        lines.append(f"Recalibration: running statistics of {_recalibrated_on(made)}.")
     device = machine.get("accelerator") or (
         f"{machine['cores']} cores of {machine['processor']}" if machine.get("processor") else None
     )
@@ -252,12 +266,12 @@ def _facts(record: Mapping) -> list[str]:
 def _draw_figures(record: Mapping, folder: Path) -> dict[str, str]:
     """Draw the figures that the record has the data for, and return their captions by file name."""
     figures = {}
-    metric = "accuracy" if any("accuracy" in e["batch"] for e in record["evaluations"]) else "agreement"
     runs = record.get("runs") or [{"name": "this student"} | dict(record)]
-    if record["evaluations"] and record["curve"]:
-        plot_curves(runs, folder / CURVES_NAME, metric)
-        what = "Accuracy on" if metric == "accuracy" else "Agreement with the teacher on"
-        figures[CURVES_NAME] = f"{what} {record['evaluations'][0]['dataset']} against training steps"
+    for metric, what in (("accuracy", "Accuracy on"), ("agreement", "Agreement with the teacher on")):
+        evaluation = charted_evaluation(record, metric)
+        if evaluation and record["curve"] and not figures:
+            plot_curves(runs, folder / CURVES_NAME, metric)
+            figures[CURVES_NAME] = f"{what} {evaluation['dataset']} against training steps"
     if record.get("class_frequencies"):
         plot_class_balance(record["class_frequencies"], folder / CLASS_BALANCE_NAME, record["model"].get("label_names"))
         figures[CLASS_BALANCE_NAME] = "How often the teacher answered each class to the training noise"

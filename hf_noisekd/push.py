@@ -1,6 +1,7 @@
 """Push a student to the Hub: check first that it can be done, upload what belongs to a model, say what went wrong."""
 
 import functools
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -89,7 +90,8 @@ def push_model(
         HubError: The Hub refuses or cannot be reached.
     """
     folder = Path(folder).expanduser()
-    check_model_folder(folder)
+    if not ((folder / RECORD_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()):  # as of a module without config
+        check_model_folder(folder)
     repo_id = check_hub_access(repo_id, token=token, private=private)
     if (folder / RECORD_NAME).is_file():
         write_model_card(folder, repo_id=repo_id)
@@ -113,7 +115,7 @@ def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwar
             repo_id=repo_id, folder_path=folder, allow_patterns=list(RELEASED_FILES), **kwargs
         )
     except Exception as error:  # as above
-        raise HubError(push_again(folder, repo_id, error)) from error
+        raise HubError(push_again(folder, repo_id, error, kwargs.get("revision"))) from error
 
 
 def upload_later(
@@ -134,19 +136,24 @@ def upload_later(
         A future, which raises what `upload_folder` raises.
     """
     copy = tempfile.mkdtemp(prefix="noisekd-push-")
-    for file in Path(folder).iterdir():
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copy(file, copy)
+    try:
+        for file in Path(folder).iterdir():
+            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copy(file, copy)
+    except OSError:
+        shutil.rmtree(copy, ignore_errors=True)
+        raise
     job = _api(token).upload_folder(repo_id=repo_id, folder_path=copy, run_as_future=True, **kwargs)
     job.add_done_callback(lambda _: shutil.rmtree(copy, ignore_errors=True))
     return job
 
 
-def push_again(folder: str | Path, repo_id: str, error: BaseException) -> str:
+def push_again(folder: str | Path, repo_id: str, error: BaseException, revision: str | None = None) -> str:
     """Return what to tell a user whose push failed."""
+    branch = f" --revision {revision}" if revision else ""
     return (
         f"The push to {repo_id!r} failed: {hub_advice(error)}. Nothing is lost: the student is whole in {folder}. Push "
-        f"it again with `noisekd push --model {folder} --repo-id {repo_id}`."
+        f"it again with `noisekd push --model {shlex.quote(str(folder))} --repo-id {repo_id}{branch}`."
     )
 
 
@@ -167,8 +174,12 @@ def hub_advice(error: BaseException) -> str:
         advice = "too many requests: wait some minutes and push again"
     elif status is not None and status >= 500:
         advice = "the Hub has a fault of its own: push again later"
+    elif status == 404:
+        advice = "there is no such repository or branch: make the branch first, or push to the main one"
     elif constants.HF_HUB_OFFLINE:
         advice = "HF_HUB_OFFLINE=1 forbids requests: unset it to push"
-    else:
+    elif status is None and type(error.__cause__ or error).__module__.startswith(("http", "builtins")):
         advice = "the connection failed: push again once the Hub can be reached"
+    else:
+        return " ".join(str(error).split())
     return f"{advice} ({' '.join(str(error).split())})"

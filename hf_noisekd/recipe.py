@@ -85,6 +85,7 @@ class Results:
         """Evaluate a model that was not trained here, in float32 on the test images, and record it."""
         if PartialState().is_main_process:
             evaluation = {"dataset": dataset_name(test_dataset), "images": len(test_dataset), "batch_size": batch_size}
+            evaluation |= {"precision": "float32", "step": 0}
             scores = evaluate(model, test_dataset, batch_size=batch_size)
             for statistics in STATISTICS:
                 evaluation[statistics] = {key: round(value, 4) for key, value in scores[statistics].items()}

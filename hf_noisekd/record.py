@@ -6,18 +6,20 @@ A record is a mapping of this schema; what is not known is left out:
   `input_size`; of a distilled student `label_names`.
 - `steps` of training, `seconds` from the first to the last, with the evaluations in between, and `images_per_second`
   over these seconds. A resumed run has no `seconds`. `processes`: how many trained.
-- `evaluations`: a list, for each data set its name as `dataset`, the number of `images`, the `batch_size`, the `step`
-  after which, and under `running` and `batch` what [`evaluate`] measured: `accuracy` and so on in percent, `loss` and
-  `kl` in nats. On noise there is `agreement` with the teacher alone.
+- `evaluations`: a list, for each data set its name as `dataset`, its `split`, the number of `images`, the `batch_size`,
+  the `precision`, the `step` after which, the `log_prefix` of its entries in the curve, and under `running` and `batch`
+  what [`evaluate`] measured: `accuracy` and so on in percent, `loss` and `kl` in nats. On noise there are only
+  `agreement` with the teacher and `kl`.
 - `curve`: the training log, entries with `step`.
 - `noisekd`: of a distilled student, see [`noisekd_section`], and `class_frequencies`: the teacher's mean answer to the
-  training noise, a probability for each class.
+  training noise, a probability for each class; of a resumed run, to that since then.
 - `machine`: processor, cores, accelerator; `versions`: Python and the packages that matter; `command`.
 """
 
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -29,9 +31,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from .classifier import declared_input_size, pretrained_cfg_of
-from .evaluation import METRICS, STATISTICS
 from .hub import architecture_of
-from .noise import NoiseDataset
 
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
@@ -50,49 +50,22 @@ def describe_model(model: nn.Module) -> dict:
     return description
 
 
-def evaluations_in(
-    log_history: Sequence[Mapping], eval_dataset: Dataset | Mapping[str, Dataset], batch_size: int, step: int | None
-) -> list[dict]:
-    """Return the evaluations that tell how good a model is now, out of a trainer's log.
+def current_evaluations(evaluations: Sequence[Mapping], step: int | None = None) -> list[dict]:
+    """Return the evaluations that tell how good a model is now, one for each data set.
+
+    Those made after the training count before those made in it, and later ones before earlier ones.
 
     Args:
-        log_history: `trainer.state.log_history`.
-        eval_dataset: What the trainer evaluates on.
-        batch_size: Images in a batch of the evaluation.
-        step: The step that the weights are of, where it is not the last one. Evaluations after the training count
-            whatever their step.
+        evaluations: All that were made, in order, each with `in_training` beside the entries of a record.
+        step: The step that the weights are of, where it is not the last one: of those made in the training only this
+            step's count.
     """
-    ends = [index for index, entry in enumerate(log_history) if "train_runtime" in entry]
-    after_training = log_history[ends[-1] + 1 :] if ends else []
-    datasets = eval_dataset if isinstance(eval_dataset, Mapping) else {"": eval_dataset}
-    evaluations = []
-    for key, dataset in datasets.items():
-        prefix = f"eval_{key}_" if key else "eval_"
-        current = [entry for entry in after_training if f"{prefix}runtime" in entry] or [
-            entry for entry in log_history if f"{prefix}runtime" in entry and step in (None, entry["step"])
-        ]
-        if current:
-            if isinstance(dataset, NoiseDataset):
-                name, images, batch_size = "held-out noise", len(dataset) * dataset.batch_size, dataset.batch_size
-            else:
-                name, images = key or dataset_name(dataset), len(dataset)
-            evaluations.append(
-                {
-                    "dataset": name,
-                    "images": images,
-                    "batch_size": min(batch_size, images),
-                    "step": current[-1]["step"],
-                }
-                | {
-                    statistics: {
-                        metric: round(current[-1][f"{prefix}{statistics}_{metric}"], 4)
-                        for metric in METRICS
-                        if f"{prefix}{statistics}_{metric}" in current[-1]
-                    }
-                    for statistics in STATISTICS
-                }
-            )
-    return evaluations
+    current = {}
+    for in_training in (True, False):
+        for evaluation in evaluations:
+            if evaluation["in_training"] == in_training and (not in_training or step in (None, evaluation["step"])):
+                current[evaluation["dataset"]] = evaluation
+    return [{key: value for key, value in entry.items() if key != "in_training"} for entry in current.values()]
 
 
 def dataset_name(dataset: Dataset) -> str:
@@ -134,18 +107,18 @@ def command_line(argv: Sequence[str] | None = None) -> str | None:
     if script.name == "noisekd" or script.parts[-2:] == ("hf_noisekd", "cli.py"):
         words = ["noisekd"]
     elif script.suffix == ".py" and script.name not in ("__main__.py", "ipykernel_launcher.py"):
-        words = ["python", script.name]
+        words = ["python", script.name if script.is_absolute() or ".." in script.parts else str(script)]
     else:
         return None
     option = ""
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else (option, "", argument)
-        value = "***" if value and "token" in option else _without_path(value)
+        value = "REDACTED" if value and "token" in option else _without_path(value)
         words.append(option + equals + value if argument.startswith("-") else value)
-    return " ".join(f"'{word}'" if re.search(r"\s", word) else word for word in words)
+    return shlex.join(words).replace("`", "")
 
 
 def _without_path(value: str) -> str:
-    value = re.sub(r"hf_[A-Za-z0-9]{8,}", "***", value)
+    value = re.sub(r"hf_[A-Za-z0-9]{8,}", "REDACTED", value).removeprefix("local-dir:")
     is_path = value.startswith(("/", "~", ".")) or "\\" in value or (os.sep in value and Path(value).exists())
     return Path(value.replace("\\", "/")).name if is_path else value

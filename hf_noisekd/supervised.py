@@ -12,8 +12,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from .classifier import compute_logits, training_memory_format
 from .config import ClassifierConfig
 from .evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
-from .hub import load_student, save_model
-from .record import describe_model, evaluations_in, machine, versions
+from .hub import load_student, replacing_files, save_model
+from .noise import NoiseDataset
+from .record import current_evaluations, dataset_name, describe_model, machine, versions
 
 
 class ClassifierTrainer(Trainer):
@@ -33,6 +34,7 @@ class ClassifierTrainer(Trainer):
     """
 
     teacher_model: nn.Module | None = None
+    _can_push = False
 
     def __init__(
         self,
@@ -44,6 +46,12 @@ class ClassifierTrainer(Trainer):
         **kwargs,
     ):
         args = ClassifierConfig() if args is None else args
+        if args.push_to_hub and not self._can_push:
+            # transformers would upload the pickled training arguments, with the token in them.
+            raise ValueError(
+                f"{type(self).__name__} does not push: train with push_to_hub=False, save the model, and push it with "
+                "`noisekd push --model FOLDER --repo-id ORGANISATION/NAME`."
+            )
         set_seed(args.seed)  # before a model given by name gets its random weights
         super().__init__(
             model=load_student(model),
@@ -58,6 +66,7 @@ class ClassifierTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.loss_is_scaled_for_ga = False
         self._resumed = False
+        self._evaluations: list[dict] = []
         self.memory_format = training_memory_format(self.model, self.args.device)
         self.model.to(memory_format=self.memory_format)
 
@@ -67,6 +76,11 @@ class ClassifierTrainer(Trainer):
         The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
         float32 in anybody's hands.
         """
+        # What a loaded model says of its own making does not hold for what it becomes.
+        for name in ("noisekd", "origin"):
+            self.model.__dict__.pop(name, None)
+            getattr(self.model, "config", self.model).__dict__.pop(name, None)
+        self._evaluations = []
         self._resumed = bool(kwargs.get("resume_from_checkpoint") or (args and args[0]))
         try:
             return super().train(*args, **kwargs)
@@ -130,13 +144,32 @@ class ClassifierTrainer(Trainer):
             for statistics, values in results.items()
             for name, value in values.items()
         }
-        images = torch.tensor([float(sum(counts_of(dataloader)))])
+        images = int(self._sum_over_processes(torch.tensor([float(sum(counts_of(dataloader)))])))
+        self._evaluations.append(self._facts(dataloader.dataset, images, metric_key_prefix) | results)
         return EvalLoopOutput(
             predictions=None,
             label_ids=None,
             metrics=metrics,
-            num_samples=int(self._sum_over_processes(images)),
+            num_samples=images,
         )
+
+    def _facts(self, dataset: Dataset, images: int, log_prefix: str) -> dict:
+        """Return what a record says of an evaluation beside its metrics."""
+        noise = getattr(dataset, "noise", None)
+        dataset = noise if isinstance(noise, NoiseDataset) else dataset
+        names = self.eval_dataset.items() if isinstance(self.eval_dataset, dict) else ()
+        name = "held-out noise" if dataset is noise else dataset_name(dataset)
+        batch_size = noise.batch_size if dataset is noise else self.args.eval_batch_size
+        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        return {
+            "dataset": next((key for key, value in names if value is dataset), name),
+            "images": images,
+            "batch_size": min(batch_size, images),
+            "step": self.state.global_step,
+            "precision": (self.is_in_train and autocast) or "float32",
+            "log_prefix": log_prefix,
+            "in_training": self.is_in_train,
+        }
 
     def teacher_answers_for(self, dataset: Dataset):
         """Return the function from pixels to the teacher's logits on `dataset`, or None where there is no teacher."""
@@ -160,9 +193,9 @@ class ClassifierTrainer(Trainer):
         best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
         record = {
             "model": describe_model(self.model),
-            "steps": self.state.global_step,
+            "steps": best or self.state.global_step,
             "processes": self.args.world_size,
-            "evaluations": evaluations_in(history, self.eval_dataset, self.args.eval_batch_size, best),
+            "evaluations": current_evaluations(self._evaluations, best),
             "machine": machine(),
             "versions": versions(),
             "curve": [entry for entry in history if "train_runtime" not in entry],
@@ -179,7 +212,8 @@ class ClassifierTrainer(Trainer):
             output_dir = output_dir or self.args.output_dir
             save_model(self.model, output_dir, teacher_model=self.teacher_model)
             if self.processing_class is not None:
-                self.processing_class.save_pretrained(output_dir)
+                with replacing_files(output_dir) as staging:
+                    self.processing_class.save_pretrained(staging)
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -25,7 +26,7 @@ from .checks import (
     last_whole_checkpoint,
     teacher_input_size,
 )
-from .classifier import compute_logits
+from .classifier import compute_logits, declared_input_size
 from .config import NoiseKDConfig
 from .evaluation import collate_images
 from .hub import (
@@ -83,7 +84,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         ```
     """
 
-    _tag_names = ("noisekd", "knowledge-distillation", "data-free")
+    _can_push = True
 
     def __init__(
         self,
@@ -152,13 +153,11 @@ class NoiseKDTrainer(ClassifierTrainer):
             else self._on_this_device(self.eval_dataset, rank=0)
         )
         self._teacher_identity = teacher_identity(teacher_model)
-        # Over all steps that were logged, the sum of the teacher's mean answers, and their number.
-        self._logged_answers = [0.0] * num_classes
-        self._logged_steps = 0
+        self._noise_size = input_size
         # Sums over the steps since the last log entry, kept on the device.
         self._answer_sum = torch.zeros(num_classes, device=self.args.device)
         self._agreement_sum = torch.zeros((), device=self.args.device)
-        self._steps_since_log = 0
+        self._forget_answers()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train the student; see transformers' `Trainer.train`.
@@ -173,8 +172,10 @@ class NoiseKDTrainer(ClassifierTrainer):
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
-        self._forget_steps_since_log()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._forget_answers()
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.model.noisekd = self.noisekd_section(super().record())
+        return output
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches.
@@ -238,6 +239,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         record = super().record()
         names = class_names(self.teacher_model, len(self._logged_answers))
         record["model"] |= {"label_names": names, "num_classes": len(names)}
+        size = declared_input_size(self.teacher_model) or record["model"].get("input_size") or self._noise_size
+        record["model"]["input_size"] = list(size)
         record["noisekd"] = self.noisekd_section(record)
         if self._logged_steps and "noise" in record["noisekd"]:
             record["class_frequencies"] = [round(total / self._logged_steps, 6) for total in self._logged_answers]
@@ -252,9 +255,10 @@ class NoiseKDTrainer(ClassifierTrainer):
         having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.
         """
         noise = self.train_dataset if isinstance(self.train_dataset, NoiseDataset) else None
-        batch_norm = "running" if noise is None else "batch"
+        has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        batch_norm = "batch" if noise is not None and has_batch_norm else "running"
         for evaluation in record["evaluations"]:
-            if "accuracy" in evaluation["batch"]:
+            if "accuracy" in evaluation["batch"] and has_batch_norm:
                 lead = evaluation["batch"]["accuracy"] - evaluation["running"]["accuracy"]
                 batch_norm = "batch" if lead > 1 else "running"
         section = {
@@ -263,7 +267,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             "teacher_batch_norm_fraction": self.args.batch_norm_fraction,
             "loss_type": self.args.loss_type,
             "temperature": self.args.temperature,
-            "steps": self.state.global_step,
+            "steps": record["steps"],
             "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "seed": self.args.seed,
             "teacher": self._teacher_identity,
@@ -271,7 +275,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         }
         if noise is not None:
             section["noise"] = {
-                "distribution": noise.distribution.__name__,
+                "distribution": getattr(noise.distribution, "__name__", type(noise.distribution).__name__),
                 "mean": noise.mean,
                 "std": noise.std,
                 "input_size": list(noise.input_size),
@@ -281,6 +285,7 @@ class NoiseKDTrainer(ClassifierTrainer):
 
     def create_model_card(
         self,
+        language: str | None = None,
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
@@ -291,6 +296,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         Evaluate and save the student before: the card reports the last evaluation.
 
         Args:
+            language: Language of the class names.
             license: Licence of the student; by default the teacher's, where it is known.
             tags: Tags beside the usual ones.
             model_name: Title of the card.
@@ -300,6 +306,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             return
         given = {
             "repo_id": self.hub_model_id,
+            "language": language,
             "license": license,
             "tags": [tags] if isinstance(tags, str) else tags,
             "title": model_name,
@@ -343,7 +350,8 @@ class NoiseKDTrainer(ClassifierTrainer):
             The commit, or its future if not `blocking`. None on all processes but the first.
 
         Raises:
-            HubError: The Hub refuses or cannot be reached. The student has been saved then.
+            HubError: The Hub refuses or cannot be reached. The student has been saved then. The future of a push that
+                does not block raises what huggingface_hub raises.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
@@ -375,6 +383,15 @@ class NoiseKDTrainer(ClassifierTrainer):
             for file in Path(checkpoint_folder).iterdir():
                 if any(file.match(pattern) for pattern in RELEASED_FILES):
                     shutil.copy(file, staging)
+        try:
+            self._start_push(checkpoint_folder)
+        except Exception as error:  # of a full disk, or of anything that must not end a training
+            logger.warning(
+                "Training goes on. %s",
+                push_again(self.args.output_dir, self.hub_model_id, error, self.args.hub_revision),
+            )
+
+    def _start_push(self, checkpoint_folder: str) -> None:
         self.create_model_card()
         where = (
             f"step {self.state.global_step}"
@@ -410,7 +427,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         for job in self.push_in_progress.jobs:
             if job.done() and job.exception() is not None:
                 logger.warning(
-                    "Training goes on. %s", push_again(self.args.output_dir, self.hub_model_id, job.exception())
+                    "Training goes on. %s",
+                    push_again(self.args.output_dir, self.hub_model_id, job.exception(), self.args.hub_revision),
                 )
         self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
 
@@ -418,6 +436,12 @@ class NoiseKDTrainer(ClassifierTrainer):
         if self.args.should_save:
             self.model.noisekd = self.noisekd_section(super().record())
         super()._save(output_dir, state_dict)
+
+    def _forget_answers(self) -> None:
+        # Over all steps that were logged, the sum of the teacher's mean answers, and their number.
+        self._logged_answers = [0.0] * len(self._answer_sum)
+        self._logged_steps = 0
+        self._forget_steps_since_log()
 
     def _forget_steps_since_log(self) -> None:
         self._answer_sum.zero_()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -98,3 +99,12 @@ def hub(hub_server, tmp_path, monkeypatch):
     _api.cache_clear()
     yield hub_server
     _api.cache_clear()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The seconds that the Hub's client would have waited before it repeated a request; it does not wait now."""
+    waits = []
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=waits.append))
+    return waits

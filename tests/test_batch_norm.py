@@ -186,3 +186,9 @@ def test_recalibration_refuses_too_few_images(tiny_cnn):
         recalibrate_batch_norm(tiny_cnn, [])
     with pytest.raises(ValueError, match="'bn3' saw one value a channel"):
         recalibrate_batch_norm(tiny_cnn, [torch.randn(1, 1, 8, 8)])
+
+
+def test_a_recalibrated_student_knows_that_it_is(tiny_cnn):
+    tiny_cnn.noisekd = {"batch_norm": "batch", "steps": 3}
+    recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8), torch.randn(4, 1, 8, 8)])
+    assert tiny_cnn.noisekd == {"batch_norm": "running", "steps": 3, "recalibration": {"images": 12}}

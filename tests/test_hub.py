@@ -279,6 +279,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "old"]
 
 
+def test_a_folder_that_another_process_makes_meanwhile_is_filled(tmp_path):
+    """As with the checkpoint of several processes, of which each writes a file of its own."""
+    with replacing_files(tmp_path / "checkpoint-1") as staging:
+        (staging / "model.safetensors").write_text("weights")
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "rng_state_1.pth").write_text("rank 1")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint-1", "model.safetensors", "rng_state_1.pth"]
+
+
+def test_a_transformers_teacher_that_declares_no_size_gives_its_processor_on(tmp_path):
+    save_model(FAMILIES[0], tmp_path / "teacher")
+    BitImageProcessor(size={"shortest_edge": 40}, crop_size=32, image_mean=[0.1] * 3).save_pretrained(
+        tmp_path / "teacher"
+    )
+    save_model(FAMILIES[1], tmp_path / "student", teacher_model=load_teacher(tmp_path / "teacher"))
+    save_model(load_teacher(tmp_path / "student"), tmp_path / "again")  # as after a recalibration
+    assert list(AutoImageProcessor.from_pretrained(tmp_path / "again").image_mean) == [0.1] * 3
+
+
 SAVES = """
 import sys, timm, torch, hf_noisekd
 from hf_noisekd.hub import save_model

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -25,28 +24,6 @@ from safetensors.numpy import save_file
 
 CUT = "disconnected without sending a response"  # its class is that of the HTTP library below the client
 CARD = "---\nlicense: mit\nlibrary_name: timm\ntags:\n- tiny\n---\n# Model\n"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with HubServer(tmp_path_factory.mktemp("hub")) as server:
-        yield server
-
-
-@pytest.fixture
-def hub(server, tmp_path, monkeypatch):
-    server.reset()
-    server.patch_client(monkeypatch, tmp_path / "home")
-    return server
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """The seconds the client would have waited before each retry."""
-    waits = []
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=waits.append))
-    return waits
 
 
 @pytest.fixture

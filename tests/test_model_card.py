@@ -149,8 +149,9 @@ def test_what_is_not_known_is_left_out(folder):
     for key in ("seconds", "images_per_second", "machine", "command", "class_frequencies"):
         record.pop(key, None)
     record["evaluations"] = []
+    record["noisekd"]["batch_norm"] = "batch"
     card = render_model_card(record).content
-    for text in ("## Results", "Device:", "Command:", "class_balance.png", "curves.png"):
+    for text in ("## Results", "it was measured with", "Device:", "Command:", "class_balance.png", "curves.png"):
         assert text not in card
     assert not re.search(r"^#.*\n+#", card, flags=re.MULTILINE)
 

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,10 @@ from torch.utils.data import TensorDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.hub import load_student, load_teacher, save_model
 from hf_noisekd.push import HubError, check_hub_access, push_model
+from hf_noisekd.supervised import ClassifierTrainer
 
 FILES = {"config.json", "model.safetensors", "README.md", "noisekd.json", "curves.png", "class_balance.png"}
 
@@ -113,6 +114,12 @@ def test_the_pushed_card_names_the_repository_and_passes_the_hubs_checks(hub, tm
     card = ModelCard.load("alice/student", ignore_metadata_errors=False)
     card.validate()
     assert "hf-hub:alice/student" in card.text
+    probs = []
+    for block in re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL):
+        namespace = {"images": images()}
+        exec(compile(block, "README.md", "exec"), namespace)
+        probs += [namespace["probs"]] if "probs" in namespace else []
+    torch.testing.assert_close(*probs, rtol=0, atol=1e-6)
     assert card.data.license == "mit"
     assert "digits" in card.data.tags
     assert len(card.data.eval_results) == 2
@@ -177,14 +184,7 @@ FAILURES = [
 ]
 
 
-@pytest.fixture
-def no_waiting(monkeypatch):
-    """The client repeats some requests; do not wait between them."""
-    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
-        monkeypatch.setattr(f"{module}.time", SimpleNamespace(sleep=lambda seconds: None))
-
-
-@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(("failure", "message"), FAILURES)
 def test_a_failing_push_at_the_end_loses_nothing_and_says_how_to_push_again(hub, tmp_path, failure, message):
     run = trainer(tmp_path, hub_model_id="alice/student")
@@ -204,7 +204,7 @@ def test_a_failing_push_at_the_end_loses_nothing_and_says_how_to_push_again(hub,
         torch.testing.assert_close(again(inputs), run.model.eval()(inputs), rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(("failure", "message"), FAILURES)
 def test_training_goes_on_when_the_hub_fails(hub, tmp_path, caplog, failure, message):
     run = trainer(
@@ -222,7 +222,27 @@ def test_training_goes_on_when_the_hub_fails(hub, tmp_path, caplog, failure, mes
     assert set(hub.repo("alice/student").head["files"]) >= FILES
 
 
-@pytest.mark.usefixtures("no_waiting")
+def test_training_goes_on_when_a_push_cannot_even_start(hub, tmp_path, monkeypatch, caplog):
+    run = trainer(tmp_path, push_to_hub=True, hub_model_id="alice/student", save_strategy="steps", save_steps=1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_noisekd.trainer.upload_later", full)
+    run.train()
+    assert run.state.global_step == 2
+    warning = next(record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage())
+    assert "No space left" in warning
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
+def test_a_supervised_trainer_does_not_push_its_arguments(tmp_path):
+    args = ClassifierConfig(str(tmp_path), push_to_hub=True, hub_token="hf_write")
+    with pytest.raises(ValueError, match="noisekd push --model"):
+        ClassifierTrainer(teacher(), args)
+
+
+@pytest.mark.usefixtures("waits")
 @pytest.mark.parametrize(("failure", "message"), [*FAILURES[:2], *FAILURES[3:]])
 def test_the_hub_is_asked_before_the_first_step(hub, tmp_path, failure, message):
     hub.fail(failure, path_pattern="repos/create", times=None)

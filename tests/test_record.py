@@ -1,9 +1,10 @@
+import pytest
 import torch
 from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.record import command_line, evaluations_in, machine, versions
+from hf_noisekd.record import command_line, current_evaluations, machine, versions
 
 
 def test_machine_and_versions_are_named():
@@ -16,44 +17,70 @@ def test_a_command_is_fit_to_be_published(tmp_path):
     (tmp_path / "teacher").mkdir()
     secret = "hf_" + "a" * 30
     argv = ["/home/mia/bin/noisekd", "distill", "--teacher", str(tmp_path / "teacher"), f"--hub-token={secret}"]
-    assert command_line(argv) == "noisekd distill --teacher teacher --hub-token=***"
-    assert command_line(["/x/hf_noisekd/cli.py", "push", "--hub-token", "abc"]) == "noisekd push --hub-token ***"
-    assert command_line(["recipes/digits.py", "--seed", "1", secret]) == "python digits.py --seed 1 ***"
+    assert command_line(argv) == "noisekd distill --teacher teacher --hub-token=REDACTED"
+    assert command_line(["/x/hf_noisekd/cli.py", "push", "--hub-token", "abc"]) == "noisekd push --hub-token REDACTED"
+    assert command_line(["recipes/digits.py", "--seed", "1", secret]) == "python recipes/digits.py --seed 1 REDACTED"
     assert command_line(["/home/mia/train.py", "--output-dir=/home/mia/my runs/a b"]) == (
         "python train.py '--output-dir=a b'"
     )
     assert (
         command_line(["train.py", "--teacher", "org/name", "~/x", "../y/z"]) == "python train.py --teacher org/name x z"
     )
+    assert command_line(["noisekd", "info", "--teacher", "local-dir:/home/mia/t"]) == "noisekd info --teacher t"
     for script in ("/usr/lib/ipykernel_launcher.py", "-c", "/usr/lib/pytest/__main__.py", ""):
         assert command_line([script, "-f", "/home/mia/kernel.json"]) is None
 
 
-def entry(step, **metrics):
-    return {"step": step, "eval_runtime": 1.0} | {f"eval_{name}": value for name, value in metrics.items()}
+def made(dataset, step, accuracy, in_training=True):
+    return {"dataset": dataset, "step": step, "batch": {"accuracy": accuracy}, "in_training": in_training}
 
 
 def test_the_evaluation_that_counts_is_the_one_of_the_weights_as_they_are():
-    data = TensorDataset(torch.zeros(20, 1, 8, 8))
-    history = [entry(5, batch_accuracy=50.0), entry(10, batch_accuracy=40.0), {"step": 10, "train_runtime": 3.0}]
-    assert evaluations_in(history, data, 16, None)[0]["batch"] == {"accuracy": 40.0}
-    # The best weights were loaded at the end of the training.
-    best = evaluations_in(history, data, 16, 5)[0]
-    assert (best["batch"], best["step"], best["images"], best["batch_size"]) == ({"accuracy": 50.0}, 5, 20, 16)
-    history.append(entry(10, batch_accuracy=51.0))
-    assert evaluations_in(history, data, 16, 5)[0]["batch"] == {"accuracy": 51.0}
-    assert evaluations_in([], data, 16, None) == []
+    def accuracies(evaluations, step=None):
+        return {entry["dataset"]: entry["batch"]["accuracy"] for entry in current_evaluations(evaluations, step)}
+
+    history = [made("a", 5, 50.0), made("b", 5, 20.0), made("a", 10, 40.0), made("b", 10, 30.0)]
+    assert accuracies(history) == {"a": 40.0, "b": 30.0}
+    assert accuracies(history, step=5) == {"a": 50.0, "b": 20.0}, "the best weights were loaded at the end"
+    history.append(made("a", 10, 51.0, in_training=False))
+    assert accuracies(history, step=5) == {"a": 51.0, "b": 20.0}
+    assert accuracies([]) == {}
 
 
-def test_evaluations_of_several_data_sets_are_told_apart():
-    data = {"a": TensorDataset(torch.zeros(20, 1, 8, 8)), "b": NoiseDataset((1, 8, 8), 4, 3)}
-    history = [
-        {"step": 5, "eval_a_runtime": 1.0, "eval_a_running_accuracy": 1.0},
-        {"step": 5, "eval_b_runtime": 1.0, "eval_b_running_agreement": 2.0},
-    ]
-    first, second = evaluations_in(history, data, 16, None)
-    assert (first["dataset"], first["running"]) == ("a", {"accuracy": 1.0})
-    assert (second["dataset"], second["images"], second["batch_size"]) == ("held-out noise", 12, 4)
+def test_evaluations_tell_what_they_are_of(tiny_cnn, tmp_path):
+    images = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
+    args = NoiseKDConfig(
+        str(tmp_path / "out"),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=16,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_images_batch_accuracy",
+        input_size=[1, 8, 8],
+        disable_tqdm=True,
+        bf16=True,
+    )
+    datasets = {"noise": NoiseDataset((1, 8, 8), 4, 3, held_out=True), "images": images}
+    trainer = NoiseKDTrainer(TinyCNN(), tiny_cnn, args, eval_dataset=datasets)
+    trainer.train()
+    record = trainer.record()
+    noise, labelled = record["evaluations"]
+    assert (noise["dataset"], noise["images"], noise["batch_size"]) == ("noise", 12, 4)
+    assert (labelled["dataset"], labelled["images"], labelled["batch_size"]) == ("images", 20, 16)
+    assert noise["batch"].keys() == {"agreement", "kl"}
+    assert labelled["precision"] == "bfloat16"
+    assert labelled["step"] == record["steps"] == record["noisekd"]["steps"] == trainer.state.best_global_step
+    entry = next(e for e in record["curve"] if "eval_images_batch_accuracy" in e and e["step"] == labelled["step"])
+    assert entry["eval_images_batch_accuracy"] == pytest.approx(labelled["batch"]["accuracy"], abs=1e-3)
+    metrics = trainer.evaluate("images")
+    again = trainer.record()["evaluations"][1]
+    assert (again["precision"], again["log_prefix"]) == ("float32", "eval")
+    assert again["batch"]["accuracy"] == pytest.approx(metrics["eval_batch_accuracy"], abs=1e-3)
+    trainer.create_model_card()
+    assert "Accuracy on images against" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_record_is_of_this_run(tiny_cnn, tmp_path):
@@ -76,7 +103,8 @@ def test_a_record_is_of_this_run(tiny_cnn, tmp_path):
     run.train()
     record = run.record()
     assert (record["steps"], record["noisekd"]["batch_size"], record["noisekd"]["seed"]) == (2, 16, 3)
-    assert record["seconds"] > 0
+    assert record["seconds"] >= 0
+    assert record["images_per_second"] > 0
     assert record["evaluations"] == []
     again = trainer(4)
     again.train(resume_from_checkpoint=True)
