@@ -78,5 +78,6 @@ def plot_class_balance(
     axis.set_title(f"The teacher's mean answer to the training noise (class balance {entropy:.2f} of 1)")
     axis.set_ylabel("probability")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(frequencies) > 0.05 else 2))
-    axis.legend()
+    axis.set_ylim(0, 1.25 * max(frequencies))  # room for the legend
+    axis.legend(loc="upper right")
     figure.savefig(path, dpi=120)
