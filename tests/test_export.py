@@ -53,7 +53,11 @@ def exportable(tiny_cnn):
     ("build", "input_size"),
     [
         (lambda: timm_model("resnet18", pretrained_cfg_overlay={"input_size": (3, 64, 64)}), (3, 64, 64)),
-        (lambda: timm_model("mobilenetv3_small_100", pretrained_cfg_overlay={"input_size": (3, 64, 64)}), (3, 64, 64)),
+        pytest.param(
+            lambda: timm_model("mobilenetv3_small_100", pretrained_cfg_overlay={"input_size": (3, 64, 64)}),
+            (3, 64, 64),
+            marks=pytest.mark.slow,
+        ),
         (transformers_model, (3, 32, 32)),
     ],
     ids=["resnet18", "mobilenetv3", "transformers"],

@@ -208,7 +208,7 @@ def test_a_failing_push_at_the_end_loses_nothing_and_says_how_to_push_again(hub,
 @pytest.mark.parametrize(("failure", "message"), FAILURES)
 def test_training_goes_on_when_the_hub_fails(hub, tmp_path, caplog, failure, message):
     run = trainer(
-        tmp_path, push_to_hub=True, hub_model_id="alice/student", max_steps=3, save_strategy="steps", save_steps=1
+        tmp_path, push_to_hub=True, hub_model_id="alice/student", max_steps=3, save_strategy="steps", save_steps=2
     )
     hub.fail(failure, path_pattern="/commit/", times=None)
     run.train()
