@@ -411,8 +411,8 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
 
 
 def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):
-    save_model(timm.create_model("test_vit", num_classes=7), tmp_path / "vit")
-    assert main(["info", "--teacher", str(tmp_path / "vit"), "--batch-size", "4"]) == 1
+    save_model(timm.create_model("test_convnext", num_classes=7), tmp_path / "convnext")
+    assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 1
     text = capsys.readouterr().out
     assert "cannot be a teacher" in text
     assert "has no BatchNorm layer" in text

@@ -23,9 +23,8 @@ from hf_noisekd.model_card import read_record, render_model_card, write_model_ca
 
 def run(folder, student, in_chans=3, eval_dataset="labels", **options):
     torch.manual_seed(0)
-    teacher = timm.create_model(
-        "resnet10_cifar", width=8, in_chans=in_chans, pretrained_cfg_overlay={"input_size": (in_chans, 32, 32)}
-    )
+    cfg = {"input_size": (in_chans, 32, 32), "mean": (0.4,) * in_chans, "std": (0.3,) * in_chans}
+    teacher = timm.create_model("resnet10_cifar", width=8, in_chans=in_chans, pretrained_cfg_overlay=cfg)
     data = TensorDataset(torch.randn(16, in_chans, 32, 32), torch.arange(16) % 10)
     args = NoiseKDConfig(
         str(folder),
