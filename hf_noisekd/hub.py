@@ -398,6 +398,7 @@ def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, di
         "model.safetensors.index.json",
         "preprocessor_config.json",
         CARD_NAME,
+        RECORD_NAME,
     ]
     try:
         folder = Path(

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.hub import load_student, load_teacher, save_model
+from hf_noisekd.model_card import read_record
 from hf_noisekd.push import HubError, check_hub_access, push_model
 from hf_noisekd.supervised import ClassifierTrainer
 
@@ -113,6 +114,7 @@ def test_the_pushed_card_names_the_repository_and_passes_the_hubs_checks(hub, tm
     run.train()
     run.push_to_hub(tags="digits")
     card = ModelCard.load("alice/student", ignore_metadata_errors=False)
+    assert read_record("alice/student") == json.loads(hub.repo("alice/student").read("noisekd.json"))
     assert ("POST", "/api/validate-yaml") in hub.requests
     assert "hf-hub:alice/student" in card.text
     probs = []
