@@ -1,7 +1,8 @@
 """Real images, for training a teacher and for evaluation. Nothing that distils with noise imports this module."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -98,6 +99,7 @@ class Images(Dataset):
         mode: `"RGB"` or `"L"`. Transparency is dropped, as timm and transformers do.
         indices: Which images to serve, in this order.
         name: Name of the data set, for results and model cards.
+        pretrained_cfg: What a timm model trained on these images should say about them in its `pretrained_cfg`.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Images(Dataset):
         mode: str,
         indices: Sequence[int],
         name: str,
+        pretrained_cfg: Mapping | None = None,
     ):
         self.images = images
         self.labels = labels
@@ -116,48 +119,94 @@ class Images(Dataset):
         self.mode = mode
         self.indices = indices
         self.name = name
+        self.pretrained_cfg = dict(pretrained_cfg or {})
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | int]:
         index = self.indices[position]
-        try:
+        with _reading(index, self.name):
             image = _converted(self.images[index], self.mode)
-        except Exception as error:  # Pillow raises many kinds
-            raise ValueError(f"Image {index} of {self.name} cannot be read: {error}. Replace or remove it.") from error
         sample = {"pixel_values": self.transform(image)}
         return sample if self.labels is None else sample | {"labels": self.labels[index]}
 
 
-def load_image_datasets(name: str, *, crop_padding: int = 4, flip: bool = True) -> tuple[ImageDataset, ImageDataset]:
+def load_image_datasets(
+    name: str,
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    crop_padding: int = 4,
+    flip: bool = True,
+) -> tuple[ImageDataset, ImageDataset]:
     """Load the training images, with augmentation, and the test images of a data set of small images of one size.
 
     Args:
-        name: Id on the Hugging Face Hub (`uoft-cs/cifar10`) or a local folder that `datasets.load_dataset` reads. Its
-            columns are found by their type: one `Image`, one `ClassLabel`.
+        name: Id on the Hugging Face Hub (`uoft-cs/cifar10`) or a local folder that `datasets.load_dataset` reads. The
+            test images are those of its split `test`, or where there is none `validation`.
+        config: Configuration of a data set that has several, such as `cropped_digits` of SVHN.
+        image_column: Name of the column of images. Default: the only one of type `Image`.
+        label_column: Name of the column of classes. Default: the only one of type `ClassLabel`.
         crop_padding: As in [`ImageDataset`], for the training images.
         flip: Likewise.
 
     Raises:
-        ValueError: There is no `train` or `test` split, or no such column; the message names what was found.
+        ValueError: There is no such data set, split or column, or an image cannot be read, is of another size than the
+            first or has no label; the message names what was found.
     """
-    splits = _load_splits(name, "train", "test")
-    features = splits["train"].features
-    image_column = _column_of_type(features, datasets.Image, name)
-    label_column = _column_of_type(features, datasets.ClassLabel, name)
-    label_names = features[label_column].names
     images, labels = {}, {}
-    for split in ("train", "test"):
-        arrays = [np.asarray(row[image_column].convert("RGB")) for row in splits[split]]
-        images[split] = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-        labels[split] = torch.tensor(splits[split][label_column])
+    for split, dataset in _train_and_test(name, config).items():
+        described = f"the {split} split of {name}"
+        column = _column(dataset.features, datasets.Image, image_column, name)
+        label_names, labels[split] = _labels(dataset, label_column, described)
+        images[split] = _stacked(dataset.select_columns(column), column, described)
     mean, std = channel_statistics(images["train"])
     shared = {"mean": mean, "std": std, "label_names": label_names, "name": _short_name(name)}
     return (
-        ImageDataset(images["train"], labels["train"], crop_padding=crop_padding, flip=flip, **shared),
-        ImageDataset(images["test"], labels["test"], **shared),
+        ImageDataset(images["train"], torch.tensor(labels["train"]), crop_padding=crop_padding, flip=flip, **shared),
+        ImageDataset(images["test"], torch.tensor(labels["test"]), **shared),
     )
+
+
+def load_photo_datasets(
+    name: str,
+    cfg: Mapping,
+    *,
+    config: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[Images, Images]:
+    """Load the training images, with timm's augmentation, and the test images of a data set of photos of any size.
+
+    Args:
+        name: As in [`load_image_datasets`].
+        cfg: timm's `pretrained_cfg` of the model that will see the images, which says how it wants them.
+        config: As in [`load_image_datasets`].
+        image_column: Likewise.
+        label_column: Likewise.
+
+    Raises:
+        ValueError: There is no such data set, split or column, or an image has no label; the message names what was
+            found. An image that cannot be read is named when it is asked for.
+    """
+    preprocessing = resolve_data_config(pretrained_cfg=dict(cfg))
+    loaded = []
+    for split, dataset in _train_and_test(name, config).items():
+        label_names, labels = _labels(dataset, label_column, f"the {split} split of {name}")
+        loaded.append(
+            Images(
+                dataset[_column(dataset.features, datasets.Image, image_column, name)],
+                labels,
+                transform=create_transform(**preprocessing, is_training=split == "train"),
+                mode=_mode(preprocessing["input_size"][0]),
+                indices=range(len(dataset)),
+                name=_short_name(name),
+                pretrained_cfg=preprocessing | {"num_classes": len(label_names), "label_names": label_names},
+            )
+        )
+    return tuple(loaded)
 
 
 def load_images(
@@ -187,10 +236,10 @@ def load_images(
     """
     mode, transform = _preprocessing(model)
     dataset = _load_splits(name, split)[split]
-    image_column = _column_of_type(dataset.features, datasets.Image, name)
+    image_column = _column(dataset.features, datasets.Image, None, name)
     return Images(
         dataset[image_column],
-        _labels(dataset, model, f"the {split} split of {name}") if labels else None,
+        _labels_for(model, dataset, f"the {split} split of {name}") if labels else None,
         transform=transform,
         mode=mode,
         indices=_drawn(len(dataset), num_images, seed, name),
@@ -206,35 +255,73 @@ def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[f
     return tuple(round(m.item(), 4) for m in mean), tuple(round(s.item(), 4) for s in std)
 
 
-def _labels(dataset: datasets.Dataset, model: nn.Module, name: str) -> list[int]:
-    """Return the class of each image, after a check that the model has as many."""
-    column = _column_of_type(dataset.features, datasets.ClassLabel, name)
-    found = len(dataset.features[column].names)
-    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
-    if num_classes is not None and found > num_classes:
-        raise ValueError(
-            f"{name} has {found} classes, and the model only {num_classes}: use a data set of the model's own classes."
-        )
+def _labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[list[str], list[int]]:
+    """Return the names of the classes, and the class of each image."""
+    column = _column(dataset.features, datasets.ClassLabel, column, name)
     labels = dataset[column][:]
     unlabelled = next((index for index, label in enumerate(labels) if label is None or label < 0), None)
     if unlabelled is not None:
         raise ValueError(f"Image {unlabelled} of {name} has no label: choose another split.")
+    return dataset.features[column].names, labels
+
+
+def _labels_for(model: nn.Module, dataset: datasets.Dataset, name: str) -> list[int]:
+    """Return the class of each image, after a check that the model has as many."""
+    label_names, labels = _labels(dataset, None, name)
+    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
+    if num_classes is not None and len(label_names) > num_classes:
+        raise ValueError(
+            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
+            "own classes."
+        )
     return labels
 
 
-def _load_splits(name: str, *required: str) -> datasets.DatasetDict:
-    """Load a data set that must have the splits `required`; a parquet file is the only one that is required."""
+def _stacked(dataset: datasets.Dataset, column: str, name: str) -> torch.Tensor:
+    """Return images of one size as uint8 `[N, 3, H, W]`."""
+    arrays = []
+    rows = iter(dataset)
+    for index in range(len(dataset)):
+        with _reading(index, name):
+            arrays.append(np.asarray(_converted(next(rows)[column], "RGB")))
+        if arrays[index].shape != arrays[0].shape:
+            (height, width), (first_height, first_width) = arrays[index].shape[:2], arrays[0].shape[:2]
+            raise ValueError(
+                f"Image {index} of {name} has {height}x{width} pixels and the first {first_height}x{first_width}: this "
+                "needs images of one size. See recipes/food101.py for photos of any size."
+            )
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+@contextmanager
+def _reading(index: int, name: str) -> Iterator[None]:
+    """Context that says which image could not be read."""
+    try:
+        yield
+    except Exception as error:  # Pillow raises many kinds
+        raise ValueError(f"Image {index} of {name} cannot be read: {error}. Replace or remove it.") from error
+
+
+def _train_and_test(name: str, config: str | None) -> dict[str, datasets.Dataset]:
+    splits = _load_splits(name, "train", config=config)
+    test = splits.get("test", splits.get("validation"))
+    if test is None:
+        raise ValueError(f"{name} has no test and no validation split, only {', '.join(splits)}.")
+    return {"train": splits["train"], "test": test}
+
+
+def _load_splits(name: str, required: str, config: str | None = None) -> datasets.DatasetDict:
+    """Load a data set that must have the split `required`, for which a single parquet file is taken."""
     path = Path(name).expanduser()
     try:
-        if path.is_file() and len(required) == 1:
-            splits = datasets.load_dataset("parquet", data_files={required[0]: str(path)})
+        if path.is_file():
+            splits = datasets.load_dataset("parquet", data_files={required: str(path)})
         else:
-            splits = datasets.load_dataset(str(path) if path.is_dir() else name)
+            splits = datasets.load_dataset(str(path) if path.is_dir() else name, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"The data set {name!r} cannot be loaded: {error}") from error
-    missing = set(required) - set(splits)
-    if missing:
-        raise ValueError(f"{name} has no {' and no '.join(sorted(missing))} split, only {', '.join(splits)}.")
+    if required not in splits:
+        raise ValueError(f"{name} has no {required} split, only {', '.join(splits)}.")
     return splits
 
 
@@ -319,10 +406,17 @@ def _random_crops(pixel_values: torch.Tensor, padding: int) -> torch.Tensor:
     return padded[images, torch.arange(padded.shape[1])[None, :, None, None], rows, columns]
 
 
-def _column_of_type(features: datasets.Features, kind: type, name: str) -> str:
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
+def _column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
+    """Return `column` after a check of its type, or the only one of type `kind`."""
+    found = [key for key, feature in features.items() if isinstance(feature, kind)]
+    if column in found:
+        return column
+    if column is not None:
+        raise ValueError(f"{name} has no column {column!r} of type {kind.__name__}; found {found or dict(features)}.")
     if len(found) != 1:
+        option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
+        choose = f": choose one with {option}" if found else f" among {dict(features)}"
         raise ValueError(
-            f"{name} needs exactly one column of type {kind.__name__}, found {found or 'none'} among {dict(features)}."
+            f"{name} needs exactly one column of type {kind.__name__}, found {', '.join(found) or 'none'}{choose}."
         )
     return found[0]

@@ -87,13 +87,13 @@ def test_loads_a_local_folder_in_the_hubs_schema(images, tmp_path):
 
 def test_names_what_is_missing_in_a_data_set(tmp_path):
     datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "one" / "train.parquet")
-    with pytest.raises(ValueError, match="has no test split, only train"):
+    with pytest.raises(ValueError, match="has no test and no validation split, only train"):
         load_image_datasets(str(tmp_path / "one"))
     for split in ("train", "test"):
         datasets.Dataset.from_dict({"x": [1, 2]}).to_parquet(tmp_path / "two" / f"{split}.parquet")
     with pytest.raises(ValueError, match="exactly one column of type Image, found none"):
         load_image_datasets(str(tmp_path / "two"))
-    with pytest.raises(ValueError, match=r"train\.parquet' cannot be loaded"):
+    with pytest.raises(ValueError, match=r"train\.parquet has no test and no validation split"):
         load_image_datasets(str(tmp_path / "two" / "train.parquet"))
 
 
