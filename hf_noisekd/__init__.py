@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 __all__ = [
+    "MixedDataset",
     "NoiseDataset",
     "NoiseKDConfig",
     "NoiseKDTrainer",
@@ -37,10 +38,12 @@ if TYPE_CHECKING or not _is_command_line():
     from .batch_norm import batch_statistics, recalibrate_batch_norm
     from .config import NoiseKDConfig
     from .evaluation import evaluate
+    from .mixed import MixedDataset
     from .noise import NoiseDataset
     from .trainer import NoiseKDTrainer
 else:
     _MODULE_OF = {
+        "MixedDataset": "mixed",
         "NoiseDataset": "noise",
         "NoiseKDConfig": "config",
         "NoiseKDTrainer": "trainer",

@@ -17,7 +17,7 @@ from .evaluation import STATISTICS
 from .figures import charted_evaluation, plot_class_balance, plot_curves
 from .hub import CARD_NAME, RECORD_NAME, model_folder, replacing_files
 
-TAGS = ("image-classification", "noisekd", "knowledge-distillation", "data-free")
+TAGS = ("image-classification", "noisekd", "knowledge-distillation")
 CURVES_NAME = "curves.png"
 CLASS_BALANCE_NAME = "class_balance.png"
 
@@ -97,14 +97,14 @@ def render_model_card(record: Mapping, figures: Mapping[str, str] | None = None)
     return ModelCard.from_template(
         _card_data(record),
         template_str=(files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8"),
-        title=title or f"{model['architecture']}, taught by {teacher['architecture']} with noise",
+        title=title or f"{model['architecture']}, taught by {teacher['architecture']} with {_taught_by(made)}",
         model=model,
         parameters=_millions(model["parameters"]),
         teacher_parameters=_millions(teacher["parameters"]),
         teacher=teacher,
         size=_by(model["input_size"]) if "input_size" in model else "any size",
         taught_by=_taught_by(made),
-        data_free="no image and no label was used." if "noise" in made else "labels were not used.",
+        data_free="no image and no label was used." if _is_data_free(made) else "labels were not used.",
         results_table=_results_table(record),
         results_note=_results_note(record["evaluations"]),
         has_accuracy=any("accuracy" in evaluation["batch"] for evaluation in record["evaluations"]),
@@ -119,6 +119,7 @@ def render_model_card(record: Mapping, figures: Mapping[str, str] | None = None)
 
 def _card_data(record: Mapping) -> ModelCardData:
     teacher = record["noisekd"]["teacher"]
+    data_free = ["data-free"] if _is_data_free(record["noisekd"]) else []
     results = [
         EvalResult(
             task_type="image-classification",
@@ -145,7 +146,7 @@ def _card_data(record: Mapping) -> ModelCardData:
     return ModelCardData(
         library_name={"torch": "pytorch"}.get(record["model"]["library"], record["model"]["library"]),
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*TAGS, *record.get("tags", ())])),
+        tags=list(dict.fromkeys([*TAGS, *data_free, *record.get("tags", ())])),
         **{key: value for key, value in fields.items() if value},
     )
 
@@ -202,19 +203,25 @@ def _statistics_advice(record: Mapping) -> str:
         )
     if "recalibration" in made:
         return (
-            f"**Running statistics**, as for any other model: they were re-estimated from {_recalibrated_on(made)}. "
-            "Single images and batches of any size will do."
+            "**Running statistics**, as for any other model: they were re-estimated from "
+            f"{_number_of_images(made['recalibration'])}. Single images and batches of any size will do."
         )
     return "**Running statistics**, as for any other model. Single images and batches of any size will do."
 
 
-def _recalibrated_on(made: Mapping) -> str:
-    on = made["recalibration"]
-    return f"{on['images']:,} real images" + (f" of {on['dataset']}" if "dataset" in on else "")
-
-
 def _taught_by(made: Mapping) -> str:
-    return f"{made['noise']['distribution']} noise" if "noise" in made else "unlabelled images"
+    if "noise" not in made:
+        return "unlabelled images"
+    noise = f"{made['noise']['distribution']} noise"
+    return noise if _is_data_free(made) else f"{noise} and {_number_of_images(made['real_images'])}"
+
+
+def _is_data_free(made: Mapping) -> bool:
+    return "noise" in made and "real_images" not in made
+
+
+def _number_of_images(on: Mapping) -> str:
+    return f"{on['images']:,} real images" + (f" of {on['dataset']}" if "dataset" in on else "")
 
 
 def _facts(record: Mapping) -> list[str]:
@@ -239,12 +246,14 @@ def _facts(record: Mapping) -> list[str]:
             f"Noise: {noise['distribution']}, mean {noise['mean']:g}, standard deviation {noise['std']:g}, images of "
             f"{_by(noise['input_size'])}, drawn afresh for each step."
         )
+    if "real_images" in made:
+        lines.append(f"In every second step {_number_of_images(made['real_images'])}, without labels, in their place.")
     lines.append(
         f"Training: {made['steps']:,} steps of {made['batch_size']} images, {loss} at temperature "
         f"{made['temperature']:g}, seed {made['seed']}."
     )
     if "recalibration" in made:
-        lines.append(f"Recalibration: running statistics of {_recalibrated_on(made)}.")
+        lines.append(f"Recalibration: running statistics of {_number_of_images(made['recalibration'])}.")
     device = machine.get("accelerator") or (
         f"{machine['cores']} cores of {machine['processor']}" if machine.get("processor") else None
     )

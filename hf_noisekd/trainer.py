@@ -37,6 +37,7 @@ from .hub import (
     teacher_identity,
 )
 from .losses import LOSSES
+from .mixed import MixedDataset
 from .model_card import write_model_card
 from .noise import NoiseDataset
 from .push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
@@ -65,7 +66,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         data_collator: Collator for real images; noise needs none.
         train_dataset: What the teacher answers in training. Default: white Gaussian noise in the teacher's input size,
             at each rank its own. A [`NoiseDataset`] of yours keeps its seed and sizes; it is drawn on the training
-            device whatever its own. A data set of real images gives ordinary distillation; labels are not used.
+            device whatever its own. A [`MixedDataset`] adds a few real images to the noise. A data set of real images
+            gives ordinary distillation; labels are not used.
         eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise, on
             which the agreement with the teacher is measured.
         processing_class: Image processor to save with the student.
@@ -242,7 +244,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         size = declared_input_size(self.teacher_model) or record["model"].get("input_size") or self._noise_size
         record["model"]["input_size"] = list(size)
         record["noisekd"] = self.noisekd_section(record)
-        if self._logged_steps and "noise" in record["noisekd"]:
+        if self._logged_steps and isinstance(self.train_dataset, NoiseDataset):
             record["class_frequencies"] = [round(total / self._logged_steps, 6) for total in self._logged_answers]
         if command := command_line():
             record["command"] = command
@@ -281,6 +283,9 @@ class NoiseKDTrainer(ClassifierTrainer):
                 "input_size": list(noise.input_size),
                 "seed": noise.seed,
             }
+        if isinstance(noise, MixedDataset):
+            section["method"] = "distillation with noise and real images"
+            section["real_images"] = noise.describe_images()
         return section
 
     def create_model_card(

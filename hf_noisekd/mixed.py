@@ -1,0 +1,47 @@
+"""Noise together with a few real images, for those who kept some."""
+
+import torch
+from torch.utils.data import Dataset
+
+from .evaluation import collate_images
+from .noise import NoiseDataset, _draw_seed
+from .record import dataset_name
+
+
+class MixedDataset(NoiseDataset):
+    """Noise in the even steps and real images in the odd ones, for distillation with few images.
+
+    Batches are of one kind each, because a teacher on batch statistics would normalise the images by the noise and the
+    noise by the images. The images of a batch are drawn with replacement, so a few of them fill a batch of any size;
+    give them random augmentation. As for noise, step `k` of a rank is a function of `(seed, rank, k)` alone. Labels are
+    not used.
+
+    Args:
+        images: Real images, preprocessed as for the teacher, in the forms that [`collate_images`] takes.
+        *args: As for [`NoiseDataset`].
+        **kwargs: Likewise.
+    """
+
+    def __init__(self, images: Dataset, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.real_images = images
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
+        if step % 2 == 0:
+            return super().draw(step)
+        # Augmentation draws from the global generator.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_draw_seed(self.seed, self.rank, step, self.held_out))
+            indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
+            samples = (
+                self.real_images.__getitems__(indices)
+                if hasattr(self.real_images, "__getitems__")
+                else [self.real_images[index] for index in indices]
+            )
+            pixel_values = collate_images(samples)["pixel_values"]
+        return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
+
+    def describe_images(self) -> dict[str, str | int]:
+        """Return what a record says of the images: their data set and their number."""
+        return {"dataset": dataset_name(self.real_images), "images": len(self.real_images)}
