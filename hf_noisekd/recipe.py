@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -26,19 +26,23 @@ from .record import dataset_name, describe_model, machine, versions
 from .supervised import ClassifierTrainer
 
 
-def recipe_parser(doc: str, name: str, presets: Mapping[str, Mapping]) -> argparse.ArgumentParser:
+def recipe_parser(
+    doc: str, name: str, presets: Mapping[str, Mapping], *, pushes: bool = False
+) -> argparse.ArgumentParser:
     """Return a parser with the options that every recipe has.
 
     Args:
         doc: The recipe's docstring, shown by `--help`.
         name: The recipe's name, for the default output folder `runs/NAME`.
         presets: Constants of the experiment by preset; the first is the default.
+        pushes: Whether the recipe has a student to push to the Hub.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="where results.json goes")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise (default: 0)")
     parser.add_argument("--max-steps", type=int, help="train nothing for more steps than this, to try the recipe out")
-    parser.add_argument("--push-to", metavar="REPO_ID", help="push the student to this repository of the Hub")
+    if pushes:
+        parser.add_argument("--push-to", metavar="REPO_ID", help="push the student to this repository of the Hub")
     parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="size of the experiment")
     return parser
 
@@ -53,7 +57,7 @@ class Results:
     """
 
     def __init__(self, recipe: str, options: argparse.Namespace, configuration: Mapping):
-        if options.push_to:
+        if getattr(options, "push_to", None):
             check_hub_access(options.push_to)  # before hours of training
         self.output_dir = options.output_dir
         self.record = {
@@ -97,21 +101,28 @@ class Results:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
-    def table(self) -> str:
-        """Return the runs as a Markdown table."""
-        return results_table(self.record)
+    def plot(self, name: str, plot: Callable[[Sequence[Mapping], Path], None]) -> None:
+        """Draw the runs into a file of the output folder, on process 0."""
+        if PartialState().is_main_process:
+            plot(self.record["runs"], self.output_dir / name)
+
+    def print_table(self) -> None:
+        """Print the runs as a Markdown table, on process 0."""
+        if PartialState().is_main_process:
+            print(results_table(self.record))
 
 
 def results_table(record: Mapping) -> str:
     """Return the runs of a results file as a Markdown table."""
     lines = [
-        "| | steps | seconds | images/s | accuracy, running statistics (%) | accuracy, batch statistics (%) |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | model | steps | seconds | images/s | accuracy, running statistics (%) | accuracy, batch statistics (%) |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for run in record["runs"]:
         accuracies = " | ".join(f"{run['evaluations'][0][statistics]['accuracy']:.2f}" for statistics in STATISTICS)
+        model = f"{run['model']['architecture']}, {run['model']['parameters'] / 1e6:.2f} M"
         speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
-        lines.append(f"| {run['name']} | {run['steps']:,} | {speed} | {accuracies} |")
+        lines.append(f"| {run['name']} | {model} | {run['steps']:,} | {speed} | {accuracies} |")
     return "\n".join(lines)
 
 

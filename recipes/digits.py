@@ -25,7 +25,7 @@ PRESETS = {"cpu": {"teacher_width": 32, "student_width": 16, "supervised_steps":
 
 def main() -> None:
     """Train the teacher and three students, and print their table."""
-    options = recipe_parser(__doc__, "digits", PRESETS).parse_args()
+    options = recipe_parser(__doc__, "digits", PRESETS, pushes=True).parse_args()
     preset = PRESETS[options.preset]
     results = Results("digits", options, preset)
     train_dataset, test_dataset = load_images()
@@ -66,9 +66,8 @@ def main() -> None:
 
     trainer.save_model()
     trainer.create_model_card()
-    if trainer.is_world_process_zero():
-        plot_curves(results.record["runs"], options.output_dir / "curves.png")
-        print(results.table())
+    results.plot("curves.png", plot_curves)
+    results.print_table()
     if options.push_to:
         trainer.push_to_hub()
 

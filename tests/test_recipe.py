@@ -61,18 +61,19 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
     assert (evaluation["dataset"], evaluation["images"], evaluation["step"]) == ("twenty", 20, 10)
 
 
-def test_table_has_a_row_for_each_run(results):
-    lines = results.table().splitlines()
+def test_table_has_a_row_for_each_run(results, capsys):
+    results.print_table()
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     student = results.record["runs"][1]
-    assert lines[2].startswith("| teacher | 0 | 0 | 0 |")
-    assert lines[3].startswith(f"| student | 10 | {student['seconds']:.0f} |")
+    assert lines[2].startswith("| teacher | TinyCNN, 0.00 M | 0 | 0 | 0 |")
+    assert lines[3].startswith(f"| student | TinyCNN, 0.00 M | 10 | {student['seconds']:.0f} |")
     assert lines[3].endswith(f"{student['evaluations'][0]['batch']['accuracy']:.2f} |")
     assert len({line.count("|") for line in lines}) == 1
 
 
 def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):
-    options = recipe_parser("doc", "tiny", {"cpu": {}}).parse_args(["--push-to", "somebody/student"])
+    options = recipe_parser("doc", "tiny", {"cpu": {}}, pushes=True).parse_args(["--push-to", "somebody/student"])
     with pytest.raises(HubError, match="may not write"):
         Results("tiny", options, {})
 

@@ -1,0 +1,213 @@
+"""What the recipes on images share: their data, their teacher, and training runs that end in one results file."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from .classifier import pretrained_cfg_of
+from .config import ClassifierConfig, NoiseKDConfig
+from .figures import plot_curves
+from .hub import load_teacher
+from .image_data import load_image_datasets, load_photo_datasets
+from .recipe import Results, recipe_parser
+from .supervised import ClassifierTrainer
+from .trainer import NoiseKDTrainer
+
+# The five rows of the paper's Table 1: how the student is taught, the most telling first.
+ROWS = {
+    "noise-batch": "noise, batch-statistics teacher",
+    "noise-running": "noise, running-statistics teacher",
+    "supervised": "images and labels, no teacher",
+    "images-running": "images, running-statistics teacher",
+    "images-batch": "images, batch-statistics teacher",
+}
+
+# Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: a teacher of 82 % in about ten
+# minutes, and 1,500 steps of noise at a higher rate in five. `paper` has the authors' networks and steps.
+CIFAR10 = {
+    "cpu": {
+        "dataset": "uoft-cs/cifar10",
+        "teacher": "resnet18_cifar",
+        "students": ["resnet10_cifar"],
+        "model_args": {"width": 32, "stem_stride": 2},
+        "supervised": {"num_train_epochs": 10},
+        "distillation": {"max_steps": 1500, "learning_rate": 3e-3, "warmup_steps": 0.1},
+    },
+    "paper": {
+        "dataset": "uoft-cs/cifar10",
+        "teacher": "resnet34_cifar",
+        "students": ["resnet18_cifar", "mobilenetv2_cifar", "resnet34_cifar"],
+        "supervised": {"num_train_epochs": 100},
+        "distillation": {"max_steps": 39_200},
+    },
+}
+
+# Training with labels: AdamW with a linear warm-up and decay, on crops and mirror images. Nothing looks at the test
+# images, as the authors' own learning-rate schedule did.
+SUPERVISED = {
+    "learning_rate": 3e-3,
+    "weight_decay": 0.05,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.2,
+}
+
+
+def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
+    """Run a recipe whose table has the rows of [`ROWS`] and a column for each student.
+
+    Args:
+        recipe: The recipe's name.
+        doc: Its docstring, for `--help`.
+        presets: Its constants by preset; see [`Experiment`].
+    """
+    parser = experiment_parser(doc, recipe, presets, pushes=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows of the table to run")
+    parser.add_argument("--students", nargs="+", metavar="NAME", help="timm names; default: the preset's")
+    options = parser.parse_args()
+    preset = presets[options.preset] | ({"students": options.students} if options.students else {})
+    experiment = Experiment(recipe, options, preset)
+    experiment.prepare_teacher()
+    trainers = [experiment.run_row(row, student) for row in options.rows for student in preset["students"]]
+    experiment.results.plot("curves.png", plot_curves)
+    experiment.results.print_table()
+    if options.push_to:
+        trainers[0].push_to_hub()
+
+
+def experiment_parser(doc: str, name: str, presets: Mapping[str, Mapping], **kwargs) -> argparse.ArgumentParser:
+    """Return a parser with the options of every recipe on images; see [`recipe_parser`]."""
+    parser = recipe_parser(doc, name, presets, **kwargs)
+    parser.add_argument("--dataset", help="Hub id or local folder of the images; default: the preset's, from the Hub")
+    parser.add_argument("--image-column", help="column of the images; default: the only one of type Image")
+    parser.add_argument("--label-column", help="column of the classes; default: the preset's, or the only ClassLabel")
+    parser.add_argument("--teacher", help="trained teacher: folder, Hub id or timm name; default: train one first")
+    return parser
+
+
+class Experiment:
+    """The data, the teacher and the runs of a recipe.
+
+    A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; `photos`, whether the
+    images are of any size; the timm names `teacher` and `students`, and `model_args` for those of this package's
+    ResNets; `pretrained`, whether the teacher starts from timm's weights; `supervised` and `distillation`, training
+    arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`].
+
+    Args:
+        recipe: The recipe's name.
+        options: Its parsed options, from [`experiment_parser`].
+        preset: The constants of the experiment.
+
+    Attributes:
+        train_dataset: Training images with labels, augmented.
+        test_dataset: Test images with labels.
+        results: The results file.
+        teacher: The teacher, once there is one.
+    """
+
+    def __init__(self, recipe: str, options: argparse.Namespace, preset: Mapping):
+        self.options = options
+        self.preset = preset
+        self.teacher = load_teacher(options.teacher) if options.teacher else None
+        name = options.dataset or preset["dataset"]
+        choice = {
+            "config": None if options.dataset else preset.get("dataset_config"),
+            "image_column": options.image_column,
+            "label_column": options.label_column or preset.get("label_column"),
+        }
+        if preset.get("photos"):
+            cfg = pretrained_cfg_of(self.teacher) if self.teacher else timm.get_pretrained_cfg(preset["teacher"])
+            cfg = cfg if isinstance(cfg, Mapping) else cfg.to_dict()
+            self.train_dataset, self.test_dataset = load_photo_datasets(name, cfg | preset.get("cfg", {}), **choice)
+        else:
+            self.train_dataset, self.test_dataset = load_image_datasets(name, flip=preset.get("flip", True), **choice)
+            for dataset in (self.train_dataset, self.test_dataset) if self.teacher else ():
+                cfg = pretrained_cfg_of(self.teacher)  # a student sees images as its teacher does
+                dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
+        facts = {"dataset": self.train_dataset.name, "trained_teacher": self.teacher is not None}
+        self.results = Results(recipe, options, preset | facts)
+
+    def build(self, architecture: str, **kwargs) -> nn.Module:
+        """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
+
+        Args:
+            architecture: timm's name.
+            **kwargs: Anything else that `timm.create_model` takes.
+        """
+        torch.manual_seed(self.options.seed)
+        cfg = self.train_dataset.pretrained_cfg
+        if architecture.startswith("resnet") and architecture.endswith("_cifar"):
+            kwargs |= self.preset.get("model_args", {})
+        overlay = {key: value for key, value in cfg.items() if key != "num_classes" or not kwargs.get("pretrained")}
+        return timm.create_model(architecture, num_classes=cfg["num_classes"], pretrained_cfg_overlay=overlay, **kwargs)
+
+    def prepare_teacher(self) -> nn.Module:
+        """Train the teacher and save it, or evaluate the one that was given; return it."""
+        if self.teacher is not None:
+            self.results.add("teacher", self.teacher, self.test_dataset)
+        else:
+            model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
+            self.teacher = self.train_supervised("teacher", model).model
+        return self.teacher
+
+    def run_row(self, row: str, student: str) -> ClassifierTrainer:
+        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer."""
+        if row == "supervised":
+            return self.train_supervised(ROWS[row], self.build(student))
+        taught_with, statistics = row.split("-")
+        return self.distil(
+            ROWS[row],
+            student,
+            train_dataset=self.train_dataset if taught_with == "images" else None,
+            batch_norm_fraction=float(statistics == "batch"),
+        )
+
+    def train_supervised(self, name: str, model: nn.Module) -> ClassifierTrainer:
+        """Train a classifier on the images and their labels, record the run as `name`, and return its trainer."""
+        arguments = SUPERVISED | self.preset["supervised"]
+        if self.options.max_steps:
+            arguments["max_steps"] = self.options.max_steps
+        args = ClassifierConfig(self._folder(name, model), **(self._shared() | arguments))
+        trainer = ClassifierTrainer(model, args, train_dataset=self.train_dataset, eval_dataset=self.test_dataset)
+        self.results.train(name, trainer)
+        trainer.save_model()
+        return trainer
+
+    def distil(
+        self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
+    ) -> NoiseKDTrainer:
+        """Distil the teacher into a new student, record the run as `name`, save the student and return its trainer.
+
+        Args:
+            name: Name of the run.
+            student: timm name of the student. Default: the preset's first.
+            train_dataset: What the teacher answers. Default: white noise.
+            **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
+        """
+        model = self.build(student or self.preset["students"][0])
+        arguments = self.preset["distillation"] | arguments
+        arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
+        folder = self._folder(name, model)
+        repo_id = getattr(self.options, "push_to", None)
+        args = NoiseKDConfig.paper(folder, hub_model_id=repo_id, **(self._shared() | arguments))
+        trainer = NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
+        self.results.train(name, trainer)
+        trainer.save_model()
+        trainer.create_model_card()
+        return trainer
+
+    def _shared(self) -> dict:
+        shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
+        return shared | ({"dataloader_num_workers": 4} if self.preset.get("photos") else {})
+
+    def _folder(self, name: str, model: nn.Module) -> Path:
+        if name == "teacher":
+            return self.options.output_dir / name
+        return self.options.output_dir / re.sub(
+            r"[^a-z0-9]+", "-", f"{name} {model.pretrained_cfg['architecture']}".lower()
+        )
