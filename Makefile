@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu test-network quality format cards
+.PHONY: demo test test-slow test-gpu test-network quality format cards tables
 
-# Results files of the recipes whose students are released.
-RELEASED := digits cifar10_cpu
+# Results files of the recipes whose students are released, and which of their runs.
+RELEASED_RUN := noise, batch-statistics teacher
+RELEASED := digits_cpu cifar10_cpu
 
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/digits.py --output-dir runs/digits
@@ -30,8 +31,13 @@ format: $(VENV)/.installed
 # The cards of the released students, out of the results files of their recipes.
 cards: $(VENV)/.installed
 	for name in $(RELEASED); do \
-		$(BIN)/noisekd card recipes/results/$$name.json --output-dir model_cards/$$name || exit 1; \
+		$(BIN)/noisekd card recipes/results/$$name.json --run "$(RELEASED_RUN)" \
+			--output-dir model_cards/$$name || exit 1; \
 	done
+
+# The page of all recipes, out of their results files.
+tables: $(VENV)/.installed
+	$(BIN)/python -m hf_noisekd.tables
 
 # Reinstalled only when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml

@@ -347,13 +347,16 @@ def _add_card_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--repo-id", metavar="ORGANISATION/NAME", help="where the student is on the Hub (default: as recorded)"
     )
+    parser.add_argument(
+        "--run", dest="run_name", metavar="NAME", help="which run of a results file (default: the last one)"
+    )
 
 
 def card(args: argparse.Namespace) -> int:
     """Write a model card; see [`hf_noisekd.model_card.write_model_card`]."""
     from .model_card import write_model_card
 
-    print(write_model_card(args.source, args.output_dir, repo_id=args.repo_id))
+    print(write_model_card(args.source, args.output_dir, repo_id=args.repo_id, run=args.run_name))
     return 0
 
 

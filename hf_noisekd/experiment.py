@@ -1,17 +1,22 @@
 """What the recipes on images share: their data, their teacher, and training runs that end in one results file."""
 
 import argparse
+import copy
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
+from accelerate import PartialState
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from .batch_norm import recalibrate_batch_norm
 from .classifier import pretrained_cfg_of
 from .config import ClassifierConfig, NoiseKDConfig
+from .evaluation import collate_images, evaluate
 from .figures import plot_curves
 from .hub import load_teacher
 from .image_data import load_image_datasets, load_photo_datasets
@@ -201,9 +206,24 @@ class Experiment:
         trainer.create_model_card()
         return trainer
 
+    def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
+        """Return the test accuracy in percent under running statistics re-estimated from training images.
+
+        Args:
+            model: The classifier. It comes back unchanged.
+            num_images: Number of images, without augmentation.
+            seed: Seed of their draw.
+        """
+        model = copy.deepcopy(model)
+        images = self.train_dataset.subset(num_images, seed)
+        recalibrate_batch_norm(model, DataLoader(images, batch_size=256, collate_fn=collate_images))
+        return evaluate(model, self.test_dataset)["running"]["accuracy"]
+
     def _shared(self) -> dict:
         shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
-        return shared | ({"dataloader_num_workers": 4} if self.preset.get("photos") else {})
+        if self.preset.get("photos"):
+            shared["dataloader_num_workers"] = min(8, max(1, os.cpu_count() // PartialState().num_processes))
+        return shared
 
     def _folder(self, name: str, model: nn.Module) -> Path:
         if name == "teacher":

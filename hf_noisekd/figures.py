@@ -2,14 +2,69 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .evaluation import STATISTICS
 
 MAX_BARS = 30
+ACCURACY_LABEL = "test accuracy (%)"
+
+
+@dataclass
+class Panel:
+    """One coordinate system of a figure.
+
+    Attributes:
+        lines: Points by the name of their line: `(x, y)`, or `(x, y, spread)` for an error bar.
+        title: What stands above.
+        xlabel: What the horizontal axis shows, with its unit.
+        ylabel: Likewise the vertical one.
+        log_x: Whether the horizontal axis is logarithmic; it is marked at the points then.
+        log_y: Whether the vertical axis is.
+        marker: Whether the points are marked.
+    """
+
+    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    title: str = ""
+    xlabel: str = ""
+    ylabel: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    marker: bool = True
+
+
+def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> None:
+    """Plot lines in panels side by side, with one legend for all, and save them as a PNG."""
+    figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
+    handles = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        for name, points in panel.lines.items():
+            x, y, *spread = zip(*sorted(points), strict=True)
+            color = handles[name].lines[0].get_color() if name in handles else f"C{len(handles)}"
+            handles[name] = axis.errorbar(
+                x, y, *spread, color=color, marker="o" if panel.marker else None, markersize=3, capsize=3
+            )
+        if panel.log_x:
+            marks = sorted({point[0] for points in panel.lines.values() for point in points})
+            axis.set_xscale("log")
+            axis.set_xticks(marks, [f"{mark:,}" for mark in marks], rotation=90 if len(marks) > 8 else 0)
+            axis.minorticks_off()
+        elif all(isinstance(point[0], int) for points in panel.lines.values() for point in points):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if panel.log_y:
+            axis.set_yscale("log")
+        axis.set_title(panel.title)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+        axis.grid(alpha=0.3)
+    columns = max(1, min(len(handles), int(130 / (8 + max(map(len, handles), default=1)))))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accuracy") -> None:
@@ -20,21 +75,60 @@ def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accura
         path: Where to save.
         metric: What to plot, in percent: `accuracy`, or `agreement` with the teacher.
     """
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, statistics in zip(axes, STATISTICS, strict=True):
+    names = [run["name"] for run in runs]
+    panels = []
+    for statistics in STATISTICS:
+        panel = Panel({}, f"read with {statistics} statistics", "training steps")
         for run in runs:
             if evaluation := charted_evaluation(run, metric):
-                name = f"{evaluation.get('log_prefix')}_{statistics}_{metric}"
-                points = {entry["step"]: entry[name] for entry in run["curve"] if name in entry}
+                key = f"{evaluation.get('log_prefix')}_{statistics}_{metric}"
+                points = {entry["step"]: entry[key] for entry in run["curve"] if key in entry}
                 points[evaluation.get("step", 0)] = evaluation[statistics][metric]
-                axis.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3, label=run["name"])
-        axis.set_title(f"read with {statistics} statistics")
-        axis.set_xlabel("training steps")
+                several = names.count(run["name"]) > 1
+                label = f"{run['name']}: {run['model']['architecture']}" if several else run["name"]
+                panel.lines[label] = list(points.items())
+        panels.append(panel)
+    panels[0].ylabel = ACCURACY_LABEL if metric == "accuracy" else "agreement with the teacher (%)"
+    plot_panels(panels, path, share_y=True)
+
+
+def plot_accuracy(runs: Sequence[Mapping], path: str | Path, key: str, xlabel: str, *, log_x: bool = False) -> None:
+    """Plot the accuracy of distilled students against something in which their runs differ, and save it as a PNG.
+
+    Args:
+        runs: Records of [`hf_noisekd.record`]; those that are of no distilled student are left out.
+        path: Where to save.
+        key: What the runs differ in: a key of their section `noisekd`.
+        xlabel: What it means.
+        log_x: Whether to show it on a logarithmic axis.
+    """
+    students = [run for run in runs if "noisekd" in run]
+    lines = {
+        f"read with {statistics} statistics": [
+            (run["noisekd"][key], run["evaluations"][0][statistics]["accuracy"]) for run in students
+        ]
+        for statistics in STATISTICS
+    }
+    plot_panels([Panel(lines, xlabel=xlabel, ylabel=ACCURACY_LABEL, log_x=log_x)], path)
+
+
+def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> None:
+    """Plot points of the plane in a panel for each input, coloured by the class that the model answers; save as a PNG.
+
+    Args:
+        embeddings: By title, the points `[N, 2]` and the answers `[N]`.
+        path: Where to save.
+    """
+    figure = Figure(figsize=(4 * len(embeddings), 4), layout="constrained")
+    axes = figure.subplots(1, len(embeddings), sharex=True, sharey=True)
+    for axis, (title, (points, answers)) in zip(axes, embeddings.items(), strict=True):
+        for answer in sorted(set(answers.tolist())):
+            axis.scatter(*points[answers == answer].T, s=4, color=f"C{answer}", label=f"answered {answer}")
+        axis.set_title(title)
+        axis.set_xlabel("first embedding dimension")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy (%)" if metric == "accuracy" else "agreement with the teacher (%)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize="small")
+        axis.legend(loc="upper right", markerscale=3, fontsize="small")
+    axes[0].set_ylabel("second embedding dimension")
     figure.savefig(path, dpi=120)
 
 

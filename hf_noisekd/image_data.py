@@ -1,5 +1,6 @@
 """Real images, for training a teacher and for evaluation. Nothing that distils with noise imports this module."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,23 @@ class ImageDataset(Dataset):
             "num_classes": len(self.label_names),
             "label_names": self.label_names,
         }
+
+    def subset(self, num_images: int, seed: int = 0, *, augmented: bool = False) -> "ImageDataset":
+        """Return a random part of the images, as they are or with this data set's augmentation.
+
+        With the same seed a smaller part lies in a larger one.
+
+        Args:
+            num_images: Number of images, in [1, N].
+            seed: Seed of the draw.
+            augmented: Whether to crop and mirror them as here.
+        """
+        indices = torch.tensor(_drawn(len(self), num_images, seed, self.name))
+        part = copy.copy(self)
+        part.images, part.labels = self.images[indices], self.labels[indices]
+        if not augmented:
+            part.crop_padding, part.flip = 0, False
+        return part
 
     def __len__(self) -> int:
         return len(self.images)

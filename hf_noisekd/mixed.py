@@ -17,12 +17,18 @@ class MixedDataset(NoiseDataset):
     not used.
 
     Args:
-        images: Real images, preprocessed as for the teacher, in the forms that [`collate_images`] takes.
         *args: As for [`NoiseDataset`].
-        **kwargs: Likewise.
+        images: Real images, preprocessed as for the teacher, in the forms that [`collate_images`] takes.
+        **kwargs: As for [`NoiseDataset`].
+
+    Example:
+        ```python
+        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196)
+        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model=teacher, train_dataset=mixed)
+        ```
     """
 
-    def __init__(self, images: Dataset, *args, **kwargs):
+    def __init__(self, *args, images: Dataset, **kwargs):
         super().__init__(*args, **kwargs)
         self.real_images = images
 

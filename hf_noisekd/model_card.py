@@ -23,16 +23,21 @@ CLASS_BALANCE_NAME = "class_balance.png"
 
 
 def write_model_card(
-    source: Mapping | str | Path, output_dir: str | Path | None = None, *, repo_id: str | None = None
+    source: Mapping | str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    repo_id: str | None = None,
+    run: str | None = None,
 ) -> Path:
     """Write the card of a student, `README.md` with figures, and its record `noisekd.json`.
 
     Args:
         source: The record of a student; a folder that the trainer or `noisekd distill` wrote; or the results file of a
-            recipe, of which the last run counts, and which takes the place of the record.
+            recipe, of which one run counts, and which takes the place of the record.
         output_dir: Where to write. Default: the folder, if `source` is one.
         repo_id: Where the student is on the Hub, for the code that loads it. Default: what the record says; without one
             the code loads the folder that it is run in.
+        run: Name of that run. Default: the last one.
 
     Returns:
         The path of the card.
@@ -40,7 +45,7 @@ def write_model_card(
     Raises:
         ValueError: `source` tells of no distilled student, or there is nowhere to write.
     """
-    record = dict(source) if isinstance(source, Mapping) else read_record(source)
+    record = dict(source) if isinstance(source, Mapping) else read_record(source, run)
     if output_dir is None:
         if isinstance(source, Mapping) or not Path(source).is_dir():
             raise ValueError("There is nowhere to write the card: pass output_dir.")
@@ -57,8 +62,12 @@ def write_model_card(
     return Path(output_dir) / CARD_NAME
 
 
-def read_record(source: str | Path) -> dict:
-    """Return the record of a student, in a folder or on the Hub, or of the last run of a recipe's results file.
+def read_record(source: str | Path, run: str | None = None) -> dict:
+    """Return the record of a student, in a folder or on the Hub, or of a run of a recipe's results file.
+
+    Args:
+        source: The folder, the Hub id or the results file.
+        run: Name of the run of a results file; the first of that name counts. Default: the last run.
 
     Raises:
         ValueError: There is none; the message says what was found.
@@ -74,7 +83,10 @@ def read_record(source: str | Path) -> dict:
     try:
         record = json.loads(path.read_text())
         if "runs" in record:
-            record |= record["runs"][-1]
+            names = [each["name"] for each in record["runs"]]
+            if run is not None and run not in names:
+                raise ValueError(f"it has no run {run!r}, only {', '.join(map(repr, names))}")
+            record |= record["runs"][-1 if run is None else names.index(run)]
     except (ValueError, IndexError, TypeError) as error:
         raise ValueError(f"{path} is neither a record nor a results file: {error}") from error
     if not isinstance(record, dict) or "noisekd" not in record:

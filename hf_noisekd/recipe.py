@@ -7,6 +7,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 - `machine` and `versions`, as in [`hf_noisekd.record`].
 - `runs`: a list, each with a `name` and the rest of its record, see there. A teacher that was not trained here has only
   the `evaluations`.
+- `measurements`: what was measured beside, a list of mappings of equal keys by the name of its table.
 """
 
 import argparse
@@ -69,6 +70,7 @@ class Results:
             "machine": machine(),
             "versions": versions(),
             "runs": [],
+            "measurements": {},
         }
 
     def train(self, name: str, trainer: ClassifierTrainer) -> nn.Module:
@@ -98,6 +100,15 @@ class Results:
     def _write(self, name: str, record: Mapping) -> None:
         header = {key: value for key, value in record.items() if key not in ("machine", "versions")}
         self.record["runs"].append({"name": name} | header)
+        self._save()
+
+    def measure(self, name: str, rows: Sequence[Mapping]) -> None:
+        """Record measurements as the table `name`, on process 0."""
+        if PartialState().is_main_process:
+            self.record["measurements"][name] = list(rows)
+            self._save()
+
+    def _save(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
@@ -107,9 +118,10 @@ class Results:
             plot(self.record["runs"], self.output_dir / name)
 
     def print_table(self) -> None:
-        """Print the runs as a Markdown table, on process 0."""
+        """Print the runs and the measurements as Markdown tables, on process 0."""
         if PartialState().is_main_process:
-            print(results_table(self.record))
+            tables = [results_table(self.record)] if self.record["runs"] else []
+            print("\n\n".join([*tables, *map(measurements_table, self.record["measurements"].values())]))
 
 
 def results_table(record: Mapping) -> str:
@@ -124,6 +136,21 @@ def results_table(record: Mapping) -> str:
         speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
         lines.append(f"| {run['name']} | {model} | {run['steps']:,} | {speed} | {accuracies} |")
     return "\n".join(lines)
+
+
+def measurements_table(rows: Sequence[Mapping]) -> str:
+    """Return measurements as a Markdown table; what is a list, such as a histogram, is left to the figures."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    lines = [f"| {' | '.join(columns)} |"]
+    lines.append(f"|{''.join('---|' if isinstance(rows[0][column], str) else '---:|' for column in columns)}")
+    lines += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(value: float | str | None) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
 
 
 def _commit() -> str | None:

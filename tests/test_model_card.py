@@ -207,7 +207,8 @@ RELEASED = re.search(r"^RELEASED := (.*)$", (ROOT / "Makefile").read_text(), fla
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_cards_are_those_of_the_results_files(tmp_path, name):
-    card = write_model_card(ROOT / "recipes" / "results" / f"{name}.json", tmp_path / name)
+    run = re.search(r"^RELEASED_RUN := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    card = write_model_card(ROOT / "recipes" / "results" / f"{name}.json", tmp_path / name, run=run)
     released = ROOT / "model_cards" / name
     assert (released / "README.md").read_text() == card.read_text(), "stale: run `make cards`"
     assert {file.name for file in released.iterdir()} == {file.name for file in card.parent.iterdir()}

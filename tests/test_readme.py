@@ -28,7 +28,7 @@ def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
     assert (tmp_path / "student" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10_cpu"])
+@pytest.mark.parametrize("name", ["digits_cpu", "cifar10_cpu"])
 def test_tables_are_those_of_the_results_files(name):
     record = json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text())
     assert results_table(record) in README

@@ -1,0 +1,165 @@
+"""Collect the recipes' results files into one page: `python -m hf_noisekd.tables [RUN_FOLDER ...]`.
+
+The page, `recipes/README.md`, has a part for each recipe: what it does and how to run it, from its docstring; for each
+preset a table of its runs with the paper's value beside ours; its other measurements; and its figures. What was not run
+yet says so. Several results files of a recipe and a preset are taken for repetitions with other seeds. The paper's
+values are in `recipes/paper.json`, by recipe, run and architecture.
+
+Output folders of recipes that are given are first copied to `recipes/results`, results and figures.
+"""
+
+import argparse
+import ast
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .recipe import measurements_table
+
+MAX_ROWS = 12
+PAGE_NAME = "README.md"
+INTRODUCTION = """# Recipes
+
+Every table and figure of Raikwar & Mishra, *Discovering and Overcoming Limitations of Noise-engineered Data-free
+Knowledge Distillation* (NeurIPS 2022), each by one command. `--preset cpu`, the default, is for two cores and minutes,
+with small networks and few steps; `--preset paper` has the authors' networks and steps, for a GPU. All take `--seed`,
+`--output-dir` and `--max-steps`, to try one out; those on images `--dataset`, a Hub id or a local folder.
+
+Accuracies are in percent on the test images. Students that noise taught are compared with the paper by the statistics
+of batches of 256 (its Algorithm 2), all others by their running statistics. Where our network is another one than the
+paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. *Not
+yet run* means what it says.
+
+The authors' learning rate followed the test loss. Ours does not look at test images: students that a teacher teaches
+have a cosine decay to zero over the steps, with Adam at 1e-3, batches of 256 and temperature 1 as in the paper (`cpu`:
+at 3e-3, with a linear warm-up over a tenth of the steps); training with labels is AdamW at 3e-3 with a linear warm-up
+and decay.
+
+This page is made of the results files by `make tables`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Copy the given runs to the results, and write the page anew."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN_FOLDER", help="output folders to copy first")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes"), help="folder of the recipes")
+    options = parser.parse_args(arguments)
+    for run in options.runs:
+        copy_results(run, options.recipes / "results")
+    (options.recipes / PAGE_NAME).write_text(render_page(options.recipes))
+
+
+def copy_results(run: Path, results: Path) -> None:
+    """Copy a recipe's results file under the name of recipe, preset and, if it is not 0, seed; of seed 0 also figures.
+
+    Raises:
+        ValueError: The folder has no results file.
+    """
+    if not (run / "results.json").is_file():
+        raise ValueError(f"{run} has no results.json: give the --output-dir of a recipe that ran.")
+    record = json.loads((run / "results.json").read_text())
+    name = f"{record['recipe']}_{record['preset']}" + (f"_seed{record['seed']}" if record["seed"] else "")
+    results.mkdir(exist_ok=True)
+    shutil.copy(run / "results.json", results / f"{name}.json")
+    for figure in run.glob("*.png") if record["seed"] == 0 else ():
+        shutil.copy(figure, results / f"{name}_{figure.name}")
+
+
+def render_page(recipes: Path) -> str:
+    """Return the page of all recipes in a folder, as Markdown."""
+    paper = json.loads((recipes / "paper.json").read_text())
+    files = {path: json.loads(path.read_text()) for path in sorted((recipes / "results").glob("*.json"))}
+    parts = [INTRODUCTION]
+    for recipe, entry in paper.items():
+        title, *text = ast.get_docstring(ast.parse((recipes / f"{recipe}.py").read_text())).split("\n")
+        parts.append(f"## {entry['what']}: `{recipe}.py`\n\n{title}\n" + "\n".join(text))
+        for preset in entry.get("presets", ("cpu", "paper")):
+            found = {
+                path: record
+                for path, record in files.items()
+                if (record["recipe"], record["preset"]) == (recipe, preset)
+            }
+            if found:
+                parts.append(_results_part(preset, found, entry.get("accuracy", {})))
+            elif preset == "paper" and "accuracy" in entry:
+                parts.append(_pending_part(entry["accuracy"]))
+            else:
+                parts.append(f"`{preset}`: not yet run.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
+    first = next(iter(files.values()))
+    machine = first["machine"]
+    device = machine["accelerator"] or f"{machine['cores']} cores of {machine['processor']}"
+    links = ", ".join(
+        f"[seed {record['seed']}](results/{path.name}) at `{record['commit']}`" for path, record in files.items()
+    )
+    parts = [f"`{preset}`, on {device}: {links}."]
+    if first["runs"]:
+        parts.append(_comparison(list(files.values()), paper))
+    for name, rows in first["measurements"].items() if "measurements" in first else ():
+        if len(rows) <= MAX_ROWS:
+            parts.append(f"{name[0].upper()}{name[1:]}{_of_seed(first, files)}:\n\n{measurements_table(rows)}")
+    figures = sorted(next(iter(files)).parent.glob(f"{next(iter(files)).stem}_*.png"))
+    parts += [f"![{figure.stem.replace('_', ' ')}](results/{figure.name})" for figure in figures]
+    return "\n\n".join(parts)
+
+
+def _comparison(records: Sequence[Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the table of the runs, with mean and standard deviation over several seeds."""
+    runs: dict[tuple, list[Mapping]] = {}
+    for record in records:
+        for run in record["runs"]:
+            runs.setdefault((run["name"], run["model"]["architecture"]), []).append(run)
+    header = ["", "model", "steps", "n", "running statistics", "batch statistics"]
+    header += ["paper", "difference"] if paper else []
+    lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
+    for (name, architecture), repeated in runs.items():
+        values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
+        cells = [
+            name,
+            architecture,
+            f"{repeated[0]['steps']:,}",
+            str(len(repeated)),
+            *map(_mean_and_spread, values.values()),
+        ]
+        if paper:
+            ours = values["batch" if "noise" in repeated[0].get("noisekd", {}) else "running"]
+            cells += _paper_cells(paper.get(name, {}), architecture, statistics.mean(ours))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _paper_cells(values: Mapping[str, float], architecture: str, ours: float) -> list[str]:
+    """Return the paper's value, for the same architecture or else for the first, and how much higher ours is."""
+    if not values:
+        return ["", ""]
+    theirs = architecture if architecture in values else next(iter(values))
+    other = "" if theirs == architecture else f" ({theirs})"
+    return [f"{values[theirs]:.2f}{other}", f"{ours - values[theirs]:+.2f}"]
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _pending_part(paper: Mapping[str, Mapping[str, float]]) -> str:
+    lines = ["`paper`:", "", "| | model | ours | paper |", "|---|---|---|---:|"]
+    lines += [
+        f"| {name} | {architecture} | not yet run | {value:.2f} |"
+        for name, values in paper.items()
+        for architecture, value in values.items()
+    ]
+    return "\n".join(lines)
+
+
+def _of_seed(record: Mapping, files: Mapping) -> str:
+    return f" (seed {record['seed']})" if len(files) > 1 else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Train students with noise batches of several sizes: Fig. 5 of Raikwar & Mishra (NeurIPS 2022).
+
+    python recipes/batch_size.py --teacher runs/cifar10/teacher    # about 15 minutes on two CPU cores
+    accelerate launch recipes/batch_size.py --preset paper         # the authors' networks, for a GPU
+
+All students take the same number of steps at the same rate, so a larger batch also means more noise images. All are
+read in batches of 256. On several processes the size is that of one process, whose statistics the teacher uses. Without
+`--teacher` one is trained first.
+"""
+
+from functools import partial
+
+from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.figures import plot_accuracy
+
+BATCH_SIZES = (16, 32, 64, 128, 256, 512)
+PRESETS = {
+    "cpu": CIFAR10["cpu"] | {"distillation": CIFAR10["cpu"]["distillation"] | {"max_steps": 750}},
+    "paper": CIFAR10["paper"],
+}
+
+
+def main() -> None:
+    """Train a student for each batch size, and print their table."""
+    options = experiment_parser(__doc__, "batch_size", PRESETS).parse_args()
+    experiment = Experiment("batch_size", options, PRESETS[options.preset])
+    experiment.prepare_teacher()
+    for batch_size in BATCH_SIZES:
+        experiment.distil(f"batches of {batch_size}", per_device_train_batch_size=batch_size, eval_strategy="no")
+    xlabel = "noise images in a training batch"
+    experiment.results.plot("accuracy.png", partial(plot_accuracy, key="batch_size", xlabel=xlabel, log_x=True))
+    experiment.results.print_table()
+
+
+if __name__ == "__main__":
+    main()

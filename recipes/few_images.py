@@ -1,0 +1,51 @@
+"""Distil with a few real images, with noise, and with both: the claim of the abstract of Raikwar & Mishra (2022).
+
+    python recipes/few_images.py --teacher runs/cifar10/teacher    # about 20 minutes on two CPU cores
+    accelerate launch recipes/few_images.py --preset paper         # the authors' networks, for a GPU
+
+The images are drawn with the seed from the training images, cropped and mirrored at random, and used without labels.
+Images alone are answered by a teacher on running statistics, as in ordinary distillation. With both, noise and images
+take turns, a batch each, and the teacher is on batch statistics, as for noise alone. All students take the same number
+of steps. Each is also read with its running statistics re-estimated from its few images, as someone who has them would.
+"""
+
+from accelerate import PartialState
+
+from hf_noisekd import MixedDataset
+from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.figures import plot_curves
+
+PRESETS = {
+    "cpu": CIFAR10["cpu"] | {"distillation": CIFAR10["cpu"]["distillation"] | {"max_steps": 1000}},
+    "paper": CIFAR10["paper"],
+}
+
+
+def main() -> None:
+    """Train the students, recalibrate them, and print their tables."""
+    parser = experiment_parser(__doc__, "few_images", PRESETS)
+    parser.add_argument("--real-images", type=int, nargs="+", default=[100, 500], help="numbers of images to try")
+    options = parser.parse_args()
+    experiment = Experiment("few_images", options, PRESETS[options.preset])
+    teacher = experiment.prepare_teacher()
+    noise = experiment.distil("noise alone")
+    rows = []
+    for count in options.real_images:
+        images = experiment.train_dataset.subset(count, options.seed, augmented=True)
+        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, seed=options.seed)
+        alone = experiment.distil(f"{count:,} images alone", train_dataset=images, batch_norm_fraction=0)
+        both = experiment.distil(f"noise and {count:,} images", train_dataset=mixed)
+        for taught_with, trainer in (("images", alone), ("noise", noise), ("both", both)):
+            if PartialState().is_main_process:
+                evaluation = trainer.record()["evaluations"][0]
+                row = {"images": count, "taught with": taught_with}
+                row |= {f"{key} statistics": evaluation[key]["accuracy"] for key in ("running", "batch")}
+                recalibrated = experiment.recalibrated_accuracy(trainer.model, count, options.seed)
+                rows.append(row | {"running statistics of the images": recalibrated})
+    experiment.results.measure("accuracy", rows)
+    experiment.results.plot("curves.png", plot_curves)
+    experiment.results.print_table()
+
+
+if __name__ == "__main__":
+    main()

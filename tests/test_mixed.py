@@ -1,0 +1,62 @@
+import pytest
+import torch
+from conftest import TinyCNN
+from torch.utils.data import TensorDataset
+
+from hf_noisekd import MixedDataset, NoiseDataset, NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.image_data import ImageDataset
+from hf_noisekd.model_card import render_model_card
+
+SIZE = (1, 8, 8)
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (5, *SIZE), generator=generator).to(torch.uint8)
+    facts = {"mean": (0.5,), "std": (0.25,), "label_names": list("abc"), "name": "five"}
+    return ImageDataset(pixels, torch.arange(5) % 3, crop_padding=2, flip=True, **facts)
+
+
+def test_noise_and_images_take_turns(images):
+    mixed = MixedDataset(SIZE, 16, images=images, seed=3)
+    images.crop_padding, images.flip = 0, False
+    known = [image["pixel_values"] for image in images]
+    assert torch.equal(mixed.draw(4), NoiseDataset(SIZE, 16, seed=3).draw(4))
+    batch = mixed.draw(5)
+    assert batch.shape == (16, *SIZE)
+    found = [next(index for index, image in enumerate(known) if torch.equal(image, drawn)) for drawn in batch]
+    assert len(set(found)) > 1
+
+
+def test_a_step_is_a_function_of_seed_rank_and_step_alone(images):
+    torch.manual_seed(1)
+    expected = MixedDataset(SIZE, 16, images=images, seed=3).draw(5)
+    before = torch.random.get_rng_state()
+    assert torch.equal(MixedDataset(SIZE, 16, images=images, seed=3).draw(5), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for other in ({"seed": 4}, {"seed": 3, "rank": 1}):
+        assert not torch.equal(MixedDataset(SIZE, 16, images=images, **other).draw(5), expected)
+    assert not torch.equal(MixedDataset(SIZE, 16, images=images, seed=3).draw(7), expected)
+
+
+def test_images_without_batched_access_will_do():
+    mixed = MixedDataset(SIZE, 4, images=TensorDataset(torch.ones(3, *SIZE), torch.zeros(3)), dtype=torch.bfloat16)
+    assert torch.equal(mixed.draw(1), torch.ones(4, *SIZE, dtype=torch.bfloat16))
+
+
+def test_the_record_and_the_card_name_the_images(images, tiny_cnn, tmp_path):
+    mixed = MixedDataset(SIZE, 16, 10, images=images, seed=3)
+    args = NoiseKDConfig(
+        tmp_path, max_steps=4, per_device_train_batch_size=16, save_strategy="no", report_to="none", disable_tqdm=True
+    )
+    student = TinyCNN()
+    trainer = NoiseKDTrainer(student, tiny_cnn, args, train_dataset=mixed)
+    trainer.train()
+    section = student.noisekd
+    assert section["method"] == "distillation with noise and real images"
+    assert section["real_images"] == {"dataset": "five", "images": 5}
+    card = render_model_card(trainer.record())
+    assert "white noise and 5 real images of five" in card.text
+    assert "no image and no label was used" not in card.text
+    assert "data-free" not in card.data.tags

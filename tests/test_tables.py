@@ -1,0 +1,110 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_noisekd.tables import copy_results, main, render_page
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def run(name, accuracy, architecture="big", noise=True, fraction=1.0):
+    scores = {"running": {"accuracy": accuracy - 20.0}, "batch": {"accuracy": accuracy}}
+    taught = {"noisekd": {"noise": {}} if noise else {}}
+    return {"name": name, "model": {"architecture": architecture}, "steps": 1500, "evaluations": [scores]} | taught
+
+
+def record(seed, *runs, preset="cpu", measurements=None):
+    machine = {"processor": "a processor", "cores": 2, "accelerator": "H100" if preset == "paper" else None}
+    facts = {"recipe": "one", "preset": preset, "seed": seed, "commit": f"commit{seed}", "machine": machine}
+    return facts | {"runs": list(runs), "measurements": measurements or {}}
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    paper = {
+        "one": {"what": "Table 9", "accuracy": {"noise": {"big": 80.0, "bigger": 85.0}, "images": {"big": 90.0}}},
+        "two": {"what": "Fig. 9"},
+    }
+    (tmp_path / "results").mkdir()
+    (tmp_path / "paper.json").write_text(json.dumps(paper))
+    for name in paper:
+        (tmp_path / f"{name}.py").write_text(f'"""What {name} does.\n\n    python {name}.py\n\nAnd how.\n"""\n')
+    return tmp_path
+
+
+def write(recipes, name, content):
+    (recipes / "results" / f"{name}.json").write_text(json.dumps(content))
+
+
+def test_what_was_not_run_says_so_beside_the_papers_value(recipes):
+    page = render_page(recipes)
+    assert "## Table 9: `one.py`\n\nWhat one does.\n\n    python one.py" in page
+    assert page.count("`cpu`: not yet run.") == 2
+    assert "| noise | bigger | not yet run | 85.00 |" in page
+    assert "`paper`: not yet run." in page  # of the figure
+
+
+def test_the_papers_value_stands_beside_ours(recipes):
+    write(
+        recipes, "one_cpu", record(0, run("noise", 50.0), run("noise", 40.0, "small"), run("images", 70, noise=False))
+    )
+    page = render_page(recipes)
+    assert "| noise | big | 1,500 | 1 | 30.00 | 50.00 | 80.00 | -30.00 |" in page
+    assert "| noise | small | 1,500 | 1 | 20.00 | 40.00 | 80.00 (big) | -40.00 |" in page
+    # Images: read with running statistics.
+    assert "| images | big | 1,500 | 1 | 50.00 | 70.00 | 90.00 | -40.00 |" in page
+    assert "`cpu`, on 2 cores of a processor: [seed 0](results/one_cpu.json) at `commit0`." in page
+
+
+def test_seeds_are_averaged_with_their_spread(recipes):
+    write(recipes, "one_paper", record(0, run("noise", 81.0), preset="paper"))
+    write(recipes, "one_paper_seed1", record(1, run("noise", 83.0), preset="paper"))
+    page = render_page(recipes)
+    assert "| noise | big | 1,500 | 2 | 62.00 ± 1.41 | 82.00 ± 1.41 | 80.00 | +2.00 |" in page
+    assert "`paper`, on H100" in page
+    assert "not yet run | 80.00" not in page
+
+
+def test_measurements_are_tables_unless_they_are_long(recipes):
+    short = [{"images": 1024, "how": "so", "accuracy": 12.3456, "histogram": [1, 2]}]
+    write(recipes, "one_cpu", record(0, measurements={"short": short, "long": short * 50}))
+    page = render_page(recipes)
+    assert "Short:\n\n| images | how | accuracy |\n|---:|---|---:|\n| 1,024 | so | 12.35 |" in page
+    assert "Long:" not in page
+
+
+def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatch):
+    for seed in (0, 3):
+        folder = tmp_path / f"run{seed}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(record(seed, run("noise", 50.0))))
+        (folder / "curves.png").write_bytes(b"figure")
+    main([str(tmp_path / "run0"), str(tmp_path / "run3"), "--recipes", str(recipes)])
+    assert {path.name for path in (recipes / "results").iterdir()} == {
+        "one_cpu.json", "one_cpu_seed3.json", "one_cpu_curves.png"
+    }  # fmt: skip
+    page = (recipes / "README.md").read_text()
+    assert page.count("![") == 1
+    assert "![one cpu curves](results/one_cpu_curves.png)" in page
+    with pytest.raises(ValueError, match=r"has no results\.json: give the --output-dir of a recipe"):
+        copy_results(tmp_path / "nothing", recipes / "results")
+
+
+def test_the_page_in_the_repository_is_up_to_date():
+    assert (RECIPES / "README.md").read_text() == render_page(RECIPES), "stale: run `make tables`"
+
+
+def test_every_result_and_figure_is_shown_and_of_a_clean_commit():
+    page = (RECIPES / "README.md").read_text()
+    for path in (RECIPES / "results").iterdir():
+        if not path.name.startswith("benchmark"):
+            assert f"(results/{path.name})" in page
+    for path in (RECIPES / "results").glob("*.json"):
+        assert not json.loads(path.read_text())["commit"].endswith("-dirty"), path.name
+
+
+def test_every_recipe_is_on_the_page():
+    recipes = {path.stem for path in RECIPES.glob("*.py")} - {"benchmark_step_time"}
+    assert set(re.findall(r"^## .*: `(\w+)\.py`$", (RECIPES / "README.md").read_text(), flags=re.MULTILINE)) == recipes
