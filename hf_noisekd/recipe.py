@@ -90,8 +90,9 @@ class Results:
     def add(self, name: str, model: nn.Module, test_dataset: Dataset, batch_size: int = 256) -> None:
         """Evaluate a model that was not trained here, in float32 on the test images, and record it."""
         if PartialState().is_main_process:
-            evaluation = {"dataset": dataset_name(test_dataset), "images": len(test_dataset), "batch_size": batch_size}
-            evaluation |= {"precision": "float32", "step": 0}
+            images = len(test_dataset)
+            evaluation = {"dataset": dataset_name(test_dataset), "images": images}
+            evaluation |= {"batch_size": min(batch_size, images), "precision": "float32", "step": 0}
             scores = evaluate(model, test_dataset, batch_size=batch_size)
             for statistics in STATISTICS:
                 evaluation[statistics] = {key: round(value, 4) for key, value in scores[statistics].items()}
@@ -105,7 +106,10 @@ class Results:
     def measure(self, name: str, rows: Sequence[Mapping]) -> None:
         """Record measurements as the table `name`, on process 0."""
         if PartialState().is_main_process:
-            self.record["measurements"][name] = list(rows)
+            self.record["measurements"][name] = [
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}
+                for row in rows
+            ]
             self._save()
 
     def _save(self) -> None:

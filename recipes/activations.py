@@ -34,11 +34,12 @@ def main() -> None:
     experiment = Experiment("activations", options, CIFAR10[options.preset])
     teacher = experiment.prepare_teacher()
     device = device_of(teacher)
-    images = experiment.test_dataset.subset(BATCHES * BATCH_SIZE, options.seed)
-    batches = torch.arange(len(images)).split(BATCH_SIZE)
-    images = [images.__getitems__(batch)["pixel_values"].to(device) for batch in batches]
+    size = min(BATCH_SIZE, len(experiment.test_dataset))
+    count = min(BATCHES, len(experiment.test_dataset) // size)
+    images = experiment.test_dataset.subset(count * size, options.seed)
+    images = [images.__getitems__(batch)["pixel_values"].to(device) for batch in torch.arange(count * size).split(size)]
     noise = NoiseDataset.for_model(
-        teacher, batch_size=BATCH_SIZE, num_steps=BATCHES, seed=options.seed, held_out=True, device=device
+        teacher, batch_size=size, num_steps=count, seed=options.seed, held_out=True, device=device
     )
     noise = [batch["pixel_values"] for batch in noise]
     hidden, pooled = {}, {}
@@ -92,8 +93,8 @@ def report_pooled(results: Results, pooled: dict[str, list[torch.Tensor]]) -> No
                 "standard deviation": values.std().item(),
                 "Wasserstein distance from the images": (values - of_images).abs().mean().item(),
                 "most frequent answer (%)": 100 * logits.argmax(1).bincount().max().item() / len(logits),
-                "edges": edges.tolist(),
-                "density": density.tolist(),
+                "edges": [round(edge, 4) for edge in edges.tolist()],
+                "density": [round(value, 6) for value in density.tolist()],
             }
         )
     results.measure("pooled activations", rows)

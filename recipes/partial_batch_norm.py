@@ -27,7 +27,9 @@ def main() -> None:
     experiment.prepare_teacher()
     for share in RUNNING_SHARES:
         experiment.distil(
-            f"{share} % of the layers on running statistics", batch_norm_fraction=1 - share / 100, eval_strategy="no"
+            f"{share} % of the layers on running statistics",
+            batch_norm_fraction=(100 - share) / 100,
+            eval_strategy="no",
         )
     xlabel = "share of the teacher's BatchNorm layers on batch statistics"
     experiment.results.plot("accuracy.png", partial(plot_accuracy, key="teacher_batch_norm_fraction", xlabel=xlabel))

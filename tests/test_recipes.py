@@ -1,23 +1,30 @@
 """The recipes run end to end, as a user starts them."""
 
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
-from hf_noisekd.hub import load_teacher
+from hf_noisekd.hub import load_teacher, save_model
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
 
 
-def run(name, *options, timeout, environment=None):
+def run(name, *options, timeout, environment=None, launcher=()):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (environment or {})
-    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *map(str, options)]
+    launcher = ["-m", *launcher] if launcher else []
+    command = [sys.executable, *launcher, str(ROOT / "recipes" / f"{name}.py"), *map(str, options)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
@@ -72,6 +79,142 @@ def test_digits_are_classified_by_a_process_that_has_only_the_id(hub, tmp_path, 
     accuracy = record["runs"][-1]["evaluations"][0]["batch"]["accuracy"]
     assert float(finished.stdout) == pytest.approx(accuracy, abs=8)
     assert float(finished.stdout) >= expected
+
+
+def write_images(folder, columns, *, test_split="test", photos=False, copies=13):
+    """Write a data set of random images in the schema of one on the Hub: parquet files of JPEG images."""
+    generator = np.random.default_rng(0)
+    image_column, *label_columns = columns
+
+    def image() -> dict:
+        height, width = generator.integers(40, 90, 2) if photos else (32, 32)
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "JPEG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = {image_column: datasets.Image()}
+    features |= {name: datasets.ClassLabel(num_classes=count) for name, count in label_columns}
+    size = max(count for _, count in label_columns) * copies
+    for split in ("train", test_split):
+        rows = {image_column: [image() for _ in range(size)]}
+        rows |= {name: [index % count for index in range(size)] for name, count in label_columns}
+        data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def run_here(name, monkeypatch, *options):
+    """Run a recipe in this process, which has imported what it needs, and return its results."""
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / f"{name}.py"), *map(str, options)])
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    output_dir = Path(options[options.index("--output-dir") + 1])
+    return json.loads((output_dir / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("cifar10"), ["img", ("label", 10)])
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory):
+    """What the `cpu` preset would have trained, at a quarter of its width."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    save_model(timm.create_model("resnet10_cifar", width=8, stem_stride=2), folder)
+    return folder
+
+
+def test_cifar10_has_the_five_rows_of_table_1(cifar10, tmp_path, monkeypatch, capsys):
+    options = ("--dataset", cifar10, "--max-steps", 1, "--output-dir", tmp_path)
+    record = run_here("cifar10", monkeypatch, *options)
+    paper = json.loads((ROOT / "recipes" / "paper.json").read_text())["cifar10"]["accuracy"]
+    assert [run["name"] for run in record["runs"]] == list(paper)
+    fractions = [run.get("noisekd", {}).get("teacher_batch_norm_fraction") for run in record["runs"]]
+    assert fractions == [None, 1.0, 0.0, None, 0.0, 1.0]
+    assert [("noise" in run.get("noisekd", {})) for run in record["runs"]] == [False, True, True, False, False, False]
+    assert all(run["steps"] == 1 for run in record["runs"])
+    assert capsys.readouterr().out.count("| resnet10_cifar, 1.23 M |") == 5
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    student = load_teacher(str(tmp_path / "noise-batch-statistics-teacher-resnet10-cifar"))
+    assert student.noisekd["batch_norm"] in ("running", "batch")
+
+
+def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
+    record = run_here("partial_batch_norm", monkeypatch, *options)
+    shares = [run["noisekd"]["teacher_batch_norm_fraction"] for run in record["runs"][1:]]
+    assert shares == [0, 0.1, 0.25, 0.5, 0.75, 1]
+    paper = json.loads((ROOT / "recipes" / "paper.json").read_text())["partial_batch_norm"]["accuracy"]
+    assert [run["name"] for run in record["runs"][1:]] == list(paper)
+    record = run_here("batch_size", monkeypatch, *options)
+    assert [run["noisekd"]["batch_size"] for run in record["runs"][1:]] == [16, 32, 64, 128, 256, 512]
+    assert {run["evaluations"][0]["batch_size"] for run in record["runs"]} == {130}
+    record = run_here("few_images", monkeypatch, *options, "--real-images", 20)
+    assert [run["name"] for run in record["runs"]] == [
+        "teacher", "noise alone", "20 images alone", "noise and 20 images"
+    ]  # fmt: skip
+    assert record["runs"][3]["noisekd"]["real_images"]["images"] == 20
+    assert [row["taught with"] for row in record["measurements"]["accuracy"]] == ["images", "noise", "both"]
+    record = run_here("student_handling", monkeypatch, *options, "--student", small_teacher)
+    assert [run["name"] for run in record["runs"]] == ["teacher", "student"]
+    by_batch, by_images = record["measurements"].values()
+    assert [row["batch size"] for row in by_batch] == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    assert [row["images"] for row in by_images] == [4, 16, 64]
+    assert by_batch[-1]["accuracy (%)"] == record["runs"][1]["evaluations"][0]["batch"]["accuracy"]
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_activations(cifar10, small_teacher, tmp_path, monkeypatch):
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--output-dir", tmp_path)
+    record = run_here("activations", monkeypatch, *options)
+    assert record["measurements"]["hidden activations"][0]["layer"] == "bn1"
+    assert len(record["measurements"]["pooled activations"]) == 3
+    assert {path.name for path in tmp_path.glob("*.png")} == {"hidden.png", "pooled.png"}
+
+
+def test_circles(tmp_path, monkeypatch):
+    record = run_here("circles", monkeypatch, "--max-steps", 60, "--output-dir", tmp_path)
+    assert record["runs"][0]["evaluations"][0]["running"]["accuracy"] > 90
+    data, running, batch = record["measurements"]["embeddings"]
+    assert running["mean of the embedding"] > 2 * batch["mean of the embedding"]
+    assert data["answered the inner circle (%)"] == pytest.approx(50, abs=10)
+    assert (tmp_path / "embeddings.png").stat().st_size > 1000
+
+
+SMALL_TABLE = ("--rows", "noise-batch", "images-running", "--max-steps", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("svhn", ["image", ("label", 10)]),
+        ("cifar100", ["img", ("fine_label", 100), ("coarse_label", 20)]),
+    ],
+)
+def test_small_images_in_the_schema_of_the_hub(name, columns, tmp_path, monkeypatch):
+    data = write_images(tmp_path / name, columns, copies=2)
+    record = run_here(name, monkeypatch, "--dataset", data, *SMALL_TABLE, "--output-dir", tmp_path / "run")
+    assert [run["model"]["architecture"] for run in record["runs"]] == ["resnet18_cifar"] + 2 * ["resnet10_cifar"]
+    student = load_teacher(str(tmp_path / "run" / "noise-batch-statistics-teacher-resnet10-cifar"))
+    assert student.num_classes == columns[1][1]
+    assert record["configuration"]["dataset"] == name
+
+
+def test_food101_on_two_processes(tmp_path):
+    data = write_images(tmp_path / "food101", ["image", ("label", 101)], test_split="validation", photos=True, copies=1)
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    options = ("--dataset", data, *SMALL_TABLE, "--output-dir", tmp_path / "run")
+    run("food101", *options, timeout=300, launcher=launcher)
+    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [run["processes"] for run in record["runs"]] == [2, 2, 2]
+    assert [run["model"]["architecture"] for run in record["runs"]] == ["resnet18", "resnet10t", "resnet10t"]
+    for run_ in record["runs"]:
+        assert run_["model"]["input_size"] == [3, 64, 64]
+        assert run_["evaluations"][0]["images"] == 101
+    student = load_teacher(str(tmp_path / "run" / "noise-batch-statistics-teacher-resnet10t"))
+    assert student(torch.randn(2, 3, 64, 64)).shape == (2, 101)
 
 
 def test_benchmark(tmp_path):
