@@ -68,12 +68,12 @@ def current_evaluations(evaluations: Sequence[Mapping], step: int | None = None)
     return [{key: value for key, value in entry.items() if key != "in_training"} for entry in current.values()]
 
 
-def dataset_name(dataset: Dataset) -> str:
-    """Return the name that a data set has (`name`, or that of `datasets`), or a description."""
+def dataset_name(dataset: Dataset, default: str | None = "evaluation images") -> str | None:
+    """Return the name that a data set has (`name`, or that of `datasets`), or else `default`."""
     for name in (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None)):
         if isinstance(name, str):
             return name
-    return "evaluation images"
+    return default
 
 
 def machine() -> dict[str, str | int | None]:

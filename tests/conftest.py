@@ -1,19 +1,24 @@
 """Small models and data that several test files share. Nothing here or in the default tests reaches the network."""
 
 import hashlib
+import io
 import os
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import datasets
+import numpy as np
 import pytest
 import timm
 import torch
 from hub_server import HubServer
+from PIL import Image
 from torch import nn
 
 import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
 from hf_noisekd.config import ClassifierConfig
+from hf_noisekd.hub import save_model
 from hf_noisekd.image_data import ImageDataset, channel_statistics
 from hf_noisekd.push import _api
 from hf_noisekd.supervised import ClassifierTrainer
@@ -44,6 +49,28 @@ def digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         state.update(name.encode() + str(tensor.dtype).encode() + tensor.numpy().tobytes())
     return state.hexdigest()
+
+
+def write_images(folder, columns, *, test_split="test", photos=False, copies=13):
+    """Write a data set of random images in the schema of one on the Hub: parquet files of JPEG images."""
+    generator = np.random.default_rng(0)
+    image_column, *label_columns = columns
+
+    def image() -> dict:
+        height, width = generator.integers(40, 90, 2) if photos else (32, 32)
+        buffer = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "JPEG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = {image_column: datasets.Image()}
+    features |= {name: datasets.ClassLabel(num_classes=count) for name, count in label_columns}
+    size = max(count for _, count in label_columns) * copies
+    for split in ("train", test_split):
+        rows = {image_column: [image() for _ in range(size)]}
+        rows |= {name: [index % count for index in range(size)] for name, count in label_columns}
+        data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
 
 
 @pytest.fixture
@@ -83,6 +110,20 @@ def digits_teacher(digits, tmp_path_factory):
     )
     ClassifierTrainer(model, args, train_dataset=train).train()
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def cifar10(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("cifar10"), ["img", ("label", 10)])
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory):
+    """What the `cpu` preset would have trained, at a quarter of its width."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher") / "teacher"
+    save_model(timm.create_model("resnet10_cifar", width=8, stem_stride=2), folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

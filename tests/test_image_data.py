@@ -1,3 +1,4 @@
+import io
 import pickle
 
 import datasets
@@ -21,7 +22,13 @@ from transformers import (
 from hf_noisekd import evaluate
 from hf_noisekd.evaluation import collate_images
 from hf_noisekd.hub import save_model
-from hf_noisekd.image_data import ImageDataset, channel_statistics, load_image_datasets, load_images
+from hf_noisekd.image_data import (
+    ImageDataset,
+    channel_statistics,
+    load_image_datasets,
+    load_images,
+    load_photo_datasets,
+)
 
 
 @pytest.fixture
@@ -146,6 +153,99 @@ def numbered(tmp_path):
 def brightness(data, model) -> list[int]:
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     return [round((255 * (sample["pixel_values"] * std + mean)).mean().item()) for sample in data]
+
+
+def write_rows(folder, features, **splits):
+    for split, rows in splits.items():
+        data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        data.to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+def squares(*modes) -> list[Image.Image]:
+    return [Image.new(mode, (8, 8), color=1).convert(mode) for mode in modes]
+
+
+CLASSES = {"fine": datasets.ClassLabel(names=list("abcd")), "coarse": datasets.ClassLabel(names=list("xy"))}
+
+
+def test_columns_can_be_named(tmp_path):
+    rows = {"left": squares("RGB") * 4, "right": [Image.new("RGB", (8, 8), "red")] * 4}
+    rows |= {"fine": [0, 1, 2, 3], "coarse": [0, 0, 1, 1]}
+    features = {"left": datasets.Image(), "right": datasets.Image()} | CLASSES
+    source = write_rows(tmp_path / "data", features, train=rows, validation=rows)
+    train, test = load_image_datasets(source, image_column="right", label_column="coarse")
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    assert train.label_names == ["x", "y"]
+    assert train.images[0, :, 0, 0].tolist() == [255, 0, 0]
+    with pytest.raises(ValueError, match="of type Image, found left, right: choose one with image_column"):
+        load_image_datasets(source, label_column="fine")
+    with pytest.raises(ValueError, match="of type ClassLabel, found fine, coarse: choose one with label_column"):
+        load_image_datasets(source, image_column="left")
+    with pytest.raises(ValueError, match=r"has no column 'right' of type ClassLabel; found \['fine', 'coarse'\]"):
+        load_image_datasets(source, image_column="left", label_column="right")
+
+
+def test_small_images_of_any_kind_become_rgb(tmp_path):
+    modes = ("L", "P", "RGBA", "CMYK", "1", "LA")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("ab"))}
+    images = squares(*modes)
+    rows = {"image": images, "label": [0, 1] * 3}
+    train, _ = load_image_datasets(write_rows(tmp_path / "data", features, train=rows, test=rows))
+    assert train.images.shape == (6, 3, 8, 8)
+    for index, image in enumerate(images):
+        expected = (image.convert("RGBA") if image.mode == "P" else image).convert("RGB").getpixel((0, 0))
+        assert tuple(train.images[index, :, 0, 0].tolist()) == expected, image.mode
+
+
+def test_small_images_that_do_not_fit_are_named(tmp_path):
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("ab"))}
+    good = {"image": squares("RGB") * 4, "label": [0, 1] * 2}
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    for name, image, message in (
+        ("broken", {"bytes": buffer.getvalue()[:40], "path": None}, "Image 2 of the test split of .* cannot be read"),
+        ("missing", None, "Image 2 of the test split of .* cannot be read: there is none"),
+        ("larger", Image.new("RGB", (10, 8)), "Image 2 of the test split of .* has 8x10 pixels and the first 8x8"),
+    ):
+        rows = good | {"image": [*good["image"][:2], image, good["image"][0]]}
+        source = write_rows(tmp_path / name, features, train=good, test=rows)
+        with pytest.raises(ValueError, match=message):
+            load_image_datasets(source)
+    unlabelled = write_rows(tmp_path / "unlabelled", features, train=good, test=good | {"label": [0, 1, -1, 0]})
+    with pytest.raises(ValueError, match=r"Image 2 of the test split of .* has no label"):
+        load_image_datasets(unlabelled)
+
+
+def test_photos_are_augmented_for_training_and_preprocessed_for_the_test(tmp_path):
+    for split in ("train", "validation"):
+        pictures(tmp_path / "pets" / split)
+    cfg = {"input_size": (3, 16, 16), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "crop_pct": 0.8}
+    train, test = load_photo_datasets(str(tmp_path / "pets"), cfg)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg))
+    for sample, picture in zip(test, pictures(tmp_path / "again").values(), strict=True):
+        assert torch.equal(sample["pixel_values"], transform(upright_rgb(picture)))
+    assert train[1]["pixel_values"].shape == (3, 16, 16)
+    assert not torch.equal(train[1]["pixel_values"], train[1]["pixel_values"])
+    assert train.pretrained_cfg["label_names"] == ["a", "b"]
+    assert test.pretrained_cfg["num_classes"] == 2
+    model = timm.create_model("resnet10_cifar", width=4, num_classes=2, pretrained_cfg_overlay=train.pretrained_cfg)
+    assert model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+    assert not (tmp_path / "pets" / "test").exists()
+
+
+def test_a_subset_is_part_of_a_larger_one(images):
+    data = dataset(images, crop_padding=2, flip=True)
+    small, large = (data.subset(count, seed=1) for count in (4, 9))
+    assert len(small) == 4
+    flat = [image.flatten().tolist() for image in large.images]
+    assert all(image.flatten().tolist() in flat for image in small.images)
+    assert torch.equal(small[0]["pixel_values"], small[0]["pixel_values"])
+    assert data.subset(4, augmented=True).crop_padding == 2
+    assert data.crop_padding == 2
+    assert data.flip
+    with pytest.raises(ValueError, match=r"num_images must lie in \[1, 20\]"):
+        data.subset(21)
 
 
 @pytest.mark.filterwarnings("error:Palette images")

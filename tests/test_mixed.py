@@ -1,3 +1,6 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from conftest import TinyCNN
@@ -38,6 +41,30 @@ def test_a_step_is_a_function_of_seed_rank_and_step_alone(images):
     for other in ({"seed": 4}, {"seed": 3, "rank": 1}):
         assert not torch.equal(MixedDataset(SIZE, 16, images=images, **other).draw(5), expected)
     assert not torch.equal(MixedDataset(SIZE, 16, images=images, seed=3).draw(7), expected)
+
+
+class Shaken(TensorDataset):
+    """Images with augmentation out of every global generator."""
+
+    def __getitem__(self, index):
+        noise = torch.rand(1) + random.random() + np.random.random()
+        return {"pixel_values": self.tensors[0][index] + noise.float()}
+
+
+def test_augmentation_is_a_function_of_the_step_whatever_it_draws_from():
+    mixed = MixedDataset(SIZE, 4, images=Shaken(torch.zeros(3, *SIZE)))
+    expected = mixed.draw(1)
+    assert len(expected.unique()) > 1
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(mixed.draw(1), expected)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+def test_images_that_do_not_fit_the_noise_are_refused(images):
+    with pytest.raises(ValueError, match=r"size \(1, 8, 8\) and the noise \(1, 9, 9\)"):
+        MixedDataset((1, 9, 9), 4, images=images)
+    with pytest.raises(ValueError, match="images is empty"):
+        MixedDataset(SIZE, 4, images=[])
 
 
 def test_images_without_batched_access_will_do():

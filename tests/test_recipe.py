@@ -46,7 +46,7 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
     record = json.loads((tmp_path / "results.json").read_text())
     assert record == results.record
     assert set(record) == {
-        "recipe", "preset", "seed", "configuration", "commit", "machine", "versions", "runs"
+        "recipe", "preset", "seed", "configuration", "commit", "machine", "versions", "runs", "measurements"
     }  # fmt: skip
     assert record["seed"] == 3
     assert record["configuration"] == {"width": 4, "max_steps": None}
@@ -70,6 +70,18 @@ def test_table_has_a_row_for_each_run(results, capsys):
     assert lines[3].startswith(f"| student | TinyCNN, 0.00 M | 10 | {student['seconds']:.0f} |")
     assert lines[3].endswith(f"{student['evaluations'][0]['batch']['accuracy']:.2f} |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_measurements_are_recorded_and_printed(results, tmp_path, capsys):
+    rows = [
+        {"images": 4096, "input": "noise", "accuracy": 12.345678, "density": [0.1]},
+    ]
+    results.measure("reading", rows)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["measurements"] == {"reading": [rows[0] | {"accuracy": 12.3457}]}
+    results.print_table()
+    printed = capsys.readouterr().out
+    assert "| images | input | accuracy |\n|---:|---|---:|\n| 4,096 | noise | 12.35 |" in printed
 
 
 def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):

@@ -1,6 +1,5 @@
 """The recipes run end to end, as a user starts them."""
 
-import io
 import json
 import os
 import runpy
@@ -8,14 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-import timm
 import torch
-from PIL import Image
+from conftest import write_images
 
-from hf_noisekd.hub import load_teacher, save_model
+from hf_noisekd.hub import load_teacher
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"
@@ -81,28 +77,6 @@ def test_digits_are_classified_by_a_process_that_has_only_the_id(hub, tmp_path, 
     assert float(finished.stdout) >= expected
 
 
-def write_images(folder, columns, *, test_split="test", photos=False, copies=13):
-    """Write a data set of random images in the schema of one on the Hub: parquet files of JPEG images."""
-    generator = np.random.default_rng(0)
-    image_column, *label_columns = columns
-
-    def image() -> dict:
-        height, width = generator.integers(40, 90, 2) if photos else (32, 32)
-        buffer = io.BytesIO()
-        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "JPEG")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    features = {image_column: datasets.Image()}
-    features |= {name: datasets.ClassLabel(num_classes=count) for name, count in label_columns}
-    size = max(count for _, count in label_columns) * copies
-    for split in ("train", test_split):
-        rows = {image_column: [image() for _ in range(size)]}
-        rows |= {name: [index % count for index in range(size)] for name, count in label_columns}
-        data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    return folder
-
-
 def run_here(name, monkeypatch, *options):
     """Run a recipe in this process, which has imported what it needs, and return its results."""
     monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / f"{name}.py"), *map(str, options)])
@@ -110,20 +84,6 @@ def run_here(name, monkeypatch, *options):
     runpy.run_path(sys.argv[0], run_name="__main__")
     output_dir = Path(options[options.index("--output-dir") + 1])
     return json.loads((output_dir / "results.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def cifar10(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("cifar10"), ["img", ("label", 10)])
-
-
-@pytest.fixture(scope="session")
-def small_teacher(tmp_path_factory):
-    """What the `cpu` preset would have trained, at a quarter of its width."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("teacher") / "teacher"
-    save_model(timm.create_model("resnet10_cifar", width=8, stem_stride=2), folder)
-    return folder
 
 
 def test_cifar10_has_the_five_rows_of_table_1(cifar10, tmp_path, monkeypatch, capsys):
