@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .batch_norm import recalibrate_batch_norm
-from .classifier import pretrained_cfg_of
+from .classifier import declared_input_size
 from .config import ClassifierConfig, NoiseKDConfig
 from .evaluation import collate_images, evaluate
 from .figures import plot_curves
-from .hub import load_teacher
+from .hub import load_teacher, preprocessing_of
 from .image_data import load_image_datasets, load_photo_datasets
 from .recipe import Results, recipe_parser
 from .supervised import ClassifierTrainer
@@ -32,6 +32,9 @@ ROWS = {
     "images-running": "images, running-statistics teacher",
     "images-batch": "images, batch-statistics teacher",
 }
+
+# The row whose first student a recipe pushes to the Hub.
+RELEASED_ROW = "noise-batch"
 
 # Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: a teacher of 82 % in about ten
 # minutes, and 1,500 steps of noise at a higher rate in five. `paper` has the authors' networks and steps.
@@ -75,14 +78,22 @@ def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows of the table to run")
     parser.add_argument("--students", nargs="+", metavar="NAME", help="timm names; default: the preset's")
     options = parser.parse_args()
+    if options.push_to and RELEASED_ROW not in options.rows:
+        parser.error(f"--push-to pushes the first student of the row {RELEASED_ROW}: add it to --rows.")
     preset = presets[options.preset] | ({"students": options.students} if options.students else {})
     experiment = Experiment(recipe, options, preset)
     experiment.prepare_teacher()
-    trainers = [experiment.run_row(row, student) for row in options.rows for student in preset["students"]]
+    released = None
+    for row in options.rows:
+        for student in preset["students"]:
+            if options.push_to and row == RELEASED_ROW and released is None:
+                released = experiment.run_row(row, student, hub_model_id=options.push_to)
+            else:
+                experiment.run_row(row, student)
     experiment.results.plot("curves.png", plot_curves)
     experiment.results.print_table()
-    if options.push_to:
-        trainers[0].push_to_hub()
+    if released is not None:
+        released.push_to_hub()
 
 
 def experiment_parser(doc: str, name: str, presets: Mapping[str, Mapping], **kwargs) -> argparse.ArgumentParser:
@@ -98,10 +109,11 @@ def experiment_parser(doc: str, name: str, presets: Mapping[str, Mapping], **kwa
 class Experiment:
     """The data, the teacher and the runs of a recipe.
 
-    A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; `photos`, whether the
-    images are of any size; the timm names `teacher` and `students`, and `model_args` for those of this package's
-    ResNets; `pretrained`, whether the teacher starts from timm's weights; `supervised` and `distillation`, training
-    arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`].
+    A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; the timm names `teacher`
+    and `students`, and `model_args` for those of this package's ResNets; `supervised` and `distillation`, training
+    arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any size it has `photos`, and
+    where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained, and `pretrained`, whether
+    that starts from timm's weights.
 
     Args:
         recipe: The recipe's name.
@@ -118,7 +130,7 @@ class Experiment:
     def __init__(self, recipe: str, options: argparse.Namespace, preset: Mapping):
         self.options = options
         self.preset = preset
-        self.teacher = load_teacher(options.teacher) if options.teacher else None
+        self.teacher = self.load(options.teacher) if options.teacher else None
         name = options.dataset or preset["dataset"]
         choice = {
             "config": None if options.dataset else preset.get("dataset_config"),
@@ -126,16 +138,18 @@ class Experiment:
             "label_column": options.label_column or preset.get("label_column"),
         }
         if preset.get("photos"):
-            cfg = pretrained_cfg_of(self.teacher) if self.teacher else timm.get_pretrained_cfg(preset["teacher"])
-            cfg = cfg if isinstance(cfg, Mapping) else cfg.to_dict()
-            self.train_dataset, self.test_dataset = load_photo_datasets(name, cfg | preset.get("cfg", {}), **choice)
+            self.train_dataset, self.test_dataset = load_photo_datasets(name, self._photo_cfg(), **choice)
         else:
             self.train_dataset, self.test_dataset = load_image_datasets(name, flip=preset.get("flip", True), **choice)
             for dataset in (self.train_dataset, self.test_dataset) if self.teacher else ():
-                cfg = pretrained_cfg_of(self.teacher)  # a student sees images as its teacher does
+                cfg = preprocessing_of(self.teacher)  # a student sees images as its teacher does
                 dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
         facts = {"dataset": self.train_dataset.name, "trained_teacher": self.teacher is not None}
         self.results = Results(recipe, options, preset | facts)
+
+    def load(self, source: str) -> nn.Module:
+        """Load a trained classifier, as [`load_teacher`] does, to the device that trains."""
+        return load_teacher(source).to(PartialState().device)
 
     def build(self, architecture: str, **kwargs) -> nn.Module:
         """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
@@ -160,8 +174,8 @@ class Experiment:
             self.teacher = self.train_supervised("teacher", model).model
         return self.teacher
 
-    def run_row(self, row: str, student: str) -> ClassifierTrainer:
-        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer."""
+    def run_row(self, row: str, student: str, **arguments) -> ClassifierTrainer:
+        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distil`]."""
         if row == "supervised":
             return self.train_supervised(ROWS[row], self.build(student))
         taught_with, statistics = row.split("-")
@@ -170,6 +184,7 @@ class Experiment:
             student,
             train_dataset=self.train_dataset if taught_with == "images" else None,
             batch_norm_fraction=float(statistics == "batch"),
+            **arguments,
         )
 
     def train_supervised(self, name: str, model: nn.Module) -> ClassifierTrainer:
@@ -198,8 +213,7 @@ class Experiment:
         arguments = self.preset["distillation"] | arguments
         arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
         folder = self._folder(name, model)
-        repo_id = getattr(self.options, "push_to", None)
-        args = NoiseKDConfig.paper(folder, hub_model_id=repo_id, **(self._shared() | arguments))
+        args = NoiseKDConfig.paper(folder, **(self._shared() | arguments))
         trainer = NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
         self.results.train(name, trainer)
         trainer.save_model()
@@ -218,6 +232,13 @@ class Experiment:
         images = self.train_dataset.subset(num_images, seed)
         recalibrate_batch_norm(model, DataLoader(images, batch_size=256, collate_fn=collate_images))
         return evaluate(model, self.test_dataset)["running"]["accuracy"]
+
+    def _photo_cfg(self) -> dict:
+        """Return how the teacher, the given one or the one to be trained, wants its images."""
+        if self.teacher is None:
+            return timm.get_pretrained_cfg(self.preset["teacher"]).to_dict() | self.preset.get("cfg", {})
+        size = declared_input_size(self.teacher)
+        return preprocessing_of(self.teacher) | ({"input_size": size} if size else {})
 
     def _shared(self) -> dict:
         shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}

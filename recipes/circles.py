@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
+from hf_noisekd.classifier import device_of
 from hf_noisekd.config import ClassifierConfig
 from hf_noisekd.experiment import ROWS
 from hf_noisekd.figures import plot_embeddings
@@ -78,9 +79,9 @@ def report_embeddings(results: Results, teacher: nn.Sequential, data: torch.Tens
         ("noise, batch statistics", noise, True),
     ):
         with torch.no_grad(), batch_statistics(teacher, fraction=float(on_batch)):
-            embedding = teacher[:-1](points)
+            embedding = teacher[:-1](points.to(device_of(teacher)))
             answers = teacher[-1](embedding).argmax(1)
-        embeddings[name] = (embedding.numpy(), answers.numpy())
+        embeddings[name] = (embedding.cpu().numpy(), answers.cpu().numpy())
         rows.append(
             {
                 "input": name,

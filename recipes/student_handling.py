@@ -15,7 +15,6 @@ from accelerate import PartialState
 from hf_noisekd import evaluate
 from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
 from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_panels
-from hf_noisekd.hub import load_teacher
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NUM_IMAGES = (4, 16, 64, 256, 1024, 4096)
@@ -30,7 +29,7 @@ def main() -> None:
     experiment = Experiment("student_handling", options, CIFAR10[options.preset])
     experiment.prepare_teacher()
     if options.student:
-        student = load_teacher(options.student)
+        student = experiment.load(options.student)
         experiment.results.add("student", student, experiment.test_dataset)
     else:
         student = experiment.distil("student").model

@@ -75,7 +75,7 @@ def run(folder: Path) -> None:
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
 
 
-@pytest.fixture(scope="module", params=["accelerate", "torchrun"])
+@pytest.fixture(scope="module", params=["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
 def reports(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     launcher = {

@@ -1,8 +1,11 @@
+import sys
+
 import pytest
 import timm
-from conftest import digest
+from conftest import digest, write_images
+from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser, run_table
 from hf_noisekd.hub import load_teacher, save_model
 
 PRESET = CIFAR10["cpu"] | {"model_args": {"width": 8, "stem_stride": 2}}
@@ -62,3 +65,35 @@ def test_arguments_of_a_run_go_before_those_of_the_preset(experiment, small_teac
     assert trainer.args.max_steps == 2
     assert trainer.args.lr_scheduler_type == "cosine"
     assert [run["name"] for run in subject.results.record["runs"]] == ["student"]
+
+
+def test_only_a_student_that_noise_taught_is_pushed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tiny.py", "--push-to", "alice/student", "--rows", "supervised"])
+    with pytest.raises(SystemExit):
+        run_table("tiny", "doc", {"cpu": PRESET})
+    assert "--push-to pushes the first student of the row noise-batch: add it to --rows." in capsys.readouterr().err
+
+
+def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
+    preset = {"photos": True, "teacher": "resnet18", "cfg": {"input_size": (3, 40, 40)}, "dataset": "nowhere"}
+    data = write_images(tmp_path / "photos", ["image", ("label", 3)], photos=True, copies=2)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3, layer_type="basic")
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "transformers")
+    size, mean, std = {"height": 24, "width": 24}, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    processor = BitImageProcessor(size={"shortest_edge": 24}, crop_size=size, image_mean=mean, image_std=std)
+    processor.save_pretrained(tmp_path / "transformers")
+    cfg = {"input_size": (3, 24, 24), "mean": mean, "std": std, "num_classes": 3}
+    save_model(timm.create_model("resnet10t", pretrained_cfg_overlay=cfg), tmp_path / "timm")
+
+    def images(*options) -> tuple:
+        parser = experiment_parser("doc", "tiny", {"cpu": preset})
+        options = parser.parse_args(["--dataset", str(data), "--output-dir", str(tmp_path / "run"), *options])
+        experiment = Experiment("tiny", options, preset)
+        cfg = experiment.train_dataset.pretrained_cfg
+        assert experiment.test_dataset[0]["pixel_values"].shape == cfg["input_size"]
+        return cfg["input_size"], list(cfg["mean"])
+
+    assert images() == ((3, 40, 40), [0.485, 0.456, 0.406])
+    assert images("--teacher", str(tmp_path / "timm")) == ((3, 24, 24), mean)
+    # transformers' ResNet does not say its size outside the image processor.
+    assert images("--teacher", str(tmp_path / "transformers"))[1] == mean

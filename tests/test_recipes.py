@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import digest, write_images
 
 from hf_noisekd.hub import load_teacher
 
@@ -24,21 +24,6 @@ def run(name, *options, timeout, environment=None, launcher=()):
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
-
-
-def test_digits(tmp_path):
-    output = run("digits", "--max-steps", 3, "--seed", 1, "--output-dir", tmp_path, timeout=120)
-    record = json.loads((tmp_path / "results.json").read_text())
-    names = [run["name"] for run in record["runs"]]
-    assert names == [
-        "teacher", "supervised student", "noise, running-statistics teacher", "noise, batch-statistics teacher"
-    ]  # fmt: skip
-    assert all(run["steps"] == 3 and f"| {run['name']} |" in output for run in record["runs"])
-    assert record["seed"] == 1
-    assert (tmp_path / "curves.png").stat().st_size > 1000
-    assert "| scikit-learn digits (450 images) | batch statistics" in (tmp_path / "student" / "README.md").read_text()
-    student = load_teacher(str(tmp_path / "student"))
-    assert student(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
 # What a stranger runs who has nothing but the id: digits as they are, and the student's own preprocessing.
@@ -63,9 +48,19 @@ print(100 * (answers.numpy() == digits.target).mean())
     ("steps", "expected"), [(3, 0), pytest.param(10_000, 90, marks=pytest.mark.slow)], ids=["smoke", "whole"]
 )
 def test_digits_are_classified_by_a_process_that_has_only_the_id(hub, tmp_path, steps, expected):
-    options = ("--max-steps", steps, "--push-to", "alice/digits", "--output-dir", tmp_path / "run")
-    run("digits", *options, timeout=1200, environment=hub.client_env(tmp_path / "pusher"))
-    record = json.loads((tmp_path / "run" / "results.json").read_text())
+    folder = tmp_path / "run"
+    options = ("--max-steps", steps, "--seed", 1, "--push-to", "alice/digits", "--output-dir", folder)
+    output = run("digits", *options, timeout=1200, environment=hub.client_env(tmp_path / "pusher"))
+    record = json.loads((folder / "results.json").read_text())
+    names = [run["name"] for run in record["runs"]]
+    assert names == [
+        "teacher", "supervised student", "noise, running-statistics teacher", "noise, batch-statistics teacher"
+    ]  # fmt: skip
+    assert all(f"| {name} |" in output for name in names)
+    assert all(run["steps"] <= steps for run in record["runs"])
+    assert record["seed"] == 1
+    assert (folder / "curves.png").stat().st_size > 1000
+    assert "| scikit-learn digits (450 images) | batch statistics" in (folder / "student" / "README.md").read_text()
     environment = os.environ | hub.client_env(tmp_path / "stranger", token=None)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", CLASSIFY, "alice/digits"]
@@ -86,8 +81,8 @@ def run_here(name, monkeypatch, *options):
     return json.loads((output_dir / "results.json").read_text())
 
 
-def test_cifar10_has_the_five_rows_of_table_1(cifar10, tmp_path, monkeypatch, capsys):
-    options = ("--dataset", cifar10, "--max-steps", 1, "--output-dir", tmp_path)
+def test_cifar10_has_the_five_rows_of_table_1(cifar10, hub, tmp_path, monkeypatch, capsys):
+    options = ("--dataset", cifar10, "--max-steps", 1, "--push-to", "alice/student", "--output-dir", tmp_path)
     record = run_here("cifar10", monkeypatch, *options)
     paper = json.loads((ROOT / "recipes" / "paper.json").read_text())["cifar10"]["accuracy"]
     assert [run["name"] for run in record["runs"]] == list(paper)
@@ -98,7 +93,12 @@ def test_cifar10_has_the_five_rows_of_table_1(cifar10, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out.count("| resnet10_cifar, 1.23 M |") == 5
     assert (tmp_path / "curves.png").stat().st_size > 1000
     student = load_teacher(str(tmp_path / "noise-batch-statistics-teacher-resnet10-cifar"))
-    assert student.noisekd["batch_norm"] in ("running", "batch")
+    pushed = load_teacher("alice/student")
+    assert digest(pushed) == digest(student)
+    assert (pushed.noisekd["teacher_batch_norm_fraction"], "noise" in pushed.noisekd) == (1.0, True)
+    cards = [card.read_text() for card in tmp_path.glob("*/README.md")]
+    assert len(cards) == 4
+    assert sum("hf-hub:alice/student" in card for card in cards) == 1
 
 
 def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
