@@ -244,7 +244,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         size = declared_input_size(self.teacher_model) or record["model"].get("input_size") or self._noise_size
         record["model"]["input_size"] = list(size)
         record["noisekd"] = self.noisekd_section(record)
-        if self._logged_steps and isinstance(self.train_dataset, NoiseDataset):
+        if self._logged_steps and "noise" in record["noisekd"] and "real_images" not in record["noisekd"]:
             record["class_frequencies"] = [round(total / self._logged_steps, 6) for total in self._logged_answers]
         if command := command_line():
             record["command"] = command

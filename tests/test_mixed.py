@@ -87,3 +87,5 @@ def test_the_record_and_the_card_name_the_images(images, tiny_cnn, tmp_path):
     assert "white noise and 5 real images of five" in card.text
     assert "no image and no label was used" not in card.text
     assert "data-free" not in card.data.tags
+    assert "It is neither data-free nor private" in card.text
+    assert "class_frequencies" not in trainer.record()
