@@ -190,12 +190,9 @@ class ClassifierTrainer(Trainer):
         The evaluations in it are those made after the training, or else the last ones made in it. On process 0.
         """
         history = self.state.log_history
-        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
-        record = {
+        record = self._progress() | {
             "model": describe_model(self.model),
-            "steps": best or self.state.global_step,
             "processes": self.args.world_size,
-            "evaluations": current_evaluations(self._evaluations, best),
             "machine": machine(),
             "versions": versions(),
             "curve": [entry for entry in history if "train_runtime" not in entry],
@@ -205,6 +202,14 @@ class ClassifierTrainer(Trainer):
                 record["seconds"] = round(entry["train_runtime"], 1)
                 record["images_per_second"] = round(entry["train_samples_per_second"], 1)
         return record
+
+    def _progress(self) -> dict:
+        """Return the part of the record that changes from one saved model to the next: `steps` and `evaluations`."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
+        return {
+            "steps": best or self.state.global_step,
+            "evaluations": current_evaluations(self._evaluations, best),
+        }
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.

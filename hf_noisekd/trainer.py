@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -154,7 +155,6 @@ class NoiseKDTrainer(ClassifierTrainer):
             if isinstance(self.eval_dataset, dict)
             else self._on_this_device(self.eval_dataset, rank=0)
         )
-        self._teacher_identity = teacher_identity(teacher_model)
         self._noise_size = input_size
         # Sums over the steps since the last log entry, kept on the device.
         self._answer_sum = torch.zeros(num_classes, device=self.args.device)
@@ -176,7 +176,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             check_checkpoint(resume_from_checkpoint, self.model)
         self._forget_answers()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.model.noisekd = self.noisekd_section(super().record())
+        self.model.noisekd = self.noisekd_section(self._progress())
         return output
 
     def get_train_dataloader(self) -> DataLoader:
@@ -249,6 +249,10 @@ class NoiseKDTrainer(ClassifierTrainer):
         if command := command_line():
             record["command"] = command
         return record
+
+    @cached_property
+    def _teacher_identity(self) -> dict:
+        return teacher_identity(self.teacher_model)
 
     def noisekd_section(self, record: Mapping) -> dict:
         """Return what goes into the section `noisekd` of `config.json`; see [`hf_noisekd.hub.noisekd_section`].
@@ -391,10 +395,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         try:
             self._start_push(checkpoint_folder)
         except Exception as error:  # of a full disk, or of anything that must not end a training
-            logger.warning(
-                "Training goes on. %s",
-                push_again(self.args.output_dir, self.hub_model_id, error, self.args.hub_revision),
-            )
+            self._warn_of_failed_push(error)
 
     def _start_push(self, checkpoint_folder: str) -> None:
         self.create_model_card()
@@ -431,15 +432,16 @@ class NoiseKDTrainer(ClassifierTrainer):
             return
         for job in self.push_in_progress.jobs:
             if job.done() and job.exception() is not None:
-                logger.warning(
-                    "Training goes on. %s",
-                    push_again(self.args.output_dir, self.hub_model_id, job.exception(), self.args.hub_revision),
-                )
+                self._warn_of_failed_push(job.exception())
         self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
+
+    def _warn_of_failed_push(self, error: BaseException) -> None:
+        advice = push_again(self.args.output_dir, self.hub_model_id, error, self.args.hub_revision)
+        logger.warning("Training goes on. %s", advice)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            self.model.noisekd = self.noisekd_section(super().record())
+            self.model.noisekd = self.noisekd_section(self._progress())
         super()._save(output_dir, state_dict)
 
     def _forget_answers(self) -> None:
