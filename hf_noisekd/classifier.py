@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def compute_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -39,6 +40,13 @@ def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return (getattr(config, "num_channels", 3), height, width)
+
+
+def declared_num_classes(model: nn.Module) -> int | None:
+    """Return the number of classes that `model` says it has, or None where it says nothing."""
+    if isinstance(model, PreTrainedModel):
+        return model.config.num_labels
+    return getattr(model, "num_classes", None)
 
 
 def pretrained_cfg_of(model: nn.Module) -> dict:

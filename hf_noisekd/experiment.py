@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-import os
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +14,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from .batch_norm import recalibrate_batch_norm
-from .classifier import declared_input_size
+from .classifier import declared_input_size, declared_num_classes
 from .config import ClassifierConfig, NoiseKDConfig
 from .evaluation import collate_images, evaluate
 from .figures import plot_curves
-from .hub import load_teacher, preprocessing_of
+from .hub import image_processor_of, load_teacher, nearest_architecture, preprocessing_of
 from .image_data import load_image_datasets, load_photo_datasets
 from .recipe import Results, recipe_parser
+from .record import machine
 from .supervised import ClassifierTrainer
 from .trainer import NoiseKDTrainer
 
@@ -36,8 +37,8 @@ ROWS = {
 # The row whose first student a recipe pushes to the Hub.
 RELEASED_ROW = "noise-batch"
 
-# Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: a teacher of 82 % in about ten
-# minutes, and 1,500 steps of noise at a higher rate in five. `paper` has the authors' networks and steps.
+# Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: small networks, and 1,500 steps
+# of noise at a higher rate. `paper` has the authors' networks and, for students that a teacher teaches, their steps.
 CIFAR10 = {
     "cpu": {
         "dataset": "uoft-cs/cifar10",
@@ -100,9 +101,11 @@ def experiment_parser(doc: str, name: str, presets: Mapping[str, Mapping], **kwa
     """Return a parser with the options of every recipe on images; see [`recipe_parser`]."""
     parser = recipe_parser(doc, name, presets, **kwargs)
     parser.add_argument("--dataset", help="Hub id or local folder of the images; default: the preset's, from the Hub")
+    parser.add_argument("--dataset-config", help="its configuration, where it has several; default: the preset's")
     parser.add_argument("--image-column", help="column of the images; default: the only one of type Image")
     parser.add_argument("--label-column", help="column of the classes; default: the preset's, or the only ClassLabel")
     parser.add_argument("--teacher", help="trained teacher: folder, Hub id or timm name; default: train one first")
+    parser.add_argument("--teacher-checkpoint", help="file of weights for the timm name --teacher")
     return parser
 
 
@@ -125,15 +128,21 @@ class Experiment:
         test_dataset: Test images with labels.
         results: The results file.
         teacher: The teacher, once there is one.
+
+    Raises:
+        ValueError: A model or the data set cannot be loaded, or a given teacher has other classes than the data set.
     """
 
     def __init__(self, recipe: str, options: argparse.Namespace, preset: Mapping):
         self.options = options
         self.preset = preset
-        self.teacher = self.load(options.teacher) if options.teacher else None
+        for architecture in (preset["teacher"], *preset["students"]):
+            if not timm.is_model(architecture):
+                raise ValueError(f"timm knows no architecture {architecture!r}.{nearest_architecture(architecture)}")
+        self.teacher = self.load(options.teacher, options.teacher_checkpoint) if options.teacher else None
         name = options.dataset or preset["dataset"]
         choice = {
-            "config": None if options.dataset else preset.get("dataset_config"),
+            "config": options.dataset_config or (preset.get("dataset_config") if name == preset["dataset"] else None),
             "image_column": options.image_column,
             "label_column": options.label_column or preset.get("label_column"),
         }
@@ -141,15 +150,26 @@ class Experiment:
             self.train_dataset, self.test_dataset = load_photo_datasets(name, self._photo_cfg(), **choice)
         else:
             self.train_dataset, self.test_dataset = load_image_datasets(name, flip=preset.get("flip", True), **choice)
-            for dataset in (self.train_dataset, self.test_dataset) if self.teacher else ():
-                cfg = preprocessing_of(self.teacher)  # a student sees images as its teacher does
+            cfg = preprocessing_of(self.teacher) if self.teacher else {}  # a student sees images as its teacher does
+            for dataset in (self.train_dataset, self.test_dataset):
                 dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
-        facts = {"dataset": self.train_dataset.name, "trained_teacher": self.teacher is not None}
+        self._check_teacher()
+        facts = {"dataset": self.train_dataset.name, "dataset_config": choice["config"]}
+        facts |= {"label_column": choice["label_column"], "supervised": SUPERVISED | preset.get("supervised", {})}
         self.results = Results(recipe, options, preset | facts)
 
-    def load(self, source: str) -> nn.Module:
+    def load(self, source: str, checkpoint: str | None = None) -> nn.Module:
         """Load a trained classifier, as [`load_teacher`] does, to the device that trains."""
-        return load_teacher(source).to(PartialState().device)
+        return load_teacher(source, checkpoint=checkpoint).to(PartialState().device)
+
+    def _check_teacher(self) -> None:
+        classes = self.train_dataset.pretrained_cfg["num_classes"]
+        found = classes if self.teacher is None else declared_num_classes(self.teacher)
+        if found not in (None, classes):
+            raise ValueError(
+                f"The teacher {self.options.teacher} has {found} classes and {self.train_dataset.name} {classes}: give "
+                "one that was trained on these classes, or none to have one trained."
+            )
 
     def build(self, architecture: str, **kwargs) -> nn.Module:
         """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
@@ -168,7 +188,7 @@ class Experiment:
     def prepare_teacher(self) -> nn.Module:
         """Train the teacher and save it, or evaluate the one that was given; return it."""
         if self.teacher is not None:
-            self.results.add("teacher", self.teacher, self.test_dataset)
+            self.results.add("teacher", self.teacher, self.test_dataset, **self._workers())
         else:
             model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
             self.teacher = self.train_supervised("teacher", model).model
@@ -191,7 +211,9 @@ class Experiment:
         """Train a classifier on the images and their labels, record the run as `name`, and return its trainer."""
         arguments = SUPERVISED | self.preset["supervised"]
         if self.options.max_steps:
-            arguments["max_steps"] = self.options.max_steps
+            batch_size = ClassifierConfig.per_device_train_batch_size * PartialState().num_processes
+            steps_per_epoch = math.ceil(len(self.train_dataset) / batch_size)
+            arguments["max_steps"] = min(self.options.max_steps, arguments.pop("num_train_epochs") * steps_per_epoch)
         args = ClassifierConfig(self._folder(name, model), **(self._shared() | arguments))
         trainer = ClassifierTrainer(model, args, train_dataset=self.train_dataset, eval_dataset=self.test_dataset)
         self.results.train(name, trainer)
@@ -213,7 +235,8 @@ class Experiment:
         arguments = self.preset["distillation"] | arguments
         arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
         folder = self._folder(name, model)
-        args = NoiseKDConfig.paper(folder, **(self._shared() | arguments))
+        input_size = list(self.train_dataset.pretrained_cfg["input_size"])
+        args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
         trainer = NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
         self.results.train(name, trainer)
         trainer.save_model()
@@ -237,14 +260,27 @@ class Experiment:
         """Return how the teacher, the given one or the one to be trained, wants its images."""
         if self.teacher is None:
             return timm.get_pretrained_cfg(self.preset["teacher"]).to_dict() | self.preset.get("cfg", {})
-        size = declared_input_size(self.teacher)
-        return preprocessing_of(self.teacher) | ({"input_size": size} if size else {})
+        cfg, size = preprocessing_of(self.teacher), declared_input_size(self.teacher)
+        if not cfg:
+            raise ValueError(
+                f"The teacher {self.options.teacher} does not say how it wants its images: save an image processor "
+                "into its folder, with AutoImageProcessor's save_pretrained."
+            )
+        if size is None:  # transformers' ResNets say it in their image processor
+            processor = image_processor_of(self.teacher).to_dict()
+            crop = processor.get("crop_size") or processor["size"]
+            edges = (crop.get("height") or crop["shortest_edge"], crop.get("width") or crop["shortest_edge"])
+            size = (getattr(self.teacher.config, "num_channels", 3), *edges)
+        return cfg | {"input_size": size}
 
     def _shared(self) -> dict:
         shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
-        if self.preset.get("photos"):
-            shared["dataloader_num_workers"] = min(8, max(1, os.cpu_count() // PartialState().num_processes))
-        return shared
+        return shared | self._workers()
+
+    def _workers(self) -> dict:
+        """Return the number of processes that decode photos; small images are in memory."""
+        cores = machine()["cores"] // PartialState().num_processes
+        return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
 
     def _folder(self, name: str, model: nn.Module) -> Path:
         if name == "teacher":

@@ -334,7 +334,7 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
     if not timm.is_model(architecture):
         raise ValueError(
             f"Unknown model {name!r}: it is no timm model, no folder, and no Hub id of the form 'org/repo'."
-            + _nearest(architecture)
+            + nearest_architecture(architecture)
         )
     try:
         return timm.create_model(name, **kwargs)
@@ -344,7 +344,8 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
         raise ValueError(f"Cannot build the timm model {name!r}: {error}") from error
 
 
-def _nearest(architecture: str) -> str:
+def nearest_architecture(architecture: str) -> str:
+    """Return a question that names timm's architectures of a similar name, or nothing, for an error message."""
     nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
     return f" Did you mean {', '.join(nearest)}?" if nearest else ""
 
@@ -429,7 +430,7 @@ def _load_timm_folder(folder: Path, config: Mapping) -> nn.Module:
     if not timm.is_model(config["architecture"]):
         raise ValueError(
             f"timm {timm.__version__} knows no architecture {config['architecture']!r}."
-            + (_nearest(config["architecture"]) or " Import the package that registers it, or update timm.")
+            + (nearest_architecture(config["architecture"]) or " Import the package that registers it, or update timm.")
         )
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     # By our own hand: timm would read whatever else lies in the folder, older versions by unpickling it.

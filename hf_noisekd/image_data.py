@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
 
-from .classifier import declared_input_size, pretrained_cfg_of
+from .classifier import declared_input_size, declared_num_classes, pretrained_cfg_of
 from .hub import image_processor_of
 
 # Pillow's name for what a model of so many channels sees.
@@ -286,7 +285,7 @@ def _labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[l
 def _labels_for(model: nn.Module, dataset: datasets.Dataset, name: str) -> list[int]:
     """Return the class of each image, after a check that the model has as many."""
     label_names, labels = _labels(dataset, None, name)
-    num_classes = model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
+    num_classes = declared_num_classes(model)
     if num_classes is not None and len(label_names) > num_classes:
         raise ValueError(
             f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "

@@ -2,7 +2,8 @@
 
 A recipe writes `results.json` into its output folder, anew after each run, of this schema:
 
-- `recipe`, `preset`, `seed`: which experiment this was; `configuration`: its constants and options.
+- `recipe`, `preset`, `seed`: which experiment this was; `configuration`: its constants, and the options that were given
+  in their place, folders without the path to them.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
 - `machine` and `versions`, as in [`hf_noisekd.record`].
 - `runs`: a list, each with a `name` and the rest of its record, see there. A teacher that was not trained here has only
@@ -21,9 +22,10 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
-from .evaluation import STATISTICS, evaluate
+from .config import ClassifierConfig
+from .evaluation import STATISTICS
 from .push import check_hub_access
-from .record import dataset_name, describe_model, machine, versions
+from .record import machine, versions, without_path
 from .supervised import ClassifierTrainer
 
 
@@ -65,7 +67,7 @@ class Results:
             "recipe": recipe,
             "preset": options.preset,
             "seed": options.seed,
-            "configuration": dict(configuration) | {"max_steps": options.max_steps},
+            "configuration": dict(configuration) | _chosen(options),
             "commit": _commit(),
             "machine": machine(),
             "versions": versions(),
@@ -87,16 +89,20 @@ class Results:
         trainer.accelerator.wait_for_everyone()
         return trainer.model
 
-    def add(self, name: str, model: nn.Module, test_dataset: Dataset, batch_size: int = 256) -> None:
-        """Evaluate a model that was not trained here, in float32 on the test images, and record it."""
-        if PartialState().is_main_process:
-            images = len(test_dataset)
-            evaluation = {"dataset": dataset_name(test_dataset), "images": images}
-            evaluation |= {"batch_size": min(batch_size, images), "precision": "float32", "step": 0}
-            scores = evaluate(model, test_dataset, batch_size=batch_size)
-            for statistics in STATISTICS:
-                evaluation[statistics] = {key: round(value, 4) for key, value in scores[statistics].items()}
-            self._write(name, {"model": describe_model(model), "steps": 0, "evaluations": [evaluation], "curve": []})
+    def add(self, name: str, model: nn.Module, test_dataset: Dataset, **arguments) -> None:
+        """Evaluate a model that was not trained here, in float32 on the test images, and record it.
+
+        Args:
+            name: Name of the run in the table.
+            model: The model.
+            test_dataset: Images with labels.
+            **arguments: Arguments of [`ClassifierConfig`] for the evaluation.
+        """
+        trainer = ClassifierTrainer(model, ClassifierConfig(self.output_dir, **arguments), eval_dataset=test_dataset)
+        trainer.evaluate()
+        if trainer.is_world_process_zero():
+            self._write(name, trainer.record())
+        trainer.accelerator.wait_for_everyone()
 
     def _write(self, name: str, record: Mapping) -> None:
         header = {key: value for key, value in record.items() if key not in ("machine", "versions")}
@@ -155,6 +161,14 @@ def _cell(value: float | str | None) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+
+
+def _chosen(options: argparse.Namespace) -> dict:
+    """Return the options that were given and decide the results, in a form that can be published."""
+    chosen = {key: value for key, value in vars(options).items() if value is not None}
+    for key in ("output_dir", "preset", "seed", "push_to"):
+        chosen.pop(key, None)
+    return {key: without_path(value) if isinstance(value, str) else value for key, value in chosen.items()}
 
 
 def _commit() -> str | None:

@@ -113,12 +113,13 @@ def command_line(argv: Sequence[str] | None = None) -> str | None:
     option = ""
     for argument in arguments:
         option, equals, value = argument.partition("=") if argument.startswith("-") else (option, "", argument)
-        value = "REDACTED" if value and "token" in option else _without_path(value)
+        value = "REDACTED" if value and "token" in option else without_path(value)
         words.append(option + equals + value if argument.startswith("-") else value)
     return shlex.join(words).replace("`", "")
 
 
-def _without_path(value: str) -> str:
+def without_path(value: str) -> str:
+    """Return what of an option's value may be published: of a folder its name, and no access token."""
     value = re.sub(r"hf_[A-Za-z0-9]{8,}", "REDACTED", value).removeprefix("local-dir:")
     is_path = value.startswith(("/", "~", ".")) or "\\" in value or (os.sep in value and Path(value).exists())
     return Path(value.replace("\\", "/")).name if is_path else value

@@ -81,7 +81,8 @@ def report_hidden(results: Results, hidden: dict[str, list[dict]]) -> None:
 def report_pooled(results: Results, pooled: dict[str, list[torch.Tensor]]) -> None:
     """Record and draw the activations after average pooling, and what the teacher answers."""
     of_images = next(iter(pooled.values()))[0].flatten().sort().values
-    edges = torch.linspace(0, of_images.max().item(), 81)
+    bounds = [bound.item() for features, _ in pooled.values() for bound in features.aminmax()]
+    edges = torch.linspace(min(bounds), max(bounds), 81)
     rows = []
     for name, (features, logits) in pooled.items():
         values = features.flatten().sort().values

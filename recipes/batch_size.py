@@ -4,8 +4,8 @@
     accelerate launch recipes/batch_size.py --preset paper         # the authors' networks, for a GPU
 
 All students take the same number of steps at the same rate, so a larger batch also means more noise images. All are
-read in batches of 256. On several processes the size is that of one process, whose statistics the teacher uses. Without
-`--teacher` one is trained first.
+read in batches of 256. On several processes each has batches of that size, whose statistics its teacher uses, and the
+figure shows the size of all together. Without `--teacher` one is trained first.
 """
 
 from functools import partial

@@ -6,10 +6,12 @@
 The images are drawn with the seed from the training images, cropped and mirrored at random, and used without labels.
 Images alone are answered by a teacher on running statistics, as in ordinary distillation. With both, noise and images
 take turns, a batch each, and the teacher is on batch statistics, as for noise alone. All students take the same number
-of steps. Each is also read with its running statistics re-estimated from its few images, as someone who has them would.
+of full batches, in which few images come several times. Each is also read with its running statistics re-estimated from
+its few images, as someone who has them would.
 """
 
 from accelerate import PartialState
+from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
 from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
@@ -27,13 +29,16 @@ def main() -> None:
     parser.add_argument("--real-images", type=int, nargs="+", default=[100, 500], help="numbers of images to try")
     options = parser.parse_args()
     experiment = Experiment("few_images", options, PRESETS[options.preset])
+    subsets = {
+        count: experiment.train_dataset.subset(count, options.seed, augmented=True) for count in options.real_images
+    }
     teacher = experiment.prepare_teacher()
     noise = experiment.distil("noise alone")
     rows = []
-    for count in options.real_images:
-        images = experiment.train_dataset.subset(count, options.seed, augmented=True)
+    for count, images in subsets.items():
+        repeated = Subset(images, [index % count for index in range(196 * 256)])
         mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, seed=options.seed)
-        alone = experiment.distil(f"{count:,} images alone", train_dataset=images, batch_norm_fraction=0)
+        alone = experiment.distil(f"{count:,} images alone", train_dataset=repeated, batch_norm_fraction=0)
         both = experiment.distil(f"noise and {count:,} images", train_dataset=mixed)
         for taught_with, trainer in (("images", alone), ("noise", noise), ("both", both)):
             if PartialState().is_main_process:
@@ -42,7 +47,7 @@ def main() -> None:
                 row |= {f"{key} statistics": evaluation[key]["accuracy"] for key in ("running", "batch")}
                 recalibrated = experiment.recalibrated_accuracy(trainer.model, count, options.seed)
                 rows.append(row | {"running statistics of the images": recalibrated})
-    experiment.results.measure("accuracy", rows)
+        experiment.results.measure("accuracy", rows)
     experiment.results.plot("curves.png", plot_curves)
     experiment.results.print_table()
 

@@ -1,6 +1,6 @@
 """Read a student that noise taught: Fig. 6 of Raikwar & Mishra (NeurIPS 2022).
 
-    python recipes/student_handling.py --teacher runs/cifar10/teacher    # about 12 minutes on two CPU cores
+    python recipes/student_handling.py --student runs/cifar10/noise-batch-statistics-teacher-resnet10-cifar
     accelerate launch recipes/student_handling.py --preset paper         # the authors' networks, for a GPU
 
 A student knows only the statistics of noise. It can answer real images by the statistics of their batch: how large must
@@ -26,12 +26,14 @@ def main() -> None:
     parser = experiment_parser(__doc__, "student_handling", CIFAR10)
     parser.add_argument("--student", help="trained student: folder or Hub id; default: train one first")
     options = parser.parse_args()
-    experiment = Experiment("student_handling", options, CIFAR10[options.preset])
-    experiment.prepare_teacher()
     if options.student:
-        student = experiment.load(options.student)
+        options.teacher = options.student  # the images are preprocessed as for it, and no teacher is needed
+    experiment = Experiment("student_handling", options, CIFAR10[options.preset])
+    if options.student:
+        student = experiment.teacher
         experiment.results.add("student", student, experiment.test_dataset)
     else:
+        experiment.prepare_teacher()
         student = experiment.distil("student").model
     if PartialState().is_main_process:
         measure(experiment, student.eval())

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import timm
+import torch
 from conftest import digest, write_images
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
@@ -28,7 +29,7 @@ def test_a_trained_teacher_is_saved_and_can_be_given_to_another_recipe(experimen
     second = experiment("--teacher", tmp_path / "teacher")
     assert digest(second.prepare_teacher()) == digest(teacher)
     assert second.results.record["runs"][0]["steps"] == 0
-    assert second.results.record["configuration"]["trained_teacher"]
+    assert second.results.record["configuration"]["teacher"] == "teacher"
     running = [results.record["runs"][0]["evaluations"][0]["running"] for results in (first.results, second.results)]
     assert running[0] == pytest.approx(running[1], abs=0.01)
 
@@ -67,6 +68,56 @@ def test_arguments_of_a_run_go_before_those_of_the_preset(experiment, small_teac
     assert [run["name"] for run in subject.results.record["runs"]] == ["student"]
 
 
+def test_the_configuration_is_what_was_run(experiment, small_teacher, cifar10):
+    preset = PRESET | {"dataset_config": "of_the_hub", "flip": False}
+    subject = experiment("--label-column", "label", "--teacher", small_teacher, preset=preset)
+    configuration = subject.results.record["configuration"]
+    assert not subject.train_dataset.flip
+    assert configuration["dataset"] == cifar10.name
+    assert configuration["dataset_config"] is None
+    assert configuration["label_column"] == "label"
+    assert configuration["supervised"] == {
+        "learning_rate": 3e-3, "weight_decay": 0.05, "lr_scheduler_type": "linear", "warmup_steps": 0.2,
+        "num_train_epochs": 10,
+    }  # fmt: skip
+
+
+def test_max_steps_makes_no_training_longer(experiment):
+    subject = experiment("--max-steps", 100_000, preset=PRESET | {"supervised": {"num_train_epochs": 3}})
+    subject.prepare_teacher()
+    assert subject.results.record["runs"][0]["steps"] == 3
+
+
+def test_what_cannot_work_is_found_before_anything_is_trained(experiment, small_teacher, cifar10, tmp_path):
+    with pytest.raises(ValueError, match=r"no architecture 'resnet18_cifra'\. Did you mean resnet18_cifar"):
+        experiment(preset=PRESET | {"students": ["resnet10_cifar", "resnet18_cifra"]})
+    save_model(timm.create_model("resnet10_cifar", width=4, num_classes=3), tmp_path / "three")
+    with pytest.raises(ValueError, match=rf"three has 3 classes and {cifar10.name} 10: give one that was trained"):
+        experiment("--teacher", tmp_path / "three")
+
+
+def test_a_teacher_may_be_a_file_of_weights(experiment, tmp_path):
+    teacher = timm.create_model("resnet10_cifar").eval()
+    torch.save(teacher.state_dict(), tmp_path / "teacher.pth")
+    given = experiment("--teacher", "resnet10_cifar", "--teacher-checkpoint", tmp_path / "teacher.pth").teacher
+    assert digest(given) == digest(teacher)
+
+
+def test_a_configuration_of_a_local_data_set_can_be_named(experiment, tmp_path):
+    for name, classes in (("digits", 4), ("letters", 6)):
+        write_images(tmp_path / "data" / name, ["image", ("label", classes)], copies=2)
+    files = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/data/train*\n  - split: test\n"
+        f"    path: {name}/data/test*\n"
+        for name in ("digits", "letters")
+    )
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    subject = experiment("--dataset", tmp_path / "data", "--dataset-config", "letters")
+    assert subject.train_dataset.pretrained_cfg["num_classes"] == 6
+    with pytest.raises(ValueError, match="cannot be loaded: Config name is missing"):
+        experiment("--dataset", tmp_path / "data")
+
+
 def test_only_a_student_that_noise_taught_is_pushed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tiny.py", "--push-to", "alice/student", "--rows", "supervised"])
     with pytest.raises(SystemExit):
@@ -75,7 +126,8 @@ def test_only_a_student_that_noise_taught_is_pushed(monkeypatch, capsys):
 
 
 def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
-    preset = {"photos": True, "teacher": "resnet18", "cfg": {"input_size": (3, 40, 40)}, "dataset": "nowhere"}
+    preset = {"photos": True, "teacher": "resnet18", "students": [], "dataset": "nowhere"}
+    preset["cfg"] = {"input_size": (3, 40, 40)}
     data = write_images(tmp_path / "photos", ["image", ("label", 3)], photos=True, copies=2)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3, layer_type="basic")
     ResNetForImageClassification(config).save_pretrained(tmp_path / "transformers")
@@ -96,4 +148,7 @@ def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
     assert images() == ((3, 40, 40), [0.485, 0.456, 0.406])
     assert images("--teacher", str(tmp_path / "timm")) == ((3, 24, 24), mean)
     # transformers' ResNet does not say its size outside the image processor.
-    assert images("--teacher", str(tmp_path / "transformers"))[1] == mean
+    assert images("--teacher", str(tmp_path / "transformers")) == ((3, 24, 24), mean)
+    (tmp_path / "transformers" / "preprocessor_config.json").unlink()
+    with pytest.raises(ValueError, match="transformers does not say how it wants its images: save an image processor"):
+        images("--teacher", str(tmp_path / "transformers"))

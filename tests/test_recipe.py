@@ -13,8 +13,11 @@ from hf_noisekd.recipe import Results, recipe_parser
 
 @pytest.fixture
 def results(tiny_cnn, tmp_path):
-    options = recipe_parser("doc", "tiny", {"cpu": {}}).parse_args(["--output-dir", str(tmp_path), "--seed", "3"])
-    results = Results("tiny", options, {"width": 4})
+    parser = recipe_parser("doc", "tiny", {"cpu": {}})
+    parser.add_argument("--teacher")
+    parser.add_argument("--unused")
+    options = parser.parse_args(["--output-dir", str(tmp_path), "--seed", "3", "--teacher", "/private/place/teacher"])
+    results = Results("tiny", options, {"width": 4, "teacher": "resnet"})
     data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
     results.add("teacher", tiny_cnn, data)
     args = NoiseKDConfig(
@@ -49,10 +52,10 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
         "recipe", "preset", "seed", "configuration", "commit", "machine", "versions", "runs", "measurements"
     }  # fmt: skip
     assert record["seed"] == 3
-    assert record["configuration"] == {"width": 4, "max_steps": None}
+    assert record["configuration"] == {"width": 4, "teacher": "teacher"}
     assert {"python", "torch", "timm", "transformers"} <= set(record["versions"])
     teacher, student = record["runs"]
-    assert set(teacher) == {"name", "model", "steps", "evaluations", "curve"}
+    assert set(teacher) == {"name", "model", "steps", "processes", "evaluations", "curve"}
     assert set(student) >= set(teacher) | {"seconds", "images_per_second", "noisekd", "class_frequencies"}
     assert set(student) & set(record) == set()
     assert teacher["evaluations"][0]["running"].keys() == {"accuracy", "loss"}

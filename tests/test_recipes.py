@@ -118,11 +118,12 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
     assert record["runs"][3]["noisekd"]["real_images"]["images"] == 20
     assert [row["taught with"] for row in record["measurements"]["accuracy"]] == ["images", "noise", "both"]
     record = run_here("student_handling", monkeypatch, *options, "--student", small_teacher)
-    assert [run["name"] for run in record["runs"]] == ["teacher", "student"]
+    assert [run["name"] for run in record["runs"]] == ["student"]
     by_batch, by_images = record["measurements"].values()
     assert [row["batch size"] for row in by_batch] == [2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
     assert [row["images"] for row in by_images] == [4, 16, 64]
-    assert by_batch[-1]["accuracy (%)"] == record["runs"][1]["evaluations"][0]["batch"]["accuracy"]
+    accuracy = record["runs"][0]["evaluations"][0]["batch"]["accuracy"]
+    assert by_batch[-1]["accuracy (%)"] == pytest.approx(accuracy, abs=1e-4)
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
