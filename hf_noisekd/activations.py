@@ -58,13 +58,18 @@ def hidden_activations(model: nn.Module, pixel_values: torch.Tensor, statistics:
 
 @torch.no_grad()
 def pooled_features(model: nn.Module, pixel_values: torch.Tensor, statistics: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the features `[B, num_features]` that a timm model's classifier gets, and the logits `[B, num_classes]`.
+    """Return the features `[B, D]` that a timm model's classifier gets, and the logits `[B, num_classes]`.
 
     Args:
         model: A timm classifier.
         pixel_values: A batch `[B, C, H, W]`.
         statistics: `"running"` or `"batch"`.
+
+    Raises:
+        ValueError: It is no timm classifier.
     """
+    if not hasattr(model, "forward_head"):
+        raise ValueError(f"{type(model).__name__} does not say where its classifier begins: use a timm model.")
     with _reading(model, statistics):
         features = model.forward_features(pixel_values)
         return model.forward_head(features, pre_logits=True).flatten(1), model.forward_head(features).flatten(1)

@@ -138,10 +138,11 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
 def noisekd_section(model: nn.Module) -> dict:
     """Return what is known of how a student of this package was made: the section `noisekd` of its `config.json`.
 
-    Its keys: `method`; `noise`, the parameters of the noise; `batch_norm`, the statistics to run the student with,
-    `"batch"` or `"running"`; `teacher_batch_norm_fraction`, `loss_type` and `temperature` as in [`NoiseKDConfig`];
-    `steps`; `batch_size` over all devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of the packages; and
-    after recalibration `recalibration`. Empty for any other model.
+    Its keys: `method`; `noise`, the parameters of the noise; `real_images`, their number and data set, where they took
+    turns with noise; `batch_norm`, the statistics to run the student with, `"batch"` or `"running"`;
+    `teacher_batch_norm_fraction`, `loss_type` and `temperature` as in [`NoiseKDConfig`]; `steps`; `batch_size` over all
+    devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of the packages; and after recalibration
+    `recalibration`. Empty for any other model.
     """
     section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
     return dict(section or {})

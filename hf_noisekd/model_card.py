@@ -259,7 +259,10 @@ def _facts(record: Mapping) -> list[str]:
             f"{_by(noise['input_size'])}, drawn afresh for each step."
         )
     if "real_images" in made:
-        lines.append(f"In every second step {_number_of_images(made['real_images'])}, without labels, in their place.")
+        lines.append(
+            f"In every second step a batch drawn from {_number_of_images(made['real_images'])}, without labels, in its "
+            "place."
+        )
     lines.append(
         f"Training: {made['steps']:,} steps of {made['batch_size']} images, {loss} at temperature "
         f"{made['temperature']:g}, seed {made['seed']}."

@@ -13,7 +13,7 @@ import ast
 import json
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .recipe import measurements_table
@@ -23,19 +23,20 @@ PAGE_NAME = "README.md"
 INTRODUCTION = """# Recipes
 
 Every table and figure of Raikwar & Mishra, *Discovering and Overcoming Limitations of Noise-engineered Data-free
-Knowledge Distillation* (NeurIPS 2022), each by one command. `--preset cpu`, the default, is for two cores and minutes,
-with small networks and few steps; `--preset paper` has the authors' networks and steps, for a GPU. All take `--seed`,
-`--output-dir` and `--max-steps`, to try one out; those on images `--dataset`, a Hub id or a local folder.
+Knowledge Distillation* (NeurIPS 2022), each by one command. `--preset cpu`, the default, is for two cores, with small
+networks and few steps; `--preset paper` has the authors' networks, and their 39,200 steps for students that a teacher
+teaches, for a GPU. `digits.py` and `circles.py` are small as they are. All take `--seed`, `--output-dir` and
+`--max-steps`, to try one out; those on images `--dataset`, a Hub id or a local folder.
 
 Accuracies are in percent on the test images. Students that noise taught are compared with the paper by the statistics
 of batches of 256 (its Algorithm 2), all others by their running statistics. Where our network is another one than the
 paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. *Not
 yet run* means what it says.
 
-The authors' learning rate followed the test loss. Ours does not look at test images: students that a teacher teaches
-have a cosine decay to zero over the steps, with Adam at 1e-3, batches of 256 and temperature 1 as in the paper (`cpu`:
-at 3e-3, with a linear warm-up over a tenth of the steps); training with labels is AdamW at 3e-3 with a linear warm-up
-and decay.
+The authors' learning rate followed the test loss. In the recipes on CIFAR-10, SVHN, CIFAR-100 and Food-101 nothing
+looks at test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,
+batches of 256 and temperature 1 as in the paper (`cpu`: at 3e-3, with a linear warm-up over a tenth of the steps);
+training with labels is AdamW with a linear warm-up and decay, in `paper` over 100 epochs, not 200 (Food-101: 20).
 
 This page is made of the results files by `make tables`."""
 
@@ -55,13 +56,23 @@ def copy_results(run: Path, results: Path) -> None:
     """Copy a recipe's results file under the name of recipe, preset and, if it is not 0, seed; of seed 0 also figures.
 
     Raises:
-        ValueError: The folder has no results file.
+        ValueError: The folder has no results file, or only that of a trial, or it would replace runs that it lacks.
     """
     if not (run / "results.json").is_file():
         raise ValueError(f"{run} has no results.json: give the --output-dir of a recipe that ran.")
     record = json.loads((run / "results.json").read_text())
+    if record["configuration"].get("max_steps"):
+        raise ValueError(f"{run} is a trial with --max-steps: its numbers are no results of the recipe.")
     name = f"{record['recipe']}_{record['preset']}" + (f"_seed{record['seed']}" if record["seed"] else "")
     results.mkdir(exist_ok=True)
+    if (results / f"{name}.json").is_file():
+        lost = _runs([json.loads((results / f"{name}.json").read_text())]).keys() - _runs([record]).keys()
+        if lost:
+            names = ", ".join(" of ".join(key) for key in sorted(lost))
+            raise ValueError(
+                f"{results / name}.json has runs that {run} lacks, {names}: run the recipe with all its rows and "
+                "students, or remove that file."
+            )
     shutil.copy(run / "results.json", results / f"{name}.json")
     for figure in run.glob("*.png") if record["seed"] == 0 else ():
         shutil.copy(figure, results / f"{name}_{figure.name}")
@@ -84,7 +95,7 @@ def render_page(recipes: Path) -> str:
             if found:
                 parts.append(_results_part(preset, found, entry.get("accuracy", {})))
             elif preset == "paper" and "accuracy" in entry:
-                parts.append(_pending_part(entry["accuracy"]))
+                parts.append(f"`paper`:\n\n{_pending(entry['accuracy'])}")
             else:
                 parts.append(f"`{preset}`: not yet run.")
     return "\n\n".join(parts) + "\n"
@@ -99,7 +110,9 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
     )
     parts = [f"`{preset}`, on {device}: {links}."]
     if first["runs"]:
-        parts.append(_comparison(list(files.values()), paper))
+        parts.append(_comparison(list(files.values()), paper, own_networks=preset != "paper"))
+    if pending := _pending(paper, done=_runs(files.values())) if preset == "paper" else "":
+        parts.append(pending)
     for name, rows in first["measurements"].items() if "measurements" in first else ():
         if len(rows) <= MAX_ROWS:
             parts.append(f"{name[0].upper()}{name[1:]}{_of_seed(first, files)}:\n\n{measurements_table(rows)}")
@@ -108,12 +121,20 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
     return "\n\n".join(parts)
 
 
-def _comparison(records: Sequence[Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the table of the runs, with mean and standard deviation over several seeds."""
-    runs: dict[tuple, list[Mapping]] = {}
+def _runs(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
+    """Return the runs by name and architecture."""
+    runs: dict[tuple[str, str], list[Mapping]] = {}
     for record in records:
         for run in record["runs"]:
             runs.setdefault((run["name"], run["model"]["architecture"]), []).append(run)
+    return runs
+
+
+def _comparison(
+    records: Sequence[Mapping], paper: Mapping[str, Mapping[str, float]], *, own_networks: bool = False
+) -> str:
+    """Return the table of the runs, with mean and standard deviation over several seeds."""
+    runs = _runs(records)
     header = ["", "model", "steps", "n", "running statistics", "batch statistics"]
     header += ["paper", "difference"] if paper else []
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
@@ -121,20 +142,20 @@ def _comparison(records: Sequence[Mapping], paper: Mapping[str, Mapping[str, flo
         values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
         cells = [
             name,
-            architecture,
+            f"{architecture}, {repeated[0]['model']['parameters'] / 1e6:.2f} M",
             f"{repeated[0]['steps']:,}",
             str(len(repeated)),
             *map(_mean_and_spread, values.values()),
         ]
         if paper:
             ours = values["batch" if "noise" in repeated[0].get("noisekd", {}) else "running"]
-            cells += _paper_cells(paper.get(name, {}), architecture, statistics.mean(ours))
+            cells += _paper_cells(paper.get(name, {}), None if own_networks else architecture, statistics.mean(ours))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _paper_cells(values: Mapping[str, float], architecture: str, ours: float) -> list[str]:
-    """Return the paper's value, for the same architecture or else for the first, and how much higher ours is."""
+def _paper_cells(values: Mapping[str, float], architecture: str | None, ours: float) -> list[str]:
+    """Return the paper's value, for the same architecture or else for its first, and how much higher ours is."""
     if not values:
         return ["", ""]
     theirs = architecture if architecture in values else next(iter(values))
@@ -147,14 +168,15 @@ def _mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.2f}{spread}"
 
 
-def _pending_part(paper: Mapping[str, Mapping[str, float]]) -> str:
-    lines = ["`paper`:", "", "| | model | ours | paper |", "|---|---|---|---:|"]
-    lines += [
+def _pending(paper: Mapping[str, Mapping[str, float]], done: Container[tuple[str, str]] = ()) -> str:
+    """Return the table of what the paper has and we have not, if anything."""
+    lines = [
         f"| {name} | {architecture} | not yet run | {value:.2f} |"
         for name, values in paper.items()
         for architecture, value in values.items()
+        if (name, architecture) not in done
     ]
-    return "\n".join(lines)
+    return "\n".join(["| | model | ours | paper |", "|---|---|---|---:|", *lines]) if lines else ""
 
 
 def _of_seed(record: Mapping, files: Mapping) -> str:

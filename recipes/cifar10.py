@@ -1,12 +1,13 @@
 """Distil a CIFAR-10 classifier with white Gaussian noise: Table 1 of Raikwar & Mishra (NeurIPS 2022).
 
     python recipes/cifar10.py                                   # about 45 minutes on two CPU cores
-    accelerate launch recipes/cifar10.py --preset paper         # the authors' networks and schedule, for a GPU
+    accelerate launch recipes/cifar10.py --preset paper         # the authors' networks and steps, for a GPU
 
 A teacher is trained on the images, or taken from `--teacher`. Each student then learns in up to five ways: from the
 teacher's answers to white noise or to the images, with the teacher's BatchNorm layers on the statistics of the batch or
 on their running statistics, and from the labels without a teacher. White noise teaches slowly: the paper's 39,200 steps
-reach 86 %, the `cpu` preset gives it 1,500. The most telling runs come first, and results.json is written after each.
+reach 86 %, the `cpu` preset gives it 1,500. The authors lowered the learning rate by the test loss; a cosine decay,
+which needs no test images, stands in for that. The most telling runs come first; results.json is written after each.
 """
 
 from hf_noisekd.experiment import CIFAR10, run_table

@@ -1,7 +1,7 @@
 """Distil a CIFAR-100 classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), second row.
 
     python recipes/cifar100.py                               # small networks and 1,500 steps, for two CPU cores
-    accelerate launch recipes/cifar100.py --preset paper     # the authors' networks and schedule, for a GPU
+    accelerate launch recipes/cifar100.py --preset paper     # the authors' networks and steps, for a GPU
 
 The classes are the 100 fine ones; `--label-column coarse_label` takes the 20 coarse ones. The paper's oracle is
 `images-running`: the student learns from the answers to the images.

@@ -1,6 +1,6 @@
 """Distil a classifier of photos with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), Food-101.
 
-    python recipes/food101.py                                # ResNet-18 to ResNet-10 at 64x64, for two CPU cores
+    python recipes/food101.py                                # ResNet-18 to ResNet-10 at 64x64, hours on two CPU cores
     accelerate launch recipes/food101.py --preset paper      # ResNet-101 to ResNet-18 at 224x224, for GPUs
 
 The teacher is timm's network, in `paper` with ImageNet weights, fine-tuned on the photos with timm's augmentation, or

@@ -1,7 +1,7 @@
 """Distil an SVHN classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), first row.
 
     python recipes/svhn.py                                   # small networks and 1,500 steps, for two CPU cores
-    accelerate launch recipes/svhn.py --preset paper         # the authors' networks and schedule, for a GPU
+    accelerate launch recipes/svhn.py --preset paper         # the authors' networks and steps, for a GPU
 
 House numbers are not mirrored in training. The paper's oracle is `images-running`: the student learns from the answers
 to the images. Its student learns from the labels only in the row `supervised`, which Table 2 does not have.

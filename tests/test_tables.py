@@ -12,12 +12,20 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def run(name, accuracy, architecture="big", noise=True, fraction=1.0):
     scores = {"running": {"accuracy": accuracy - 20.0}, "batch": {"accuracy": accuracy}}
     taught = {"noisekd": {"noise": {}} if noise else {}}
-    return {"name": name, "model": {"architecture": architecture}, "steps": 1500, "evaluations": [scores]} | taught
+    model = {"architecture": architecture, "parameters": 1_234_567}
+    return {"name": name, "model": model, "steps": 1500, "evaluations": [scores]} | taught
 
 
 def record(seed, *runs, preset="cpu", measurements=None):
     machine = {"processor": "a processor", "cores": 2, "accelerator": "H100" if preset == "paper" else None}
-    facts = {"recipe": "one", "preset": preset, "seed": seed, "commit": f"commit{seed}", "machine": machine}
+    facts = {
+        "configuration": {},
+        "recipe": "one",
+        "preset": preset,
+        "seed": seed,
+        "commit": f"commit{seed}",
+        "machine": machine,
+    }
     return facts | {"runs": list(runs), "measurements": measurements or {}}
 
 
@@ -47,14 +55,22 @@ def test_what_was_not_run_says_so_beside_the_papers_value(recipes):
 
 
 def test_the_papers_value_stands_beside_ours(recipes):
-    write(
-        recipes, "one_cpu", record(0, run("noise", 50.0), run("noise", 40.0, "small"), run("images", 70, noise=False))
-    )
+    runs = run("noise", 50.0), run("noise", 40.0, "small"), run("images", 70, noise=False)
+    write(recipes, "one_paper", record(0, *runs, preset="paper"))
     page = render_page(recipes)
-    assert "| noise | big | 1,500 | 1 | 30.00 | 50.00 | 80.00 | -30.00 |" in page
-    assert "| noise | small | 1,500 | 1 | 20.00 | 40.00 | 80.00 (big) | -40.00 |" in page
+    assert "| noise | big, 1.23 M | 1,500 | 1 | 30.00 | 50.00 | 80.00 | -30.00 |" in page
+    assert "| noise | small, 1.23 M | 1,500 | 1 | 20.00 | 40.00 | 80.00 (big) | -40.00 |" in page
     # Images: read with running statistics.
-    assert "| images | big | 1,500 | 1 | 50.00 | 70.00 | 90.00 | -40.00 |" in page
+    assert "| images | big, 1.23 M | 1,500 | 1 | 50.00 | 70.00 | 90.00 | -40.00 |" in page
+    # What the paper has beside.
+    assert "| noise | bigger | not yet run | 85.00 |" in page
+    assert page.count("not yet run | ") == 1
+
+
+def test_networks_of_the_small_preset_are_never_taken_for_the_papers(recipes):
+    write(recipes, "one_cpu", record(0, run("noise", 50.0)))
+    page = render_page(recipes)
+    assert "| noise | big, 1.23 M | 1,500 | 1 | 30.00 | 50.00 | 80.00 (big) | -30.00 |" in page
     assert "`cpu`, on 2 cores of a processor: [seed 0](results/one_cpu.json) at `commit0`." in page
 
 
@@ -62,7 +78,7 @@ def test_seeds_are_averaged_with_their_spread(recipes):
     write(recipes, "one_paper", record(0, run("noise", 81.0), preset="paper"))
     write(recipes, "one_paper_seed1", record(1, run("noise", 83.0), preset="paper"))
     page = render_page(recipes)
-    assert "| noise | big | 1,500 | 2 | 62.00 ± 1.41 | 82.00 ± 1.41 | 80.00 | +2.00 |" in page
+    assert "| noise | big, 1.23 M | 1,500 | 2 | 62.00 ± 1.41 | 82.00 ± 1.41 | 80.00 | +2.00 |" in page
     assert "`paper`, on H100" in page
     assert "not yet run | 80.00" not in page
 
@@ -90,6 +106,13 @@ def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatc
     assert "![one cpu curves](results/one_cpu_curves.png)" in page
     with pytest.raises(ValueError, match=r"has no results\.json: give the --output-dir of a recipe"):
         copy_results(tmp_path / "nothing", recipes / "results")
+    other = record(0, run("noise", 60.0, "small"))
+    (tmp_path / "run0" / "results.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"has runs that .* lacks, noise of big: run the recipe with all its rows"):
+        copy_results(tmp_path / "run0", recipes / "results")
+    (tmp_path / "run0" / "results.json").write_text(json.dumps(other | {"configuration": {"max_steps": 3}}))
+    with pytest.raises(ValueError, match="is a trial with --max-steps"):
+        copy_results(tmp_path / "run0", recipes / "results")
 
 
 def test_the_page_in_the_repository_is_up_to_date():
