@@ -120,6 +120,7 @@ def _add_model(parser, help: str) -> None:
 def _add_dataset(parser, *, split: str) -> None:
     parser.add_argument("--dataset", required=True, help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
+    parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
 
 
 def noise_config(args: argparse.Namespace):
@@ -161,6 +162,7 @@ def _add_distill_options(parser: CommandParser) -> None:
     )
     group.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, to evaluate on (default: held-out noise)")
     group.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
+    group.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
     groups = {
         True: parser.add_argument_group("noise distillation", "Options of this package, or with a default of its own."),
         False: parser.add_argument_group("training", "Options of transformers' TrainingArguments."),
@@ -187,7 +189,9 @@ def distill(args: argparse.Namespace) -> int:
     if args.eval_dataset is not None:
         from .image_data import load_images
 
-        eval_dataset = load_images(args.eval_dataset, teacher, split=args.eval_split)
+        eval_dataset = load_images(
+            args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column
+        )
     trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=eval_dataset)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
@@ -212,6 +216,7 @@ def distill(args: argparse.Namespace) -> int:
 def _add_evaluate_options(parser: CommandParser) -> None:
     _add_model(parser, "the model")
     _add_dataset(parser, split="test")
+    parser.add_argument("--label-column", metavar="NAME", help="its column of classes, where it has several")
     parser.add_argument(
         "--teacher", metavar="MODEL", help="teacher to measure the agreement with: a timm name, or as --model"
     )
@@ -236,7 +241,14 @@ def evaluate(args: argparse.Namespace) -> int:
         args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
     record = read_record(args.model) if args.update_card else None
     model = _load(args.model, args)
-    dataset = load_images(args.dataset, model, split=args.split, num_images=args.num_images)
+    dataset = load_images(
+        args.dataset,
+        model,
+        split=args.split,
+        num_images=args.num_images,
+        image_column=args.image_column,
+        label_column=args.label_column,
+    )
     teacher = None if args.teacher is None else _load(args.teacher, args)
     scores = evaluation.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
     print(f"{args.model} on {len(dataset):,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
@@ -290,7 +302,14 @@ def recalibrate(args: argparse.Namespace) -> int:
     from .model_card import read_record, write_model_card
 
     model = _load(args.model, args)
-    images = load_images(args.dataset, model, split=args.split, num_images=args.num_images, labels=False)
+    images = load_images(
+        args.dataset,
+        model,
+        split=args.split,
+        num_images=args.num_images,
+        image_column=args.image_column,
+        labels=False,
+    )
     recalibrate_batch_norm(model, DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images))
     if noisekd_section(model):
         model.noisekd["recalibration"] |= {"dataset": images.name, "split": args.split}

@@ -28,7 +28,7 @@ class Panel:
         marker: Whether the points are marked.
     """
 
-    lines: Mapping[str, Sequence[tuple[float, ...]]]
+    lines: dict[str, Sequence[tuple[float, ...]]]
     title: str = ""
     xlabel: str = ""
     ylabel: str = ""
@@ -37,13 +37,15 @@ class Panel:
     marker: bool = True
 
 
-def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> None:
-    """Plot lines in panels side by side, with one legend for all, and save them as a PNG."""
+def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> Figure:
+    """Plot lines in panels side by side, with one legend for all, save them as a PNG, and return the figure."""
     figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
     handles = {}
     for axis, panel in zip(axes, panels, strict=True):
         for name, points in panel.lines.items():
+            if not points:
+                continue
             x, y, *spread = zip(*sorted(points), strict=True)
             color = handles[name].lines[0].get_color() if name in handles else f"C{len(handles)}"
             handles[name] = axis.errorbar(
@@ -65,6 +67,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
     columns = max(1, min(len(handles), int(130 / (8 + max(map(len, handles), default=1)))))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small")
     figure.savefig(path, dpi=120)
+    return figure
 
 
 def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accuracy") -> None:
@@ -92,8 +95,8 @@ def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accura
     plot_panels(panels, path, share_y=True)
 
 
-def plot_accuracy(runs: Sequence[Mapping], path: str | Path, key: str, xlabel: str, *, log_x: bool = False) -> None:
-    """Plot the accuracy of distilled students against something in which their runs differ, and save it as a PNG.
+def plot_accuracy(runs: Sequence[Mapping], path: str | Path, key: str, xlabel: str, *, log_x: bool = False) -> Figure:
+    """Plot the accuracy of distilled students against something in which their runs differ; save and return it.
 
     Args:
         runs: Records of [`hf_noisekd.record`]; those that are of no distilled student are left out.
@@ -109,11 +112,11 @@ def plot_accuracy(runs: Sequence[Mapping], path: str | Path, key: str, xlabel: s
         ]
         for statistics in STATISTICS
     }
-    plot_panels([Panel(lines, xlabel=xlabel, ylabel=ACCURACY_LABEL, log_x=log_x)], path)
+    return plot_panels([Panel(lines, xlabel=xlabel, ylabel=ACCURACY_LABEL, log_x=log_x)], path)
 
 
-def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> None:
-    """Plot points of the plane in a panel for each input, coloured by the class that the model answers; save as a PNG.
+def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> Figure:
+    """Plot points of the plane in a panel for each input, coloured by the model's answer; save and return the figure.
 
     Args:
         embeddings: By title, the points `[N, 2]` and the answers `[N]`.
@@ -130,6 +133,7 @@ def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> None:
         axis.legend(loc="upper right", markerscale=3, fontsize="small")
     axes[0].set_ylabel("second embedding dimension")
     figure.savefig(path, dpi=120)
+    return figure
 
 
 def charted_evaluation(run: Mapping, metric: str) -> Mapping | None:

@@ -233,18 +233,22 @@ def load_images(
     split: str = "test",
     num_images: int | None = None,
     seed: int = 0,
+    image_column: str | None = None,
+    label_column: str | None = None,
     labels: bool = True,
 ) -> Images:
     """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
 
     Args:
         name: Id on the Hugging Face Hub, a local folder that `datasets.load_dataset` reads, or a parquet file, which is
-            taken for the split. The columns are found by their type: one `Image`, one `ClassLabel`.
+            taken for the split.
         model: The classifier, which says how it wants its images.
         split: Which split.
         num_images: Serve this many images only, drawn with `seed`, in the order in which they stand. With the same seed
             a smaller number gives a part of what a larger one gives.
         seed: Seed of that draw.
+        image_column: As in [`load_image_datasets`].
+        label_column: Likewise.
         labels: Whether labels are needed. Otherwise the data set need not have any.
 
     Raises:
@@ -253,10 +257,9 @@ def load_images(
     """
     mode, transform = _preprocessing(model)
     dataset = _load_splits(name, split)[split]
-    image_column = _column(dataset.features, datasets.Image, None, name)
     return Images(
-        dataset[image_column],
-        _labels_for(model, dataset, f"the {split} split of {name}") if labels else None,
+        dataset[_column(dataset.features, datasets.Image, image_column, name)],
+        _labels_for(model, dataset, label_column, f"the {split} split of {name}") if labels else None,
         transform=transform,
         mode=mode,
         indices=_drawn(len(dataset), num_images, seed, name),
@@ -282,9 +285,9 @@ def _labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[l
     return dataset.features[column].names, labels
 
 
-def _labels_for(model: nn.Module, dataset: datasets.Dataset, name: str) -> list[int]:
+def _labels_for(model: nn.Module, dataset: datasets.Dataset, column: str | None, name: str) -> list[int]:
     """Return the class of each image, after a check that the model has as many."""
-    label_names, labels = _labels(dataset, None, name)
+    label_names, labels = _labels(dataset, column, name)
     num_classes = declared_num_classes(model)
     if num_classes is not None and len(label_names) > num_classes:
         raise ValueError(
@@ -323,7 +326,10 @@ def _train_and_test(name: str, config: str | None) -> dict[str, datasets.Dataset
     splits = _load_splits(name, "train", config=config)
     test = splits.get("test", splits.get("validation"))
     if test is None:
-        raise ValueError(f"{name} has no test and no validation split, only {', '.join(splits)}.")
+        raise ValueError(
+            f"{name} has no test and no validation split, only {', '.join(splits)}: give a data set that has one, or a "
+            "folder with both."
+        )
     return {"train": splits["train"], "test": test}
 
 
@@ -432,7 +438,7 @@ def _column(features: datasets.Features, kind: type, column: str | None, name: s
         raise ValueError(f"{name} has no column {column!r} of type {kind.__name__}; found {found or dict(features)}.")
     if len(found) != 1:
         option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
-        choose = f": choose one with {option}" if found else f" among {dict(features)}"
+        choose = f": name the one to use ({option})" if found else f" among {dict(features)}"
         raise ValueError(
             f"{name} needs exactly one column of type {kind.__name__}, found {', '.join(found) or 'none'}{choose}."
         )

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .evaluation import collate_images
-from .noise import NoiseDataset, _draw_seed
+from .noise import NoiseDataset, draw_seed
 from .record import dataset_name
 
 
@@ -50,7 +50,7 @@ class MixedDataset(NoiseDataset):
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
         if step % 2 == 0:
             return super().draw(step)
-        with _augmentation_seeded(_draw_seed(self.seed, self.rank, step, self.held_out)):
+        with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
             indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
             samples = (
                 self.real_images.__getitems__(indices)

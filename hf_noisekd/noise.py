@@ -15,7 +15,7 @@ from .classifier import declared_input_size, pretrained_cfg_of
 
 Distribution = Callable[[torch.Generator, tuple[int, int, int, int]], torch.Tensor]
 
-# Layout of the 32 bits that tell the draws of one seed apart; see `_draw_seed`.
+# Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
 MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 
@@ -75,7 +75,7 @@ class NoiseDataset(IterableDataset):
             raise ValueError(f"batch_size and num_steps must be positive, got {batch_size} and {num_steps}.")
         if std <= 0:
             raise ValueError(f"std must be positive, got {std}.")
-        _draw_seed(seed, rank, 0, held_out)  # checks the rank
+        draw_seed(seed, rank, 0, held_out)  # checks the rank
         self.input_size = tuple(input_size)
         self.batch_size = batch_size
         self.num_steps = num_steps
@@ -120,7 +120,7 @@ class NoiseDataset(IterableDataset):
 
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
-        generator = torch.Generator(self.device).manual_seed(_draw_seed(self.seed, self.rank, step, self.held_out))
+        generator = torch.Generator(self.device).manual_seed(draw_seed(self.seed, self.rank, step, self.held_out))
         noise = self.distribution(generator, (self.batch_size, *self.input_size))
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
@@ -151,7 +151,7 @@ class NoiseDataset(IterableDataset):
         return self.num_steps
 
 
-def _draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:
+def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:
     """Return the generator's seed for one draw.
 
     torch's CPU generator looks at the low 32 bits of its seed only, too few for a hash: 300,000 draws would collide

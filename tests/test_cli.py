@@ -299,7 +299,9 @@ def images(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     for split, data in zip(("train", "test"), digits, strict=True):
         columns = {"image": [Image.fromarray(image[0].numpy()) for image in data.images], "label": data.labels.tolist()}
+        columns["parity"] = [label % 2 for label in columns["label"]]
         features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=data.label_names)}
+        features["parity"] = datasets.ClassLabel(names=["even", "odd"])
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         table.to_parquet(folder / f"{split}.parquet")
     return str(folder)
@@ -313,7 +315,8 @@ def student(teacher, images, tmp_path_factory):
         "max_steps: 3\nper_device_train_batch_size: 16\nlogging_steps: 1\nsave_steps: 2\ndisable_tqdm: true\n"
     )
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(folder)]
-    command += ["--config", str(folder.parent / "config.yaml"), "--eval-dataset", images, "--max_steps", "4"]
+    command += ["--config", str(folder.parent / "config.yaml"), "--max_steps", "4"]
+    command += ["--eval-dataset", images, "--eval-label-column", "label"]
     with pytest.MonkeyPatch.context() as patch:
         printed = []
         patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
@@ -349,7 +352,8 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
 
 def test_evaluate(teacher, student, images, tmp_path, capsys):
     output = tmp_path / "new" / "scores.json"
-    command = ["evaluate", "--model", teacher, "--dataset", images, "--teacher", student[0], "--output", str(output)]
+    command = ["evaluate", "--model", teacher, "--teacher", student[0], "--output", str(output)]
+    command += ["--dataset", images, "--label-column", "label"]
     assert main([*command, "--num-images", "300", "--batch_size", "100"]) == 0
     scores = json.loads(output.read_text())
     assert scores["running"]["accuracy"] > 90
@@ -376,7 +380,8 @@ def test_recalibrate(student, images, tmp_path, capsys):
     assert "pipeline(" in card
     assert "## Results" not in card, "what was measured does not hold for the new statistics"
 
-    command = ["evaluate", "--model", str(tmp_path / "new"), "--dataset", images, "--update-card"]
+    command = ["evaluate", "--model", str(tmp_path / "new"), "--update-card"]
+    command += ["--dataset", images, "--label-column", "label"]
     assert main([*command, "--num-images", "50"]) == 0
     assert main([*command, "--num-images", "100"]) == 0
     card = (tmp_path / "new" / "README.md").read_text()

@@ -4,21 +4,33 @@ from matplotlib.image import imread
 
 from hf_noisekd.figures import Panel, plot_accuracy, plot_embeddings, plot_panels
 
-
-def colored(path) -> int:
-    """Number of pixels that are neither gray nor white: of lines and points."""
-    pixels = imread(path)[..., :3]
-    return int((pixels.max(-1) - pixels.min(-1) > 0.3).sum())
+POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 
 
-def test_panels_show_all_their_lines(tmp_path):
-    points = [(1, 20.0), (4, 50.0), (16, 80.0)]
-    plot_panels([Panel({"one": points}), Panel({"one": points})], tmp_path / "one.png")
-    second = Panel({"one": points, "two": [(x, y / 2, 3.0) for x, y in points]}, log_x=True, log_y=True)
-    plot_panels([Panel({"one": points}), second], tmp_path / "two.png", share_y=True)
-    assert colored(tmp_path / "two.png") > 1.3 * colored(tmp_path / "one.png") > 0
-    height, width, _ = imread(tmp_path / "one.png").shape
-    assert width > 2 * height
+def drawn(axis) -> list[list[tuple[float, float]]]:
+    """The points of each line of an axis."""
+    return [[tuple(point) for point in container.lines[0].get_xydata()] for container in axis.containers]
+
+
+def test_panels_show_their_lines_and_errors(tmp_path):
+    second = Panel({"two": [(x, y / 2, 3.0) for x, y in POINTS], "one": POINTS, "none": []}, log_x=True, log_y=True)
+    figure = plot_panels([Panel({"one": POINTS}, "title", "x", "y"), second], tmp_path / "two.png", share_y=True)
+    first, second = figure.axes
+    assert drawn(first) == [sorted(POINTS)]
+    assert drawn(second) == [[(1, 10), (4, 25), (16, 40)], sorted(POINTS)]
+    assert (first.get_title(), first.get_xlabel(), first.get_ylabel()) == ("title", "x", "y")
+    assert (second.get_xscale(), second.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in second.get_xticklabels()] == ["1", "4", "16"]
+    with_error, without = second.containers
+    assert with_error.has_yerr
+    assert not without.has_yerr
+    segments = with_error.lines[2][0].get_segments()
+    assert [tuple(end[1] for end in segment) for segment in segments] == [(7, 13), (22, 28), (37, 43)]
+    # A name has one colour in all panels.
+    assert without.lines[0].get_color() == first.containers[0].lines[0].get_color() != with_error.lines[0].get_color()
+    assert [text.get_text() for text in figure.legends[0].texts] == ["one", "two"]
+    height, width, _ = imread(tmp_path / "two.png").shape
+    assert width > 1.5 * height
 
 
 def test_accuracy_is_drawn_for_students_only(tmp_path):
@@ -27,13 +39,22 @@ def test_accuracy_is_drawn_for_students_only(tmp_path):
         return {"noisekd": {"share": fraction}, "evaluations": [scores]}
 
     teacher = {"evaluations": [{"running": {"accuracy": 90.0}, "batch": {"accuracy": 90.0}}]}
-    plot_accuracy([teacher, run(0.1, 20), run(1.0, 80)], tmp_path / "accuracy.png", "share", "share of layers")
-    assert colored(tmp_path / "accuracy.png") > 500
+    runs = [teacher, run(0.1, 20.0), run(1.0, 80.0)]
+    (axis,) = plot_accuracy(runs, tmp_path / "accuracy.png", "share", "share of layers").axes
+    assert drawn(axis) == [[(0.1, 10), (1, 40)], [(0.1, 20), (1, 80)]]
+    assert axis.get_xlabel() == "share of layers"
+    assert (tmp_path / "accuracy.png").is_file()
 
 
 @pytest.mark.parametrize("classes", [1, 3])
 def test_embeddings_have_a_panel_for_each_input(tmp_path, classes):
     points = torch.randn(50, 2).numpy()
     answers = (torch.arange(50) % classes).numpy()
-    plot_embeddings({"data": (points, answers), "noise": (points, answers)}, tmp_path / "embeddings.png")
-    assert colored(tmp_path / "embeddings.png") > 500
+    path = tmp_path / "embeddings.png"
+    axes = plot_embeddings({"data": (points, answers), "noise": (points + 1, answers)}, path).axes
+    assert [axis.get_title() for axis in axes] == ["data", "noise"]
+    for axis, expected in zip(axes, (points, points + 1), strict=True):
+        offsets = [collection.get_offsets() for collection in axis.collections]
+        assert [len(part) for part in offsets] == [int((answers == index).sum()) for index in range(classes)]
+        assert offsets[0][0].tolist() == pytest.approx(expected[0].tolist())
+    assert path.is_file()

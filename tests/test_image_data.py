@@ -178,10 +178,13 @@ def test_columns_can_be_named(tmp_path):
     assert test.labels.tolist() == [0, 0, 1, 1]
     assert train.label_names == ["x", "y"]
     assert train.images[0, :, 0, 0].tolist() == [255, 0, 0]
-    with pytest.raises(ValueError, match="of type Image, found left, right: choose one with image_column"):
+    with pytest.raises(ValueError, match=r"of type Image, found left, right: name the one to use \(image_column\)"):
         load_image_datasets(source, label_column="fine")
-    with pytest.raises(ValueError, match="of type ClassLabel, found fine, coarse: choose one with label_column"):
+    with pytest.raises(ValueError, match=r"ClassLabel, found fine, coarse: name the one to use \(label_column\)"):
         load_image_datasets(source, image_column="left")
+    model = timm.create_model("resnet10_cifar", width=4, num_classes=2)
+    data = load_images(source, model, split="validation", image_column="right", label_column="coarse")
+    assert [sample["labels"] for sample in data] == [0, 0, 1, 1]
     with pytest.raises(ValueError, match=r"has no column 'right' of type ClassLabel; found \['fine', 'coarse'\]"):
         load_image_datasets(source, image_column="left", label_column="right")
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd import NoiseDataset
-from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, _draw_seed, white
+from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, draw_seed, white
 
 
 def test_white_noise_has_zero_mean_and_unit_variance():
@@ -40,7 +40,7 @@ def test_no_two_draws_share_a_batch():
 def test_cpu_seeds_never_collide_within_a_seed():
     # torch's CPU generator uses 32 bits. A hash would give about 12 collisions here.
     seeds = {
-        _draw_seed(3, rank, step, held_out) & 0xFFFFFFFF
+        draw_seed(3, rank, step, held_out) & 0xFFFFFFFF
         for rank in (0, 1, 2, MAX_RANKS - 1)
         for step in range(40_000)
         for held_out in (False, True)
