@@ -1,9 +1,12 @@
+import dataclasses
 import sys
 
 import pytest
 import timm
 import torch
 from conftest import digest, write_images
+from safetensors.torch import save_file
+from timm.models._registry import _model_pretrained_cfgs
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser, run_table
@@ -116,6 +119,22 @@ def test_a_configuration_of_a_local_data_set_can_be_named(experiment, tmp_path):
     assert subject.train_dataset.pretrained_cfg["num_classes"] == 6
     with pytest.raises(ValueError, match="cannot be loaded: Config name is missing"):
         experiment("--dataset", tmp_path / "data")
+
+
+def test_a_teacher_starts_from_timms_weights_with_a_head_of_its_own(tmp_path, monkeypatch):
+    published = timm.create_model("resnet10t")
+    save_file(published.state_dict(), tmp_path / "model.safetensors")
+    cfg = dataclasses.replace(timm.get_pretrained_cfg("resnet10t"), file=str(tmp_path / "model.safetensors"))
+    monkeypatch.setitem(_model_pretrained_cfgs, "resnet10t", cfg)
+    data = write_images(tmp_path / "photos", ["image", ("label", 3)], photos=True, copies=2)
+    preset = {"photos": True, "teacher": "resnet10t", "students": [], "dataset": str(data), "pretrained": True}
+    parser = experiment_parser("doc", "tiny", {"cpu": preset})
+    experiment = Experiment("tiny", parser.parse_args(["--output-dir", str(tmp_path / "run")]), preset)
+    teacher = experiment.build("resnet10t", pretrained=True)
+    assert torch.equal(teacher.layer1[0].conv1.weight, published.layer1[0].conv1.weight)
+    assert teacher.fc.out_features == 3
+    save_model(teacher, tmp_path / "saved")
+    assert load_teacher(str(tmp_path / "saved")).pretrained_cfg["label_names"] == ["0", "1", "2"]
 
 
 def test_only_a_student_that_noise_taught_is_pushed(monkeypatch, capsys):

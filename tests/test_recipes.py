@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import digest, write_images
 
@@ -142,6 +143,18 @@ def test_circles(tmp_path, monkeypatch):
     assert running["mean of the embedding"] > 2 * batch["mean of the embedding"]
     assert data["answered the inner circle (%)"] == pytest.approx(50, abs=10)
     assert (tmp_path / "embeddings.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "cifar100", "food101", "partial_batch_norm"])
+def test_the_papers_preset_has_the_networks_of_the_papers_table(name):
+    recipe = runpy.run_path(str(ROOT / "recipes" / f"{name}.py"))
+    preset = recipe.get("PRESETS", recipe.get("CIFAR10"))["paper"]
+    rows = json.loads((ROOT / "recipes" / "paper.json").read_text())[name]["accuracy"]
+    assert rows.pop("teacher", {preset["teacher"]: 0}).keys() == {preset["teacher"]}
+    for values in rows.values():
+        assert values.keys() <= set(preset["students"])
+    assert all(timm.is_model(architecture) for architecture in (preset["teacher"], *preset["students"]))
+    assert preset["distillation"] == {"max_steps": 196 * 200}
 
 
 SMALL_TABLE = ("--rows", "noise-batch", "images-running", "--max-steps", 1)
