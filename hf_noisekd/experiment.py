@@ -195,17 +195,22 @@ class Experiment:
         return self.teacher
 
     def run_row(self, row: str, student: str, **arguments) -> ClassifierTrainer:
-        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distil`]."""
+        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distil`].
+
+        A student that the teacher taught gets a card.
+        """
         if row == "supervised":
             return self.train_supervised(ROWS[row], self.build(student))
         taught_with, statistics = row.split("-")
-        return self.distil(
+        trainer = self.distil(
             ROWS[row],
             student,
             train_dataset=self.train_dataset if taught_with == "images" else None,
             batch_norm_fraction=float(statistics == "batch"),
             **arguments,
         )
+        trainer.create_model_card()
+        return trainer
 
     def train_supervised(self, name: str, model: nn.Module) -> ClassifierTrainer:
         """Train a classifier on the images and their labels, record the run as `name`, and return its trainer."""
@@ -240,7 +245,6 @@ class Experiment:
         trainer = NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
         self.results.train(name, trainer)
         trainer.save_model()
-        trainer.create_model_card()
         return trainer
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
