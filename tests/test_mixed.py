@@ -55,9 +55,11 @@ def test_augmentation_is_a_function_of_the_step_whatever_it_draws_from():
     mixed = MixedDataset(SIZE, 4, images=Shaken(torch.zeros(3, *SIZE)))
     expected = mixed.draw(1)
     assert len(expected.unique()) > 1
-    before = random.getstate(), np.random.get_state()[1].tolist()
-    assert torch.equal(mixed.draw(1), expected)
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    for advance in (lambda: torch.rand(1), random.random, np.random.random):
+        advance()
+        before = random.getstate(), str(np.random.get_state())
+        assert torch.equal(mixed.draw(1), expected)
+        assert (random.getstate(), str(np.random.get_state())) == before
 
 
 def test_images_that_do_not_fit_the_noise_are_refused(images):
