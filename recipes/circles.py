@@ -1,11 +1,12 @@
 """See why batch statistics work, in the plane: Fig. 3 of Raikwar & Mishra (NeurIPS 2022).
 
-    python recipes/circles.py    # seconds on a CPU
+    python recipes/circles.py    # a minute on a CPU
 
 A small network with BatchNorm1d learns to tell scikit-learn's two circles apart; the activations before its classifier
 are two numbers, the embedding. Gaussian noise in the plane has other statistics in each layer: read with running
-statistics its embeddings lie off those of the data, read with the statistics of the batch they cover them. Then two
-students learn from the answers, as in the other recipes.
+statistics its embeddings drift away from those of the data, read with the statistics of the batch they come back. Then
+two students learn from the answers, as in the other recipes. In the plane even noise that drifts covers both circles,
+so both students learn them; they differ in the statistics with which they can be read.
 """
 
 from itertools import pairwise
