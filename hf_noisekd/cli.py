@@ -123,6 +123,14 @@ def _add_dataset(parser, *, split: str) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
 
 
+def _load_dataset(args: argparse.Namespace, model, **kwargs):
+    """Load what the options of [`_add_dataset`] name, as `model` wants it."""
+    from .image_data import load_images
+
+    columns = {"image_column": args.image_column} | kwargs
+    return load_images(args.dataset, model, split=args.split, num_images=args.num_images, **columns)
+
+
 def noise_config(args: argparse.Namespace):
     """Build the [`NoiseKDConfig`] of the options that were given; a value that it refuses is wrong usage."""
     from transformers import HfArgumentParser
@@ -234,21 +242,13 @@ def _add_evaluate_options(parser: CommandParser) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a model on labelled images; see [`hf_noisekd.evaluate`]."""
     from . import evaluation
-    from .image_data import load_images
     from .model_card import read_record, write_model_card
 
     if args.update_card and not Path(args.model).is_dir():
         args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
     record = read_record(args.model) if args.update_card else None
     model = _load(args.model, args)
-    dataset = load_images(
-        args.dataset,
-        model,
-        split=args.split,
-        num_images=args.num_images,
-        image_column=args.image_column,
-        label_column=args.label_column,
-    )
+    dataset = _load_dataset(args, model, label_column=args.label_column)
     teacher = None if args.teacher is None else _load(args.teacher, args)
     scores = evaluation.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
     print(f"{args.model} on {len(dataset):,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
@@ -298,18 +298,10 @@ def recalibrate(args: argparse.Namespace) -> int:
     from .batch_norm import recalibrate_batch_norm
     from .evaluation import collate_images
     from .hub import RECORD_NAME, has_weights, model_folder, noisekd_section, save_model
-    from .image_data import load_images
     from .model_card import read_record, write_model_card
 
     model = _load(args.model, args)
-    images = load_images(
-        args.dataset,
-        model,
-        split=args.split,
-        num_images=args.num_images,
-        image_column=args.image_column,
-        labels=False,
-    )
+    images = _load_dataset(args, model, labels=False)
     recalibrate_batch_norm(model, DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images))
     if noisekd_section(model):
         model.noisekd["recalibration"] |= {"dataset": images.name, "split": args.split}

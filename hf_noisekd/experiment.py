@@ -57,6 +57,13 @@ CIFAR10 = {
     },
 }
 
+
+def with_cpu_steps(max_steps: int) -> dict[str, dict]:
+    """Return [`CIFAR10`] with another number of distillation steps in `cpu`, for recipes of many runs."""
+    cpu = CIFAR10["cpu"]
+    return CIFAR10 | {"cpu": cpu | {"distillation": cpu["distillation"] | {"max_steps": max_steps}}}
+
+
 # Training with labels: AdamW with a linear warm-up and decay, on crops and mirror images. Nothing looks at the test
 # images, as the authors' own learning-rate schedule did.
 SUPERVISED = {

@@ -6,8 +6,8 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
   in their place, folders without the path to them.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
 - `machine` and `versions`, as in [`hf_noisekd.record`].
-- `runs`: a list, each with a `name` and the rest of its record, see there. A teacher that was not trained here has only
-  the `evaluations`.
+- `runs`: a list, each with a `name` and the rest of its record, see there. Of a model that was not trained here only
+  the evaluation is known.
 - `measurements`: what was measured beside, a list of mappings of equal keys by the name of its table.
 """
 
@@ -142,10 +142,14 @@ def results_table(record: Mapping) -> str:
     ]
     for run in record["runs"]:
         accuracies = " | ".join(f"{run['evaluations'][0][statistics]['accuracy']:.2f}" for statistics in STATISTICS)
-        model = f"{run['model']['architecture']}, {run['model']['parameters'] / 1e6:.2f} M"
         speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
-        lines.append(f"| {run['name']} | {model} | {run['steps']:,} | {speed} | {accuracies} |")
+        lines.append(f"| {run['name']} | {model_cell(run)} | {run['steps']:,} | {speed} | {accuracies} |")
     return "\n".join(lines)
+
+
+def model_cell(run: Mapping) -> str:
+    """Return how a table names the model of a run: its architecture and its parameters in millions."""
+    return f"{run['model']['architecture']}, {run['model']['parameters'] / 1e6:.2f} M"
 
 
 def measurements_table(rows: Sequence[Mapping]) -> str:

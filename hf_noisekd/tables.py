@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .recipe import measurements_table
+from .recipe import measurements_table, model_cell
 
 MAX_ROWS = 12
 PAGE_NAME = "README.md"
@@ -144,7 +144,7 @@ def _comparison(
         values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
         cells = [
             name,
-            f"{architecture}, {repeated[0]['model']['parameters'] / 1e6:.2f} M",
+            model_cell(repeated[0]),
             f"{repeated[0]['steps']:,}",
             str(len(repeated)),
             *map(_mean_and_spread, values.values()),

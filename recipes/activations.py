@@ -1,6 +1,6 @@
 """Look inside a teacher that is fed noise: Figs. 2 and 4 of Raikwar & Mishra (NeurIPS 2022).
 
-    python recipes/activations.py --teacher runs/cifar10/teacher    # about a minute on two CPU cores
+    python recipes/activations.py --teacher runs/cifar10/teacher
     accelerate launch recipes/activations.py --preset paper         # the authors' networks, for a GPU
 
 A batch of test images and a batch of white noise go through the teacher, with its BatchNorm layers on their running

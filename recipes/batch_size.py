@@ -10,14 +10,11 @@ figure shows the size of all together. Without `--teacher` one is trained first.
 
 from functools import partial
 
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.experiment import Experiment, experiment_parser, with_cpu_steps
 from hf_noisekd.figures import plot_accuracy
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
-PRESETS = {
-    "cpu": CIFAR10["cpu"] | {"distillation": CIFAR10["cpu"]["distillation"] | {"max_steps": 500}},
-    "paper": CIFAR10["paper"],
-}
+PRESETS = with_cpu_steps(500)
 
 
 def main() -> None:

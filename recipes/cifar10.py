@@ -1,6 +1,6 @@
 """Distil a CIFAR-10 classifier with white Gaussian noise: Table 1 of Raikwar & Mishra (NeurIPS 2022).
 
-    python recipes/cifar10.py                                   # about 45 minutes on two CPU cores
+    python recipes/cifar10.py                                   # about an hour on two CPU cores
     accelerate launch recipes/cifar10.py --preset paper         # the authors' networks and steps, for a GPU
 
 A teacher is trained on the images, or taken from `--teacher`. Each student then learns in up to five ways: from the

@@ -1,6 +1,6 @@
 """Distil with a few real images, with noise, and with both: the claim of the abstract of Raikwar & Mishra (2022).
 
-    python recipes/few_images.py --teacher runs/cifar10/teacher    # about 15 minutes on two CPU cores
+    python recipes/few_images.py --teacher runs/cifar10/teacher    # about 25 minutes on two CPU cores
     accelerate launch recipes/few_images.py --preset paper         # the authors' networks, for a GPU
 
 The images are drawn with the seed from the training images, cropped and mirrored at random, and used without labels.
@@ -14,13 +14,10 @@ from accelerate import PartialState
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.experiment import Experiment, experiment_parser, with_cpu_steps
 from hf_noisekd.figures import plot_curves
 
-PRESETS = {
-    "cpu": CIFAR10["cpu"] | {"distillation": CIFAR10["cpu"]["distillation"] | {"max_steps": 750}},
-    "paper": CIFAR10["paper"],
-}
+PRESETS = with_cpu_steps(750)
 
 
 def main() -> None:

@@ -10,14 +10,11 @@ are drawn with the seed, and those of a smaller share lie in a larger one. Witho
 
 from functools import partial
 
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
+from hf_noisekd.experiment import Experiment, experiment_parser, with_cpu_steps
 from hf_noisekd.figures import plot_accuracy
 
 RUNNING_SHARES = (100, 90, 75, 50, 25, 0)  # percent
-PRESETS = {
-    "cpu": CIFAR10["cpu"] | {"distillation": CIFAR10["cpu"]["distillation"] | {"max_steps": 750}},
-    "paper": CIFAR10["paper"],
-}
+PRESETS = with_cpu_steps(750)
 
 
 def main() -> None:
