@@ -20,6 +20,7 @@ __all__ = [
     "evaluate",
     "models",
     "recalibrate_batch_norm",
+    "register_noise",
 ]
 
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING or not _is_command_line():
     from .config import NoiseKDConfig
     from .evaluation import evaluate
     from .mixed import MixedDataset
+    from .mixture import register_noise
     from .noise import NoiseDataset
     from .trainer import NoiseKDTrainer
 else:
@@ -50,6 +52,7 @@ else:
         "batch_statistics": "batch_norm",
         "evaluate": "evaluation",
         "recalibrate_batch_norm": "batch_norm",
+        "register_noise": "mixture",
     }
 
     def __getattr__(name: str):

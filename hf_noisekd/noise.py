@@ -1,28 +1,29 @@
-"""Noise to distil with: distributions as pure functions, and the data set that serves them.
+"""The data set of noise.
 
-A distribution takes a generator and a shape `[B, C, H, W]` and returns a float32 tensor on the generator's device, with
-about zero mean and unit variance. [`NoiseDataset`] makes training batches of it that depend on the seed, the rank and
-the step alone, so a resumed run, a second rank and a held-out evaluation need no stored state.
+[`NoiseDataset`] makes training batches of a distribution (see [`hf_noisekd.distributions`]) that depend on the seed,
+the rank and the step alone, so a resumed run, a second rank and a held-out evaluation need no stored state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .classifier import declared_input_size, pretrained_cfg_of
-
-Distribution = Callable[[torch.Generator, tuple[int, int, int, int]], torch.Tensor]
+from .distributions import Distribution
+from .mixture import Mixture, parse_noise, parse_weights
 
 # Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
 MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 
 
-def white(generator: torch.Generator, shape: tuple[int, int, int, int]) -> torch.Tensor:
-    """White Gaussian noise, N(0, 1) in every pixel: `G` in Algorithm 1 of Raikwar & Mishra (2022)."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+# Small noise images are no smaller than this, unless the full ones are.
+MIN_SIDE = 16
+
+# The resolutions of `distribution="structured"`, unless others are asked for.
+STRUCTURED_RESOLUTIONS = {0.5: 0.6, 1.0: 0.4}
 
 
 class NoiseDataset(IterableDataset):
@@ -43,13 +44,18 @@ class NoiseDataset(IterableDataset):
         held_out: Draw from a stream apart from the training noise of this seed, whatever its rank and step.
         mean: Mean of the noise, in the units of the network's input.
         std: Standard deviation of the noise, in the same units.
-        distribution: What to draw; see the module's text.
+        distribution: What to draw: a text such as "white", "structured" or "dead_leaves:3,spectrum:1", see
+            [`hf_noisekd.mixture`], or a function, see [`hf_noisekd.distributions`].
+        resolutions: Share of the steps for each size of the images, in this order; a size is relative to
+            `input_size`, in (0, 1], and rounded. Noise of a low resolution first and of full resolution last teaches
+            more in the same time. Default: `{0.5: 0.6, 1: 0.4}` for structured noise, else full size throughout.
+        total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
         dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
         memory_format: Memory format of a batch.
 
     Raises:
-        ValueError: A size is not positive, or the rank or a step is out of range.
+        ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range.
     """
 
     def __init__(
@@ -63,7 +69,9 @@ class NoiseDataset(IterableDataset):
         held_out: bool = False,
         mean: float = 0.0,
         std: float = 1.0,
-        distribution: Distribution = white,
+        distribution: Distribution | str = "white",
+        resolutions: Mapping[float, float] | None = None,
+        total_steps: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.channels_last,
@@ -84,7 +92,16 @@ class NoiseDataset(IterableDataset):
         self.held_out = held_out
         self.mean = mean
         self.std = std
-        self.distribution = distribution
+        self.distribution = parse_noise(distribution) if isinstance(distribution, str) else distribution
+        structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
+        self.resolutions = (
+            check_resolutions(resolutions)
+            if resolutions is not None
+            else STRUCTURED_RESOLUTIONS
+            if structured and not held_out
+            else {1.0: 1.0}
+        )
+        self.total_steps = total_steps
         self.device = torch.device(device)
         self.dtype = dtype
         self.memory_format = memory_format
@@ -121,10 +138,37 @@ class NoiseDataset(IterableDataset):
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
         generator = torch.Generator(self.device).manual_seed(draw_seed(self.seed, self.rank, step, self.held_out))
-        noise = self.distribution(generator, (self.batch_size, *self.input_size))
+        noise = self.distribution(generator, (self.batch_size, self.input_size[0], *self.image_size(step)))
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
         return noise.to(dtype=self.dtype, memory_format=self.memory_format)
+
+    def image_size(self, step: int) -> tuple[int, int]:
+        """Return height and width of the images of training step `step`.
+
+        Raises:
+            ValueError: They change in the course of the training, and the data set does not know how long that is.
+        """
+        sizes = self.image_sizes()
+        if len(sizes) == 1:
+            return sizes[0][1]
+        if self.total_steps is None:
+            raise ValueError(
+                f"The noise has several resolutions, {self.resolutions}, which are shares of the steps, but the number "
+                "of all steps is not known: pass total_steps, or resolutions={1: 1} for full size throughout."
+            )
+        return next((size for end, size in sizes if step < end * self.total_steps), sizes[-1][1])
+
+    def image_sizes(self) -> list[tuple[float, tuple[int, int]]]:
+        """Return the sizes `(height, width)` in their order, each after the share of the steps at which it ends."""
+        sizes, end = [], 0.0
+        for scale, share in self.resolutions.items():
+            end += share / sum(self.resolutions.values())
+            height, width = (max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            if sizes and sizes[-1][1] == (height, width):
+                sizes.pop()
+            sizes.append((end, (height, width)))
+        return sizes
 
     def set_epoch(self, epoch: int) -> None:
         """Continue with the steps of `epoch`, counted from 0. Accelerate's data loaders call it."""
@@ -149,6 +193,32 @@ class NoiseDataset(IterableDataset):
         if self.num_steps is None:
             raise TypeError("This NoiseDataset is unbounded: it has no length. Pass num_steps for one that has.")
         return self.num_steps
+
+
+def parse_resolutions(text: str) -> dict[float, float]:
+    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`].
+
+    Raises:
+        ValueError: The text cannot be read, or a number is out of range.
+    """
+    try:
+        shares = parse_weights(text)
+        return check_resolutions({float(scale): share for scale, share in shares.items()})
+    except ValueError as error:
+        raise ValueError(f"resolutions is {text!r}: {error}") from error
+
+
+def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
+    """Return resolutions as a new mapping, or say what is wrong with them.
+
+    Raises:
+        ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
+    """
+    if not resolutions or not all(0 < scale <= 1 and share > 0 for scale, share in resolutions.items()):
+        raise ValueError(
+            f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
+        )
+    return {float(scale): float(share) for scale, share in resolutions.items()}
 
 
 def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:

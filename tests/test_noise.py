@@ -5,7 +5,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd import NoiseDataset
-from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, draw_seed, white
+from hf_noisekd.distributions import white
+from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, STRUCTURED_RESOLUTIONS, draw_seed, parse_resolutions
 
 
 def test_white_noise_has_zero_mean_and_unit_variance():
@@ -107,6 +108,38 @@ def test_another_distribution_plugs_in():
     assert torch.equal(noise.draw(0), torch.full((3, 1, 2, 2), 3.0))
 
 
+def test_resolutions_follow_from_the_full_size():
+    noise = NoiseDataset((3, 224, 160), 2, resolutions={0.25: 1, 0.5: 2, 1: 1}, total_steps=8)
+    sizes = [noise.image_size(step) for step in range(9)]
+    assert sizes == [(56, 40)] * 2 + [(112, 80)] * 4 + [(224, 160)] * 3
+    assert noise.draw(3).shape == (2, 3, 112, 80)
+    # Small images get no smaller.
+    assert NoiseDataset((1, 8, 8), 2, resolutions={0.5: 1, 1: 1}).draw(0).shape[-2:] == (8, 8)
+    assert NoiseDataset((1, 24, 24), 2, resolutions={0.25: 1, 0.5: 1}).image_sizes() == [(1.0, (16, 16))]
+
+
+def test_resolutions_of_structured_noise_are_on_by_default_and_can_be_turned_off():
+    assert NoiseDataset((3, 32, 32), distribution="structured").resolutions == STRUCTURED_RESOLUTIONS
+    assert NoiseDataset((3, 32, 32), distribution="structured", resolutions={1: 1}).resolutions == {1: 1}
+    for other in ({"distribution": "white"}, {"distribution": "dead_leaves"}, {}):
+        assert NoiseDataset((3, 32, 32), **other).resolutions == {1: 1}
+    # What is measured is measured at full size.
+    assert NoiseDataset((3, 32, 32), distribution="structured", held_out=True).resolutions == {1: 1}
+
+
+def test_resolutions_need_the_length_of_the_training():
+    with pytest.raises(ValueError, match="pass total_steps"):
+        NoiseDataset((3, 32, 32), 2, distribution="structured").draw(0)
+
+
+def test_reads_resolutions():
+    assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
+    assert parse_resolutions("1") == {1: 1}
+    for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "0.5:1:1"):
+        with pytest.raises(ValueError, match="resolutions"):
+            parse_resolutions(text)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -115,6 +148,10 @@ def test_another_distribution_plugs_in():
         ({"batch_size": 0}, "batch_size"),
         ({"num_steps": 0}, "num_steps"),
         ({"std": 0.0}, "std"),
+        ({"resolutions": {}}, "sizes in"),
+        ({"resolutions": {1.5: 1}}, "sizes in"),
+        ({"resolutions": {1: 0}}, "sizes in"),
+        ({"distribution": "wite"}, "Did you mean 'white'"),
         ({"rank": MAX_RANKS}, "rank"),
         ({"rank": -1}, "rank"),
     ],

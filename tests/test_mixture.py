@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from hf_noisekd import NoiseDataset, register_noise
+from hf_noisekd.mixture import AUGMENTATIONS, DISTRIBUTIONS, noise_name, parse_noise
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Distributions of images that are 0, 1 and 2 throughout."""
+    for value, name in enumerate(("zeros", "ones", "twos")):
+        monkeypatch.setitem(DISTRIBUTIONS, name, lambda generator, shape, value=value: torch.full(shape, float(value)))
+
+
+def test_one_distribution_is_drawn_as_by_itself():
+    shape = (8, 3, 16, 16)
+    assert torch.equal(parse_noise("white")(generator(), shape), DISTRIBUTIONS["white"](generator(), shape))
+
+
+def test_weights_are_shares_of_the_images(constants):
+    x = parse_noise("zeros:3,ones,twos:4")(generator(), (80, 1, 2, 2))
+    assert x[:, 0, 0, 0].long().bincount().tolist() == [30, 10, 40]
+
+
+def test_a_number_in_brackets_is_the_parameter():
+    shape = (8, 3, 16, 16)
+    steep, flat = (parse_noise(f"spectrum({a})")(generator(), shape) for a in ("2", "0.0"))
+    assert torch.equal(steep, DISTRIBUTIONS["spectrum"](generator(), shape, 2.0))
+    assert not torch.equal(steep, flat)
+
+
+def test_small_batches_meet_every_distribution_in_proportion(constants):
+    mixture = parse_noise("zeros:1,ones:1,twos:6")
+    counts = sum(mixture(generator(seed), (2, 1, 1, 1)).flatten().long().bincount(minlength=3) for seed in range(400))
+    assert counts.sum() == 800
+    assert torch.allclose(counts / 800, torch.tensor([1, 1, 6]) / 8, atol=0.04)
+
+
+def test_augmentations_are_applied_with_their_probability(constants):
+    for probability in (0.2, 0.8):
+        x = parse_noise(f"zeros,ones|cutmix:{probability}")(generator(), (2000, 1, 8, 8))
+        # A pasted rectangle shows if it comes from the other half of the images; few are empty or hide all.
+        assert (x.flatten(1).std(1) > 0).float().mean() == pytest.approx(probability / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_keep_mean_and_variance(name):
+    x = DISTRIBUTIONS["white"](generator(), (256, 3, 16, 16))
+    y = AUGMENTATIONS[name](generator(1), x, 1.0)
+    assert y.shape == x.shape
+    assert not torch.equal(x, y)
+    assert abs(y.mean()) < 0.02
+    assert y.std() == pytest.approx(1, abs=0.02)
+    assert torch.equal(AUGMENTATIONS[name](generator(1), x, 0.0), x)
+
+
+def test_cutmix_pastes_pixels_of_one_other_image():
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 1, 16, 16)
+    y = AUGMENTATIONS["cutmix"](generator(), x, 1.0)
+    for index, image in enumerate(y):
+        values = set(image.unique().tolist())
+        assert len(values) <= 2
+        assert len(values - {index}) <= 1
+
+
+def test_text_of_a_mixture_reads_back():
+    text = "dead_leaves:3,spectrum|cutmix:0.5,mixup"
+    assert str(parse_noise(text)) == text
+    assert parse_noise(str(parse_noise("structured"))).weights == parse_noise("structured").weights
+    assert noise_name(parse_noise("white:1")) == "white"
+    assert noise_name(parse_noise("structured")).startswith("structured (")
+    assert noise_name(DISTRIBUTIONS["white"]) == "white"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wite", "Did you mean 'white'"),
+        ("", "none of"),
+        ("white:-1", "above 0"),
+        ("white:nan", "above 0"),
+        ("white:inf", "above 0"),
+        ("white:x", "above 0"),
+        ("white,white", "each once"),
+        ("white|cutmix:2", r"\(0, 1\]"),
+        ("white|dead_leaves", "none of cutmix"),
+        ("white|", "none of cutmix"),
+        ("white|cutmix(2)", "none of cutmix"),
+        ("white(2)", "white does not take the parameter 2"),
+        ("low_resolution(0.5)", "at least 1"),
+        ("fractal(0)", "at least 1"),
+        ("spectrum(x)", "none of"),
+        ("white|mixup|flip", "one '|'"),
+        ("structured,white", "none of"),
+    ],
+)
+def test_refuses_a_text_that_means_nothing(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_noise(text)
+
+
+def test_a_registered_distribution_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr("hf_noisekd.mixture.DISTRIBUTIONS", dict(DISTRIBUTIONS))
+    register_noise("sevens", lambda generator, shape: torch.full(shape, 7.0))
+    noise = NoiseDataset((1, 2, 2), 4, distribution="sevens,white")
+    assert (noise.draw(0).flatten(1) == 7).all(1).sum() == 2
+    for name in ("sevens", "white", "structured", "cutmix", "a:b", ""):
+        with pytest.raises(ValueError, match="taken or no identifier"):
+            register_noise(name, lambda generator, shape: torch.zeros(shape))
