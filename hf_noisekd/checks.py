@@ -74,6 +74,20 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
         )
 
 
+def check_image_sizes(noise: NoiseDataset, teacher_model: nn.Module, model: nn.Module) -> None:
+    """Check that both models take images of all sizes that the noise has in the course of the training.
+
+    Raises:
+        ValueError: One does not.
+    """
+    for _, size in noise.image_sizes():
+        for role, candidate in (("teacher", teacher_model), ("student", model)):
+            try:
+                answer_to_blanks(candidate, (noise.input_size[0], *size), role)
+            except ValueError as error:
+                raise ValueError(f"{error} Train with noise of full size only: resolutions='1'.") from error
+
+
 def check_eval_dataset(
     dataset: Dataset, input_size: tuple[int, int, int], num_classes: int, collate_fn: Callable = collate_images
 ) -> None:

@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .losses import LOSSES
+from .mixture import parse_noise
+from .noise import parse_resolutions
 
 
 @dataclass
@@ -93,6 +95,20 @@ class NoiseKDConfig(ClassifierConfig):
     temperature: float = field(
         default=1.0, metadata={"help": "Both models' logits are divided by it before the softmax. Above 0."}
     )
+    noise: str = field(
+        default="structured",
+        metadata={
+            "help": "What the teacher answers: 'white' (the paper's), 'structured', or names with weights, such as "
+            "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'."
+        },
+    )
+    resolutions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
+            "order, such as '0.5:0.6,1:0.4'. Default: that for structured noise, and full size for any other."
+        },
+    )
     batch_norm_fraction: float = field(
         default=1.0,
         metadata={
@@ -127,6 +143,9 @@ class NoiseKDConfig(ClassifierConfig):
             raise ValueError(f"temperature is {self.temperature}: use a number above 0; the paper uses 1.")
         if not 0 <= self.batch_norm_fraction <= 1:
             raise ValueError(f"batch_norm_fraction is {self.batch_norm_fraction}: use a share between 0 and 1.")
+        parse_noise(self.noise)
+        if self.resolutions is not None:
+            parse_resolutions(self.resolutions)
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
@@ -152,6 +171,7 @@ class NoiseKDConfig(ClassifierConfig):
             "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0,
+            "noise": "white",
             "loss_type": "soft_cross_entropy",
             "temperature": 1.0,
             "per_device_train_batch_size": 256,

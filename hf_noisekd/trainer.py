@@ -22,6 +22,7 @@ from .checks import (
     answer_to_blanks,
     check_checkpoint,
     check_eval_dataset,
+    check_image_sizes,
     check_models,
     check_train_noise,
     last_whole_checkpoint,
@@ -39,8 +40,9 @@ from .hub import (
 )
 from .losses import LOSSES
 from .mixed import MixedDataset
+from .mixture import noise_name
 from .model_card import write_model_card
-from .noise import NoiseDataset
+from .noise import NoiseDataset, parse_resolutions
 from .push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
 from .record import command_line, versions
 from .supervised import ClassifierTrainer
@@ -105,11 +107,17 @@ class NoiseKDTrainer(ClassifierTrainer):
         teacher_model = load_teacher(teacher_model)
         teacher_statistics = batch_statistics(teacher_model, args.batch_norm_fraction, seed=args.seed)
         input_size = teacher_input_size(args, teacher_model, train_dataset, data_collator)
-        noise = {"input_size": input_size, "seed": args.seed}
+        noise = {"input_size": input_size, "seed": args.seed, "distribution": args.noise}
         if train_dataset is None:
             train_dataset = NoiseDataset.for_model(
-                teacher_model, batch_size=args.per_device_train_batch_size, num_steps=args.steps_per_epoch, **noise
+                teacher_model,
+                batch_size=args.per_device_train_batch_size,
+                num_steps=args.steps_per_epoch,
+                resolutions=args.resolutions and parse_resolutions(args.resolutions),
+                **noise,
             )
+        elif isinstance(train_dataset, NoiseDataset):
+            noise["distribution"] = train_dataset.distribution
         if eval_dataset is None:
             eval_dataset = NoiseDataset.for_model(
                 teacher_model,
@@ -123,6 +131,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         set_seed(args.seed)  # before a student given by name gets its random weights
         model = load_student(model, num_classes=num_classes, input_size=input_size)
         check_models(model, teacher_model, input_size, num_classes, explicit_size=args.input_size is not None)
+        if isinstance(train_dataset, NoiseDataset):
+            check_image_sizes(train_dataset, teacher_model, model)
         if eval_dataset == {}:
             raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
@@ -150,6 +160,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         self._teacher_statistics = teacher_statistics
         self._loss_fn = LOSSES[self.args.loss_type]
         self.train_dataset = self._on_this_device(self.train_dataset)
+        if isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None:
+            self.train_dataset.total_steps = self._total_batches()
         self.eval_dataset = (
             {name: self._on_this_device(dataset, rank=0) for name, dataset in self.eval_dataset.items()}
             if isinstance(self.eval_dataset, dict)
@@ -281,7 +293,8 @@ class NoiseKDTrainer(ClassifierTrainer):
         }
         if noise is not None:
             section["noise"] = {
-                "distribution": getattr(noise.distribution, "__name__", type(noise.distribution).__name__),
+                "distribution": noise_name(noise.distribution),
+                "resolutions": [[scale, share] for scale, share in noise.resolutions.items()],
                 "mean": noise.mean,
                 "std": noise.std,
                 "input_size": list(noise.input_size),
@@ -457,8 +470,17 @@ class NoiseKDTrainer(ClassifierTrainer):
 
     def _prepare_inputs(self, inputs):
         if "noise_step" in inputs:
-            inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
+            pixel_values = self.train_dataset.draw(inputs["noise_step"])
+            if self.args.torch_compile:
+                torch._dynamo.mark_static(pixel_values)  # a graph for each resolution, rather than a slow one for all
+            inputs = {"pixel_values": pixel_values}
         return super()._prepare_inputs(inputs)
+
+    def _total_batches(self) -> int:
+        """Return the number of batches of the whole training."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps * self.args.gradient_accumulation_steps
+        return math.ceil(self.args.num_train_epochs * len(self.train_dataset))
 
     def _on_this_device(self, dataset: Dataset | None, rank: int | None = None) -> Dataset | None:
         """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""

@@ -12,6 +12,7 @@ def test_paper_preset_is_the_authors_setting(tmp_path):
     assert args.per_device_train_batch_size == 256
     assert args.loss_type == "soft_cross_entropy"
     assert args.weight_decay == 0.0
+    assert args.noise == "white"
     assert args.max_grad_norm == 0.0
     assert args.steps_per_epoch * args.num_train_epochs == 39_200
     assert NoiseKDConfig.paper(tmp_path, learning_rate=0.5).learning_rate == 0.5
@@ -49,6 +50,8 @@ def test_a_lower_divergence_or_loss_is_better(tmp_path):
         ({"loss_type": "hinge"}, "loss_type is 'hinge': use one of centered_mse, kl, soft_cross_entropy"),
         ({"temperature": 0.0}, "temperature is 0.0: use a number above 0"),
         ({"batch_norm_fraction": 1.5}, "batch_norm_fraction is 1.5"),
+        ({"noise": "wite"}, "Did you mean 'white'"),
+        ({"resolutions": "2:1"}, "resolutions is '2:1'"),
         ({"steps_per_epoch": 0}, "steps_per_epoch is 0"),
         ({"eval_noise_batches": 0}, "eval_noise_batches is 0"),
         ({"input_size": [32, 32]}, r"input_size is \[32, 32\]: use channels, height and width"),

@@ -98,8 +98,9 @@ def test_each_rank_draws_its_own_noise_and_only_its_own(reports):
     assert [draw[:2] for draw in first["drawn"]] == [[0, step] for step in range(STEPS)]
     assert [draw[:2] for draw in second["drawn"]] == [[1, step] for step in range(STEPS)]
     assert not {draw[2] for draw in first["drawn"]} & {draw[2] for draw in second["drawn"]}
-    alone = NoiseDataset((1, 8, 8), 16, rank=1, seed=config(reports[0]).seed).draw(3)
-    assert second["drawn"][3][2] == pytest.approx(alone.double().sum().item(), abs=1e-5)
+    alone = NoiseDataset((1, 8, 8), 16, rank=1, seed=config(reports[0]).seed, distribution="structured").draw(3)
+    # The processes have one thread each, so the sums in the noise may be rounded otherwise.
+    assert second["drawn"][3][2] == pytest.approx(alone.double().sum().item(), abs=1e-3)
 
 
 def test_both_ranks_hold_the_same_student_and_an_untouched_teacher(reports):

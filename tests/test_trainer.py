@@ -48,6 +48,14 @@ class Recorder(TrainerCallback):
         self.log.append(dict(logs))
 
 
+class SizeRecorder:
+    """Keeps the widths of the images that a model was fed."""
+
+    def __init__(self, model):
+        self.sizes = []
+        model.register_forward_pre_hook(lambda module, inputs: self.sizes.append(inputs[0].shape[-1]))
+
+
 def test_trains_without_images_or_labels_and_leaves_the_teacher_alone(tiny_cnn, tmp_path):
     before = digest(tiny_cnn)
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, max_steps=60, learning_rate=1e-2))
@@ -78,7 +86,15 @@ def test_step_is_algorithm_1(tiny_cnn, tmp_path):
             parameter -= 0.1 * parameter.grad
 
     args = config(
-        tmp_path, max_steps=1, seed=3, bf16=False, learning_rate=0.1, warmup_steps=0, max_grad_norm=0, logging_steps=1
+        tmp_path,
+        noise="white",
+        max_steps=1,
+        seed=3,
+        bf16=False,
+        learning_rate=0.1,
+        warmup_steps=0,
+        max_grad_norm=0,
+        logging_steps=1,
     )
     recorder = Recorder()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -246,6 +262,74 @@ def test_resuming_is_exact_and_draws_no_noise_twice(tiny_cnn, tmp_path, accumula
     assert digest(resumed) == digest(whole)
 
 
+def test_resuming_is_exact_across_a_switch_of_the_resolution(tiny_cnn, tmp_path):
+    """The switch is at noise batch 8 of 12; the checkpoints at 6 and 10 lie on both sides of it."""
+    sizes = []
+
+    def spy(generator, shape):
+        sizes.append(shape[-1])
+        return torch.randn(shape, generator=generator)
+
+    def train(model, max_steps, **resume):
+        noise = NoiseDataset((1, 32, 32), 16, 4, distribution=spy, resolutions={0.5: 2, 1: 1}, total_steps=12)
+        args = config(tmp_path, max_steps=max_steps, input_size=None, save_strategy="steps", save_steps=1)
+        args.lr_scheduler_type = "constant"
+        NoiseKDTrainer(model, tiny_cnn, args, train_dataset=noise, eval_dataset=images()).train(**resume)
+        return digest(model)
+
+    whole = train(student(), 12)
+    assert sizes == [16] * 8 + [32] * 4
+    for step in (6, 10):
+        sizes.clear()
+        assert train(student(seed=9), 12, resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}")) == whole
+        assert sizes == ([16] * 8 + [32] * 4)[step:]
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"max_steps": 10}, 10),
+        ({"max_steps": 5, "gradient_accumulation_steps": 2}, 10),
+        ({"max_steps": -1, "num_train_epochs": 2.5}, 10),
+    ],
+)
+def test_resolutions_are_shares_of_the_whole_training(tiny_cnn, tmp_path, options, batches):
+    args = config(tmp_path, **{"input_size": [1, 32, 32], "noise": "white", "resolutions": "0.5:3,1:2"} | options)
+    recorder = SizeRecorder(tiny_cnn)
+    NoiseKDTrainer(student(), tiny_cnn, args).train()
+    assert recorder.sizes[-batches:] == [16] * 6 + [32] * 4
+
+
+def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=[1, 32, 32]))
+    assert trainer.train_dataset.distribution.name == "structured"
+    assert trainer.train_dataset.image_size(0) == (16, 16)
+    assert trainer.train_dataset.image_size(5) == (32, 32)
+    assert trainer.eval_dataset.image_sizes() == [(1.0, (32, 32))]
+    section = trainer.noisekd_section({"steps": 0, "evaluations": []})
+    assert section["noise"]["distribution"].startswith("structured (")
+    assert section["noise"]["resolutions"] == [[0.5, 0.6], [1.0, 0.4]]
+
+
+def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):
+    noise = NoiseDataset((1, 8, 8), 16, 4, distribution="fractal")
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=None), train_dataset=noise)
+    assert trainer.eval_dataset.distribution.name == "fractal"
+
+
+def test_a_model_of_one_size_is_refused_small_noise_before_training(tmp_path):
+    class OneSize(TinyCNN):
+        def forward(self, x):
+            if x.shape[-1] != 32:
+                raise ValueError("only 32 pixels")
+            return super().forward(x)
+
+    teacher = TinyCNN().eval()
+    with pytest.raises(ValueError, match=r"student does not take images of 1x16x16.*resolutions='1'"):
+        NoiseKDTrainer(OneSize(), teacher, config(tmp_path, input_size=[1, 32, 32]))
+    NoiseKDTrainer(OneSize(), teacher, config(tmp_path, input_size=[1, 32, 32], resolutions="1"))
+
+
 def test_checkpoints_are_whole_models_that_timm_reads(digits_teacher, tmp_path):
     args = config(tmp_path, input_size=None, max_steps=2, save_strategy="steps", save_steps=2)
     trainer = NoiseKDTrainer("resnet10_cifar", digits_teacher, args)
@@ -384,6 +468,22 @@ def test_torch_compile(tiny_cnn, tmp_path, backend):
     assert digest(tiny_cnn) == before
     for expected, tensor in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path):
+    """And none for sizes in general, which is slower."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    args = config(
+        tmp_path,
+        input_size=[1, 64, 64],
+        noise="white",
+        resolutions="0.25:1,0.5:1,1:1",
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    NoiseKDTrainer(student(), tiny_cnn, args).train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 3
 
 
 @pytest.mark.gpu
