@@ -29,6 +29,7 @@ from .options import CommandParser, ConfigOption, config_options, in_one_line
 EPILOG = """\
 examples:
   noisekd info --teacher resnet18.a1_in1k
+  noisekd fit-noise --teacher resnet18.a1_in1k
   noisekd distill --teacher resnet18.a1_in1k --student resnet10t --output-dir student
   noisekd push --model student --repo-id organisation/student
   noisekd evaluate --model organisation/student --dataset FOLDER_OR_HUB_ID --split test
@@ -121,6 +122,30 @@ def _add_dataset(parser, *, split: str) -> None:
     parser.add_argument("--dataset", required=True, help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
+
+
+def _add_input_size(parser) -> None:
+    parser.add_argument(
+        "--input-size",
+        nargs="+",
+        type=_at_least(1),
+        metavar="N",
+        help="channels, height and width of the noise images (default: what the model declares)",
+    )
+
+
+def _load_for_noise(args: argparse.Namespace):
+    """Load the teacher that the options name, once it is clear how large noise images are."""
+    if args.input_size is not None and len(args.input_size) != 3:
+        args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
+    from .classifier import declared_input_size
+
+    model = _load(args.teacher, args, checkpoint=args.teacher_checkpoint)
+    if args.input_size is None and declared_input_size(model) is None:
+        args.parser.error(
+            f"{args.teacher} does not declare its input size: give it as --input-size CHANNELS HEIGHT WIDTH."
+        )
+    return model
 
 
 def _load_dataset(args: argparse.Namespace, model, **kwargs):
@@ -374,31 +399,45 @@ def card(args: argparse.Namespace) -> int:
 def _add_info_options(parser: CommandParser) -> None:
     _add_teacher(parser, "the model")
     _add_batch_size(parser, "noise images in a batch")
-    parser.add_argument(
-        "--input-size",
-        nargs="+",
-        type=_at_least(1),
-        metavar="N",
-        help="channels, height and width of the noise images (default: what the model declares)",
-    )
+    _add_input_size(parser)
     _add_switch(parser, "--json", "print JSON (default: false)")
 
 
 def info(args: argparse.Namespace) -> int:
     """Say whether a model can be a teacher."""
-    if args.input_size is not None and len(args.input_size) != 3:
-        args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
-    from .classifier import declared_input_size
+    model = _load_for_noise(args)
     from .teacher_check import describe_teacher
 
-    model = _load(args.teacher, args, checkpoint=args.teacher_checkpoint)
-    if args.input_size is None and declared_input_size(model) is None:
-        args.parser.error(
-            f"{args.teacher} does not declare its input size: give it as --input-size CHANNELS HEIGHT WIDTH."
-        )
     facts = {"teacher": args.teacher} | describe_teacher(model, args.input_size, batch_size=args.batch_size)
     print(json.dumps(facts, indent=1) if args.json else _teacher_text(facts))
     return 0 if facts["can_teach"] else 1
+
+
+def _add_fit_noise_options(parser: CommandParser) -> None:
+    _add_teacher(parser, "the model")
+    parser.add_argument(
+        "--noises",
+        nargs="+",
+        metavar="NOISE",
+        help="noises to compare, such as white 'spectrum(1.5)' dead_leaves (default: all, some with other parameters)",
+    )
+    _add_batch_size(parser, "noise images in a batch")
+    _add_input_size(parser)
+    _add_switch(parser, "--json", "print JSON (default: false)")
+
+
+def fit_noise(args: argparse.Namespace) -> int:
+    """Say which noise suits a teacher; see [`hf_noisekd.fit_noise`]."""
+    model = _load_for_noise(args)
+    from .fit_noise import CANDIDATES
+    from .fit_noise import fit_noise as fit
+
+    ranking, choice = fit(model, args.noises or CANDIDATES, input_size=args.input_size, batch_size=args.batch_size)
+    if args.json:
+        print(json.dumps({"teacher": args.teacher, "ranking": ranking, "choice": choice}, indent=1))
+    else:
+        print(_fit_text(args.teacher, ranking, choice))
+    return 0
 
 
 def _add_export_options(parser: CommandParser) -> None:
@@ -459,6 +498,12 @@ COMMANDS = (
         "say whether a model can be a teacher; if not, exit code 1",
     ),
     Command(
+        fit_noise,
+        _add_fit_noise_options,
+        "--teacher MODEL [options]",
+        "say which noise suits a teacher, without data",
+    ),
+    Command(
         export,
         _add_export_options,
         "--model MODEL --output FILE [options]",
@@ -486,7 +531,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         dest="command", metavar="COMMAND [options]", required=True, title="commands", prog="noisekd"
     )
     for command in COMMANDS:
-        name = command.run.__name__
+        name = command.run.__name__.replace("_", "-")
         subparser = subparsers.add_parser(
             name,
             usage=f"noisekd {name} {command.usage}",
@@ -550,6 +595,23 @@ def _teacher_text(facts: Mapping) -> str:
         "Class balance: 1 if noise reaches all classes alike, 0 if only one. Flatness: 1 if an answer is all classes "
         "alike, 0 if it is one class.\n\n"
         f"{facts['teacher']} {facts['verdict']}"
+    )
+
+
+def _fit_text(teacher: str, ranking: Sequence[Mapping], choice: Mapping) -> str:
+    columns = ("distance", "class_balance", "information")
+    header = ["noise", *(column.replace("_", " ") for column in columns)]
+    rows = [
+        [fit["noise"], f"{fit['distance']:.4f}", f"{fit['class_balance']:.3f}", f"{fit['information']:.3f}"]
+        for fit in (*ranking, choice)
+    ]
+    table, best = _table(header, rows).rsplit("\n", 1)
+    return (
+        f"{table}\n"
+        "Distance: how far the noise is, in the BatchNorm layers, from the data that the teacher was trained on; the "
+        "nearest comes first. Class balance and information: of the teacher's answers, 1 at best.\n\n"
+        f"The nearest mixture that was found:\n{best}\n"
+        f"  noisekd distill --teacher {teacher} --noise '{choice['noise']}' --student MODEL --output-dir FOLDER"
     )
 
 

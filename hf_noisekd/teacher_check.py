@@ -68,9 +68,9 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     nonfinite = nonfinite_tensor(model)
     answers = {}
     if nonfinite is None:
-        answers["running"] = _describe_answers(running)
+        answers["running"] = describe_answers(running)
         if layers:
-            answers["batch"] = _describe_answers(answer(batch_statistics(model)))
+            answers["batch"] = describe_answers(answer(batch_statistics(model)))
     if nonfinite is not None:
         obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     elif num_classes < 2:
@@ -91,7 +91,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     }
 
 
-def _describe_answers(probs: torch.Tensor) -> dict[str, float]:
+def describe_answers(probs: torch.Tensor) -> dict[str, float]:
     """Return how answers `[N, num_classes]` spread over the classes; see [`describe_teacher`]."""
     num_classes = probs.shape[-1]
     most = math.log(max(num_classes, 2))

@@ -88,7 +88,7 @@ def test_anybody_else_gets_the_models_registered_on_import(monkeypatch, script):
     assert set(hf_noisekd.__all__) <= set(vars(load_package(monkeypatch, script)))
 
 
-@pytest.mark.parametrize("command", [command.run.__name__ for command in cli.COMMANDS])
+@pytest.mark.parametrize("command", [command.run.__name__.replace("_", "-") for command in cli.COMMANDS])
 def test_help(capsys, command):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_help_of_distill_begins_with_what_is_this_packages_own(capsys):
 def test_help_lists_the_commands_a_line_each(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("distill", "evaluate", "recalibrate", "push", "card", "info", "export"):
+    for command in ("distill", "evaluate", "recalibrate", "push", "card", "info", "fit-noise", "export"):
         assert len(re.findall(rf"^    {command} +\S.*$", text, flags=re.MULTILINE)) == 1
         assert command in {"recalibrate", "card", "export"} or f"noisekd {command} --" in text
 
@@ -156,6 +156,7 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "more"], "unexpected: more"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
+        (["fit-noise", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
         (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),
         (["export", "--model", "m", "--output", "o", "--format", "tflite"], "invalid choice: 'tflite'"),
     ],
@@ -413,6 +414,29 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     assert facts["verdict"] in text
     for statistics, answers in facts["answers"].items():
         assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
+
+
+def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
+    command = [
+        "fit-noise",
+        "--teacher",
+        teacher,
+        "--batch-size",
+        "32",
+        "--noises",
+        "white",
+        "spectrum(1)",
+        "dead_leaves",
+    ]
+    assert main([*command, "--json"]) == 0
+    fits = json.loads(capsys.readouterr().out)
+    assert {fit["noise"] for fit in fits["ranking"]} == {"white", "spectrum(1)", "dead_leaves"}
+    assert fits["choice"]["distance"] <= fits["ranking"][0]["distance"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert text.index(fits["ranking"][0]["noise"]) < text.index(fits["ranking"][1]["noise"])
+    assert f"--noise '{fits['choice']['noise']}'" in text
+    assert "Did you mean 'white'?" in run_error(capsys, "fit-noise", "--teacher", teacher, "--noises", "wite")
 
 
 def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):

@@ -1,0 +1,145 @@
+"""Which noise suits a teacher, told without data.
+
+A trained network remembers of its data the mean and variance of the input of each BatchNorm layer. Noise that causes
+about the same in all layers exercises the network as its data did. [`noise_fit`] measures how far a distribution is
+from that, with the layers on the statistics of the batch, as they are in distillation; [`fit_noise`] ranks
+distributions by it, and looks for a mixture that is nearer than each of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from .batch_norm import batch_statistics, find_batch_norm
+from .classifier import compute_logits, device_of, evaluation_mode
+from .mixture import AUGMENTATIONS, DISTRIBUTIONS, Mixture, parse_noise
+from .noise import NoiseDataset
+from .teacher_check import describe_answers
+
+# What is compared: every distribution, some with other parameters.
+CANDIDATES = (
+    *DISTRIBUTIONS,
+    "low_resolution(2)",
+    "low_resolution(8)",
+    *(f"spectrum({exponent})" for exponent in (0.5, 1, 1.5, 2)),
+    "dead_leaves(3)",
+    "dead_leaves(12)",
+)
+
+# A mixture or augmentation is taken if it lowers the distance by this share at least.
+MIN_GAIN = 0.02
+
+
+@torch.no_grad()
+def noise_fit(
+    model: nn.Module,
+    noise: str,
+    *,
+    input_size: Sequence[int] | None = None,
+    num_batches: int = 2,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> dict:
+    """Measure how well noise suits a teacher, on its answers and statistics alone.
+
+    Args:
+        model: The teacher. It comes back unchanged.
+        noise: Text of the noise; see [`hf_noisekd.mixture`].
+        input_size: `(channels, height, width)` of the noise. Default: what the model declares.
+        num_batches: Batches to measure on.
+        batch_size: Images in each.
+        seed: Seed of the noise.
+
+    Returns:
+        `noise`; `distance`, see below, the lower the better; and of the answers with batch statistics `class_balance`,
+        `flatness` and `information`, the mutual information of image and class relative to that of all classes told
+        apart with certainty, which is the difference of the two; see [`describe_teacher`].
+
+        The distance compares each channel that goes into a BatchNorm layer, its mean and variance over a batch, with
+        the running statistics that the layer stored: the Kullback-Leibler divergence of the two normal distributions
+        in nats, averaged over the channels of a layer, and then geometrically over the layers.
+
+    Raises:
+        ValueError: The model has no BatchNorm layer with running statistics, the noise is not known, or the size is not
+            declared.
+    """
+    layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
+    if not layers:
+        raise ValueError("No BatchNorm layer of the model has running statistics to compare with.")
+    data = NoiseDataset.for_model(
+        model,
+        input_size=input_size,
+        batch_size=batch_size,
+        num_steps=num_batches,
+        distribution=noise,
+        resolutions={1.0: 1.0},
+        seed=seed,
+        device=device_of(model),
+        dtype=next(model.parameters()).dtype,
+    )
+    divergences = {name: [] for name in layers}
+
+    def compare(name: str, layer: nn.Module, x: torch.Tensor) -> None:
+        x = x.float().movedim(1, 0).flatten(1)
+        variance, mean = torch.var_mean(x, 1)
+        ratio = (variance + layer.eps) / (layer.running_var + layer.eps)
+        shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
+        divergences[name].append((ratio + shift - 1 - ratio.log()).mean() / 2)
+
+    with ExitStack() as stack, evaluation_mode(model), batch_statistics(model):
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: compare(name, layer, inputs[0]))
+            stack.callback(hook.remove)
+        probs = torch.cat([compute_logits(model, data.draw(step)).float() for step in data.steps()]).softmax(-1)
+    answers = describe_answers(probs)
+    distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
+    return {
+        "noise": noise,
+        "distance": distances.log().mean().exp().item(),
+        "class_balance": answers["class_balance"],
+        "flatness": answers["flatness"],
+        "information": answers["class_balance"] - answers["flatness"],
+    }
+
+
+def fit_noise(model: nn.Module, candidates: Iterable[str] = CANDIDATES, **measure) -> tuple[list[dict], dict]:
+    """Rank noises for a teacher, and look for a mixture that is nearer to what it knows than each of them.
+
+    From the nearest candidate on, every other one and every augmentation is tried as an addition; the best of them is
+    taken as long as it brings the noise nearer by 2 %.
+
+    Args:
+        model: The teacher.
+        candidates: Texts of noises. Only those of a single distribution are tried as additions.
+        **measure: As for [`noise_fit`].
+
+    Returns:
+        What [`noise_fit`] says of each candidate, the nearest first; and of the choice.
+
+    Raises:
+        ValueError: There is no candidate; or as [`noise_fit`].
+    """
+    ranking = sorted((noise_fit(model, noise, **measure) for noise in candidates), key=lambda fit: fit["distance"])
+    if not ranking:
+        raise ValueError("There is no noise to choose from: give at least one candidate.")
+    single = [fit["noise"] for fit in ranking if parse_noise(fit["noise"]).is_single]
+    choice = ranking[0]
+    while True:
+        mixture = parse_noise(choice["noise"])
+        trials = [
+            Mixture("", mixture.weights | {name: weight}, mixture.augmentations)
+            for name in single
+            for weight in (0.3, 1)
+            if name not in mixture.weights
+        ] + [
+            Mixture("", mixture.weights, mixture.augmentations | {name: probability})
+            for name in AUGMENTATIONS
+            for probability in (0.5, 1)
+            if name not in mixture.augmentations
+        ]
+        best = min((noise_fit(model, str(trial), **measure) for trial in trials), key=lambda fit: fit["distance"])
+        if best["distance"] > (1 - MIN_GAIN) * choice["distance"]:
+            return ranking, choice
+        choice = best
