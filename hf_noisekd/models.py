@@ -186,6 +186,7 @@ default_cfgs = generate_default_cfgs(
         "mobilenetv2_cifar": _cfg("conv_stem", "classifier"),
         "wide_resnet28_10_cifar": _cfg("stem.conv", "head.fc"),
         "wide_resnet16_8_cifar": _cfg("stem.conv", "head.fc"),
+        "wide_resnet16_2_cifar": _cfg("stem.conv", "head.fc"),
     }
 )
 
@@ -230,3 +231,9 @@ def wide_resnet28_10_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNe
 def wide_resnet16_8_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNet:
     """WRN-16-8 for 32x32 images: 10,961,370 parameters with 10 classes, 11,007,540 with 100."""
     return _build(CifarWideResNet, "wide_resnet16_8_cifar", pretrained, blocks=2, widen=8, **kwargs)
+
+
+@register_model
+def wide_resnet16_2_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNet:
+    """WRN-16-2 for 32x32 images, small enough for CPUs: 691,674 parameters with 10 classes."""
+    return _build(CifarWideResNet, "wide_resnet16_2_cifar", pretrained, blocks=2, widen=2, **kwargs)

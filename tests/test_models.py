@@ -10,6 +10,7 @@ PARAMETERS = {
     "mobilenetv2_cifar": 2_296_922,
     "wide_resnet28_10_cifar": 36_479_194,
     "wide_resnet16_8_cifar": 10_961_370,
+    "wide_resnet16_2_cifar": 691_674,
     "resnet10_cifar": 4_903_242,
 }
 
