@@ -77,8 +77,9 @@ class NoiseKDConfig(ClassifierConfig):
     """Training arguments of [`NoiseKDTrainer`].
 
     All options of transformers' [`~transformers.TrainingArguments`] hold, with the defaults of [`ClassifierConfig`].
-    The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. White
-    noise teaches slowly, so give it the steps. [`NoiseKDConfig.paper`] gives the authors' setting.
+    The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. The
+    noise is structured and begins small, which teaches faster than the authors' white noise; [`NoiseKDConfig.paper`]
+    gives their setting.
 
     Raises:
         ValueError: An option is out of range; the message says what to use instead.
@@ -109,6 +110,23 @@ class NoiseKDConfig(ClassifierConfig):
             "order, such as '0.5:0.6,1:0.4'. Default: that for structured noise, and full size for any other."
         },
     )
+    adversarial_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps that change each noise image in the direction of the sign of the gradient of the "
+            "disagreement (KL divergence) of teacher and student. Each costs about as much as a training step."
+        },
+    )
+    adversarial_step_size: float = field(
+        default=0.05, metadata={"help": "Length of such a step in each pixel, in standard deviations of the noise."}
+    )
+    balance_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "Resample each batch for the student, so that it meets all classes which the teacher answered "
+            "equally often."
+        },
+    )
     batch_norm_fraction: float = field(
         default=1.0,
         metadata={
@@ -127,7 +145,7 @@ class NoiseKDConfig(ClassifierConfig):
         default=8, metadata={"help": "Held-out noise batches to evaluate on where there is no evaluation data set."}
     )
     num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train, of `steps_per_epoch` batches."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up, or a share of all steps if below 1."}
@@ -146,6 +164,10 @@ class NoiseKDConfig(ClassifierConfig):
         parse_noise(self.noise)
         if self.resolutions is not None:
             parse_resolutions(self.resolutions)
+        if self.adversarial_steps < 0:
+            raise ValueError(f"adversarial_steps is {self.adversarial_steps}: use 0 for none, or a positive number.")
+        if self.adversarial_step_size <= 0:
+            raise ValueError(f"adversarial_step_size is {self.adversarial_step_size}: use a number above 0.")
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")

@@ -38,7 +38,7 @@ from .hub import (
     replacing_files,
     teacher_identity,
 )
-from .losses import LOSSES
+from .losses import LOSSES, kl_divergence
 from .mixed import MixedDataset
 from .mixture import noise_name
 from .model_card import write_model_card
@@ -67,10 +67,10 @@ class NoiseKDTrainer(ClassifierTrainer):
         teacher_model: The teacher, likewise; a timm name loads its pretrained weights. Needs BatchNorm layers.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
-        train_dataset: What the teacher answers in training. Default: white Gaussian noise in the teacher's input size,
-            at each rank its own. A [`NoiseDataset`] of yours keeps its seed and sizes; it is drawn on the training
-            device whatever its own. A [`MixedDataset`] adds a few real images to the noise. A data set of real images
-            gives ordinary distillation; labels are not used.
+        train_dataset: What the teacher answers in training. Default: the noise that `args` name, in the teacher's
+            input size, at each rank its own. A [`NoiseDataset`] of yours keeps its seed and sizes; it is drawn on the
+            training device whatever its own. A [`MixedDataset`] adds a few real images to the noise. A data set of
+            real images gives ordinary distillation; labels are not used.
         eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise, on
             which the agreement with the teacher is measured.
         processing_class: Image processor to save with the student.
@@ -211,8 +211,14 @@ class NoiseKDTrainer(ClassifierTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
         pixel_values = inputs["pixel_values"]
+        if model.training:
+            for _ in range(self.args.adversarial_steps):
+                pixel_values = self._harder(pixel_values)
         with torch.no_grad(), self._teacher_statistics, self.accelerator.autocast():
             teacher_logits = compute_logits(self._teacher_forward, pixel_values).float()
+        if model.training and self.args.balance_classes:
+            chosen = draw_balanced(teacher_logits.argmax(-1))
+            pixel_values, teacher_logits = pixel_values[chosen], teacher_logits[chosen]
         student_logits = compute_logits(model, pixel_values)
         loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
         with torch.no_grad():
@@ -220,6 +226,18 @@ class NoiseKDTrainer(ClassifierTrainer):
             self._agreement_sum += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
             self._steps_since_log += 1
         return (loss, {"logits": student_logits}) if return_outputs else loss
+
+    def _harder(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return images on which teacher and student disagree more: a step along the sign of the gradient."""
+        pixel_values = pixel_values.detach().requires_grad_()
+        # The student's own statistics are of what it is trained on, so they stay out of this.
+        with torch.enable_grad(), self.accelerator.autocast(), self._teacher_statistics, batch_statistics(self.model):
+            disagreement = kl_divergence(
+                compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
+            )
+        (gradient,) = torch.autograd.grad(disagreement, pixel_values)
+        std = getattr(self.train_dataset, "std", 1.0)
+        return (pixel_values + self.args.adversarial_step_size * std * gradient.sign()).detach()
 
     def teacher_answers_for(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
@@ -493,6 +511,12 @@ class NoiseKDTrainer(ClassifierTrainer):
         if self.args.bf16:
             dataset.dtype = torch.bfloat16
         return dataset
+
+
+def draw_balanced(answers: torch.Tensor) -> torch.Tensor:
+    """Return `[B]` indices, drawn with replacement, under which all classes of `answers` `[B]` are equally likely."""
+    frequency = (answers[:, None] == answers).sum(1)
+    return torch.multinomial(1.0 / frequency, len(answers), replacement=True)
 
 
 class _NoiseSteps(IterableDataset):

@@ -12,6 +12,8 @@ from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClas
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
 from hf_noisekd.hub import load_teacher
+from hf_noisekd.losses import kl_divergence
+from hf_noisekd.trainer import draw_balanced
 
 
 def config(tmp_path, **options):
@@ -156,6 +158,58 @@ def test_gradient_accumulation_keeps_the_scale_of_the_loss(tiny_cnn, tmp_path):
         logs[accumulation] = recorder.log[0]["loss"]
     assert logs[4] == pytest.approx(logs[1], rel=1e-5)
     torch.testing.assert_close(gradients[4][0], torch.stack(gradients[1]).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_adversarial_steps_change_the_noise_towards_disagreement(tiny_cnn, tmp_path):
+    """By one step at most in each pixel, and nothing else than the noise."""
+    model = student()
+    model.drop.p = 0.0
+    trainer = NoiseKDTrainer(
+        model, tiny_cnn, config(tmp_path, adversarial_steps=3, adversarial_step_size=0.01, bf16=False)
+    )
+    noise = trainer.train_dataset.draw(0)
+    teacher, before = digest(tiny_cnn), digest(model.train())
+
+    def disagreement(x):
+        with torch.no_grad(), batch_statistics(tiny_cnn), batch_statistics(model):
+            return kl_divergence(model(x), tiny_cnn(x)).item()
+
+    harder = noise
+    for _ in range(3):
+        harder = trainer._harder(harder)
+    assert disagreement(harder) > 1.05 * disagreement(noise)
+    assert (harder - noise).abs().max() <= 0.03 + 1e-6
+    assert not harder.requires_grad
+    assert (digest(tiny_cnn), digest(model)) == (teacher, before)
+    assert all(parameter.grad is None for network in (tiny_cnn, model) for parameter in network.parameters())
+    trainer.train()
+    assert digest(model) != before
+
+
+def test_balanced_classes_are_drawn_equally_often():
+    answers = torch.tensor([0] * 90 + [1] * 9 + [2])
+    torch.manual_seed(0)
+    drawn = torch.cat([answers[draw_balanced(answers)] for _ in range(30)])
+    assert (drawn.bincount() / len(drawn)).tolist() == pytest.approx([1 / 3] * 3, abs=0.03)
+
+
+def test_a_student_with_balanced_classes_sees_the_rare_ones_more_often(tiny_cnn, tmp_path):
+    with torch.no_grad():
+        tiny_cnn.fc.bias[0] += 0.6
+    model, seen = student(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    args = config(tmp_path, bf16=False, balance_classes=True, max_steps=1, per_device_train_batch_size=512)
+    trainer = NoiseKDTrainer(model, tiny_cnn, args)
+    noise = trainer.train_dataset.draw(0)
+    with torch.no_grad(), batch_statistics(tiny_cnn):
+        answers = tiny_cnn(noise).argmax(-1)
+    seen.clear()
+    trainer.train()
+    same = (seen[0].flatten(1)[:, None] == noise.flatten(1)).all(-1)
+    assert same.any(1).all()
+    before, after = (classes.bincount(minlength=3) / 512 for classes in (answers, answers[same.float().argmax(1)]))
+    assert before.max() > 0.5
+    assert after.tolist() == pytest.approx([1 / 3] * 3, abs=0.07)
 
 
 def test_logs_agreement_and_class_balance(tiny_cnn, tmp_path):
