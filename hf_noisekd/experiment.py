@@ -4,6 +4,7 @@ import argparse
 import copy
 import math
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,6 +57,19 @@ CIFAR10 = {
         "distillation": {"max_steps": 39_200},
     },
 }
+
+
+# Teachers and students on which noises are compared.
+NOISE_PAIRS = {
+    "cpu": CIFAR10["cpu"],
+    "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
+}
+
+# What `noisekd distill` does by itself, where it differs from the paper's setting.
+DISTILL_DEFAULTS = {
+    name: NoiseKDConfig.__dataclass_fields__[name].default
+    for name in ("noise", "loss_type", "temperature", "learning_rate", "lr_scheduler_type", "warmup_steps")
+} | {"max_grad_norm": 1.0}
 
 
 def with_cpu_steps(max_steps: int) -> dict[str, dict]:
@@ -232,15 +246,54 @@ class Experiment:
         trainer.save_model()
         return trainer
 
-    def distil(
-        self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
-    ) -> NoiseKDTrainer:
+    def distil(self, name: str, student: str | None = None, **arguments) -> NoiseKDTrainer:
         """Distil the teacher into a new student, record the run as `name`, save the student and return its trainer.
 
         Args:
             name: Name of the run.
             student: timm name of the student. Default: the preset's first.
-            train_dataset: What the teacher answers. Default: white noise.
+            **arguments: As for [`distillation_trainer`].
+        """
+        trainer = self.distillation_trainer(name, student, **arguments)
+        self.results.train(name, trainer)
+        trainer.save_model()
+        return trainer
+
+    def distil_twice(self, name: str, steps: int, steps_in_same_seconds: int, **arguments) -> dict[str, float]:
+        """Distil for a number of steps, and for the number that fits into the seconds of another run.
+
+        Where the two differ by less than 2 %, which is about what seconds are repeatable to, one run is both.
+
+        Args:
+            name: Name of the runs.
+            steps: The first number.
+            steps_in_same_seconds: The second one.
+            **arguments: As for [`distillation_trainer`].
+
+        Returns:
+            Steps, seconds and accuracy in percent (batch statistics) of both.
+        """
+        row, record = {"noise": name}, None
+        for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
+            count = min(count, self.options.max_steps or count)
+            if record is None or abs(count / record["steps"] - 1) > 0.02:
+                record = self.distil(f"{name}, equal {kind}", max_steps=count, eval_strategy="no", **arguments).record()
+            row |= {
+                f"steps, equal {kind}": record["steps"],
+                f"seconds, equal {kind}": record["seconds"],
+                f"accuracy, equal {kind}": record["evaluations"][0]["batch"]["accuracy"],
+            }
+        return row
+
+    def distillation_trainer(
+        self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
+    ) -> NoiseKDTrainer:
+        """Return the trainer of a new student, ready to train; see [`distil`].
+
+        Args:
+            name: Name of the run.
+            student: timm name of the student.
+            train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
         """
         model = self.build(student or self.preset["students"][0])
@@ -249,10 +302,32 @@ class Experiment:
         folder = self._folder(name, model)
         input_size = list(self.train_dataset.pretrained_cfg["input_size"])
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
-        trainer = NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
-        self.results.train(name, trainer)
-        trainer.save_model()
-        return trainer
+        return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
+
+    def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
+        """Return the seconds of an average training step of each row, relative to the first one.
+
+        All rows are timed in turn, block by block, so that a slow moment of the machine meets all of them; the figure
+        is the median of the ratios. Resolutions count with their shares.
+
+        Args:
+            rows: Arguments of [`distil`] by name.
+        """
+        trainers = {
+            name: self.distillation_trainer(
+                name, **arguments | {"max_steps": 20, "eval_strategy": "no", "disable_tqdm": True}
+            )
+            for name, arguments in rows.items()
+        }
+        seconds = {name: [] for name in rows}
+        for _ in range(2 if self.options.max_steps else 6):  # the first one warms up
+            for name, trainer in trainers.items():
+                seconds[name].append(trainer.train().metrics["train_runtime"])
+        first = next(iter(seconds.values()))
+        return {
+            name: statistics.median(value / reference for value, reference in zip(values[1:], first[1:], strict=True))
+            for name, values in seconds.items()
+        }
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from training images.

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -133,6 +134,30 @@ def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> Figure
         axis.legend(loc="upper right", markerscale=3, fontsize="small")
     axes[0].set_ylabel("second embedding dimension")
     figure.savefig(path, dpi=120)
+    return figure
+
+
+def plot_contact_sheet(images: Mapping[str, torch.Tensor], path: str | Path, *, columns: int = 12) -> Figure:
+    """Plot some images of each kind in a row, save them as a PNG, and return the figure.
+
+    Args:
+        images: By title, images `[N, C, H, W]` of about zero mean and unit variance; other than three channels are
+            shown as the mean in gray.
+        path: Where to save.
+        columns: Images to show of each, evenly spaced among them.
+    """
+    figure = Figure(figsize=(columns + 1.6, 1.05 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), columns, squeeze=False)
+    for axes, (title, kind) in zip(grid, images.items(), strict=True):
+        pixels = (0.5 + 0.25 * (kind if kind.shape[1] == 3 else kind.mean(1, keepdim=True))).clamp(0, 1)
+        for index, axis in enumerate(axes):
+            axis.imshow(
+                pixels[index * len(pixels) // columns].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1
+            )
+            axis.set_xticks([])
+            axis.set_yticks([])
+        axes[0].set_ylabel(title, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=80)
     return figure
 
 

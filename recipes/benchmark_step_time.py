@@ -34,6 +34,7 @@ def main() -> None:
     teacher = timm.create_model("resnet18_cifar", **size).eval()
     args = NoiseKDConfig(
         options.output_dir / "trainer",
+        noise="white",
         max_steps=steps,
         per_device_train_batch_size=preset["batch_size"],
         save_strategy="no",

@@ -64,7 +64,10 @@ def main() -> None:
         report_embeddings(results, teacher, test_dataset.tensors[0], options.seed)
     for row, fraction in (("noise-running", 0.0), ("noise-batch", 1.0)):
         args = NoiseKDConfig(
-            **arguments("student", preset["noise_steps"]), batch_norm_fraction=fraction, input_size=[2, 1, 1]
+            **arguments("student", preset["noise_steps"]),
+            noise="white",
+            batch_norm_fraction=fraction,
+            input_size=[2, 1, 1],
         )
         results.train(ROWS[row], NoiseKDTrainer(build(), teacher, args, eval_dataset=test_dataset))
     results.print_table()

@@ -59,7 +59,11 @@ def main() -> None:
     supervised("supervised student", preset["student_width"])
     for name, fraction in (("noise, running-statistics teacher", 0.0), ("noise, batch-statistics teacher", 1.0)):
         args = NoiseKDConfig(
-            **arguments("student", preset["noise_steps"]), batch_norm_fraction=fraction, hub_model_id=options.push_to
+            **arguments("student", preset["noise_steps"]),
+            noise="white",
+            learning_rate=3e-3,
+            batch_norm_fraction=fraction,
+            hub_model_id=options.push_to,
         )
         trainer = NoiseKDTrainer(build(preset["student_width"]), teacher, args, eval_dataset=test_dataset)
         results.train(name, trainer)

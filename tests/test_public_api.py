@@ -65,7 +65,7 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", ["noise", "losses", "batch_norm", "trainer"])
+@pytest.mark.parametrize("module", ["noise", "fit_noise", "losses", "batch_norm", "trainer"])
 def test_what_distils_reaches_no_real_image(module):
     assert not reached(module) & {"datasets", "torchvision", "PIL", "sklearn", ".image_data"}
 

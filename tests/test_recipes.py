@@ -128,6 +128,30 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
+def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatch):
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
+    record = run_here("noise_distributions", monkeypatch, *options, "--noises", "white", "spectrum(1)", "dead_leaves")
+    accuracies, fits, (correlations,) = record["measurements"].values()
+    assert [row["noise"] for row in accuracies] == [fit["noise"] for fit in fits]
+    assert {f"{row['noise']}, equal steps" for row in accuracies} <= {run["name"] for run in record["runs"]}
+    assert set(correlations) == {"distance", "class_balance", "information"}
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
+    chosen = ("temperature 4", "teacher on running statistics", "one adversarial step")
+    record = run_here("noise_ablations", monkeypatch, *options, "--runs", *chosen)
+    (rows,) = record["measurements"].values()
+    runs = {run["name"]: run["noisekd"] for run in record["runs"][1:]}
+    assert runs["white, equal steps"]["noise"]["distribution"] == "white"
+    assert runs["white, equal steps"]["noise"]["resolutions"] == [[1, 1]]
+    assert runs["temperature 4, equal steps"]["temperature"] == 4
+    assert runs["teacher on running statistics, equal steps"]["teacher_batch_norm_fraction"] == 0
+    assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)
+    record = run_here("noise_speed", monkeypatch, *options, "--white-steps", 1, 2)
+    (rows,) = record["measurements"].values()
+    assert [(row["noise"], row["in the time of white steps"]) for row in rows] == [
+        ("white", 1), ("structured", 1), ("white", 2), ("structured", 2)
+    ]  # fmt: skip
+
+
 def test_activations(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--output-dir", tmp_path)
     record = run_here("activations", monkeypatch, *options)
