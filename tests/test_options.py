@@ -20,4 +20,4 @@ def test_options_read_off_the_source_have_the_types_and_defaults_of_the_fields()
         assert option.help == (actions[name].help or ""), name
         if option.default is not None:
             assert option.default == _as_text(defaults[name]), name
-    assert config_options()["learning_rate"].default == "0.003"
+    assert config_options()["learning_rate"].default == "0.01"
