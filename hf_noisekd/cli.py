@@ -610,8 +610,9 @@ def _fit_text(teacher: str, ranking: Sequence[Mapping], choice: Mapping) -> str:
         f"{table}\n"
         "Distance: how far the noise is, in the BatchNorm layers, from the data that the teacher was trained on; the "
         "nearest comes first. Class balance and information: of the teacher's answers, 1 at best.\n\n"
-        f"The nearest mixture that was found:\n{best}\n"
-        f"  noisekd distill --teacher {teacher} --noise '{choice['noise']}' --student MODEL --output-dir FOLDER"
+        f"The nearest that was found:\n{best}\n"
+        f"  noisekd distill --teacher {teacher} --student MODEL --output-dir FOLDER --noise '{choice['noise']}' "
+        f"--noise-std {choice['std']:g}"
     )
 
 

@@ -103,6 +103,13 @@ class NoiseKDConfig(ClassifierConfig):
             "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'."
         },
     )
+    noise_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of the noise, in the units of the teacher's input. Default: 1, or 0.25 for a "
+            "teacher of pixels in [0, 1]."
+        },
+    )
     resolutions: str | None = field(
         default=None,
         metadata={
@@ -164,6 +171,8 @@ class NoiseKDConfig(ClassifierConfig):
         parse_noise(self.noise)
         if self.resolutions is not None:
             parse_resolutions(self.resolutions)
+        if self.noise_std is not None and self.noise_std <= 0:
+            raise ValueError(f"noise_std is {self.noise_std}: use a number above 0.")
         if self.adversarial_steps < 0:
             raise ValueError(f"adversarial_steps is {self.adversarial_steps}: use 0 for none, or a positive number.")
         if self.adversarial_step_size <= 0:

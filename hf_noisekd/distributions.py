@@ -69,7 +69,7 @@ def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
         size = (batch, channels, min(height, 2**octave), min(width, 2**octave))
         weight = torch.exp(-decay * octave / 2 + _randn(generator, (batch, 1, 1, 1)) * 0.7)
         x = x + weight * _enlarge(_randn(generator, size), height, width)
-    return _standardise(x)
+    return _standardise(x, dims=(1, 2, 3))
 
 
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
@@ -135,10 +135,8 @@ def _regions(generator: torch.Generator, shape: tuple[int, ...], frequencies: in
     return vertical @ (weight @ horizontal.T) > _uniform(generator, (*number, 1, 1), -0.2, 1.2)
 
 
-def _enlarge(x: torch.Tensor, height: int, width: int, mode: str = "bilinear") -> torch.Tensor:
-    if x.shape[-2:] == (height, width):
-        return x
-    return F.interpolate(x, size=(height, width), mode=mode, align_corners=False)
+def _enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def _standardise(x: torch.Tensor, dims: tuple[int, ...] = (0, 1, 2, 3)) -> torch.Tensor:

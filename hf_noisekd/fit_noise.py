@@ -37,6 +37,7 @@ def noise_fit(
     model: nn.Module,
     noise: str,
     *,
+    std: float | None = None,
     input_size: Sequence[int] | None = None,
     num_batches: int = 2,
     batch_size: int = 256,
@@ -47,15 +48,16 @@ def noise_fit(
     Args:
         model: The teacher. It comes back unchanged.
         noise: Text of the noise; see [`hf_noisekd.mixture`].
+        std: Its standard deviation. Default: as [`NoiseDataset.for_model`] chooses it.
         input_size: `(channels, height, width)` of the noise. Default: what the model declares.
         num_batches: Batches to measure on.
         batch_size: Images in each.
         seed: Seed of the noise.
 
     Returns:
-        `noise`; `distance`, see below, the lower the better; and of the answers with batch statistics `class_balance`,
-        `flatness` and `information`, the mutual information of image and class relative to that of all classes told
-        apart with certainty, which is the difference of the two; see [`describe_teacher`].
+        `noise` and `std`; `distance`, see below, the lower the better; and of the answers with batch statistics
+        `class_balance`, `flatness` and `information`, the mutual information of image and class relative to that of all
+        classes told apart with certainty, which is the difference of the two; see [`describe_teacher`].
 
         The distance compares each channel that goes into a BatchNorm layer, its mean and variance over a batch, with
         the running statistics that the layer stored: the Kullback-Leibler divergence of the two normal distributions
@@ -77,6 +79,7 @@ def noise_fit(
         resolutions={1.0: 1.0},
         seed=seed,
         device=device_of(model),
+        **({} if std is None else {"std": std}),
         dtype=next(model.parameters()).dtype,
     )
     divergences = {name: [] for name in layers}
@@ -97,6 +100,7 @@ def noise_fit(
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     return {
         "noise": noise,
+        "std": data.std,
         "distance": distances.log().mean().exp().item(),
         "class_balance": answers["class_balance"],
         "flatness": answers["flatness"],
@@ -105,10 +109,10 @@ def noise_fit(
 
 
 def fit_noise(model: nn.Module, candidates: Iterable[str] = CANDIDATES, **measure) -> tuple[list[dict], dict]:
-    """Rank noises for a teacher, and look for a mixture that is nearer to what it knows than each of them.
+    """Rank noises for a teacher, and look for one that is nearer to what it knows than each of them.
 
-    From the nearest candidate on, every other one and every augmentation is tried as an addition; the best of them is
-    taken as long as it brings the noise nearer by 2 %.
+    From the nearest candidate on, every other one is tried as an addition, as is every augmentation and a larger and a
+    smaller standard deviation. The best of these changes is made, as long as it brings the noise nearer by 2 %.
 
     Args:
         model: The teacher.
@@ -128,7 +132,7 @@ def fit_noise(model: nn.Module, candidates: Iterable[str] = CANDIDATES, **measur
     choice = ranking[0]
     while True:
         mixture = parse_noise(choice["noise"])
-        trials = [
+        mixtures = [
             Mixture("", mixture.weights | {name: weight}, mixture.augmentations)
             for name in single
             for weight in (0.3, 1)
@@ -139,7 +143,11 @@ def fit_noise(model: nn.Module, candidates: Iterable[str] = CANDIDATES, **measur
             for probability in (0.5, 1)
             if name not in mixture.augmentations
         ]
-        best = min((noise_fit(model, str(trial), **measure) for trial in trials), key=lambda fit: fit["distance"])
+        trials = [(str(other), choice["std"]) for other in mixtures]
+        trials += [(choice["noise"], choice["std"] * factor) for factor in (0.7, 1.4)]
+        best = min(
+            (noise_fit(model, noise, std=std, **measure) for noise, std in trials), key=lambda fit: fit["distance"]
+        )
         if best["distance"] > (1 - MIN_GAIN) * choice["distance"]:
             return ranking, choice
         choice = best

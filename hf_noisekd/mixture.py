@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from . import distributions
 from .distributions import Distribution, Shape
@@ -55,7 +56,18 @@ def flip(generator: torch.Generator, images: torch.Tensor, probability: float) -
     return torch.where(_chosen(generator, len(images), probability)[:, None, None, None], images.flip(-1), images)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "flip": flip}
+def crop(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
+    """Enlarge a square part, of a side between half and the whole of the image's; pixels are repeated, not blended."""
+    batch, device = len(images), generator.device
+    scale = 1 - torch.rand(batch, generator=generator, device=device) / 2
+    scale = torch.where(_chosen(generator, batch, probability), scale, 1.0)
+    center = (2 * torch.rand((batch, 2), generator=generator, device=device) - 1) * (1 - scale[:, None])
+    zoom = torch.diag_embed(scale[:, None].expand(-1, 2))
+    grid = F.affine_grid(torch.cat([zoom, center[:, :, None]], 2), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", padding_mode="border", align_corners=False)
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "flip": flip, "crop": crop}
 
 
 def _chosen(generator: torch.Generator, batch: int, probability: float) -> torch.Tensor:

@@ -108,6 +108,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         teacher_statistics = batch_statistics(teacher_model, args.batch_norm_fraction, seed=args.seed)
         input_size = teacher_input_size(args, teacher_model, train_dataset, data_collator)
         noise = {"input_size": input_size, "seed": args.seed, "distribution": args.noise}
+        noise |= {} if args.noise_std is None else {"std": args.noise_std}
         if train_dataset is None:
             train_dataset = NoiseDataset.for_model(
                 teacher_model,
@@ -117,7 +118,7 @@ class NoiseKDTrainer(ClassifierTrainer):
                 **noise,
             )
         elif isinstance(train_dataset, NoiseDataset):
-            noise["distribution"] = train_dataset.distribution
+            noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
         if eval_dataset is None:
             eval_dataset = NoiseDataset.for_model(
                 teacher_model,

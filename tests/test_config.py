@@ -52,6 +52,7 @@ def test_a_lower_divergence_or_loss_is_better(tmp_path):
         ({"batch_norm_fraction": 1.5}, "batch_norm_fraction is 1.5"),
         ({"noise": "wite"}, "Did you mean 'white'"),
         ({"resolutions": "2:1"}, "resolutions is '2:1'"),
+        ({"noise_std": 0.0}, "noise_std is 0.0"),
         ({"adversarial_steps": -1}, "adversarial_steps is -1"),
         ({"adversarial_step_size": 0.0}, "adversarial_step_size is 0.0"),
         ({"steps_per_epoch": 0}, "steps_per_epoch is 0"),

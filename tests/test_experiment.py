@@ -54,6 +54,29 @@ def test_networks_have_random_weights_of_the_seed_and_the_presets_size(experimen
     assert experiment().build("mobilenetv2_cifar").num_classes == 10
 
 
+def test_the_cost_of_a_step_is_relative_to_the_first_row(experiment):
+    tiny = experiment()
+    tiny.prepare_teacher()
+    rows = {"white": {"noise": "white"}, "costly": {"noise": "white", "adversarial_steps": 10}}
+    costs = tiny.step_cost(rows)
+    assert costs["white"] == 1.0
+    assert costs["costly"] > 2
+    assert [run["name"] for run in tiny.results.record["runs"]] == ["teacher"]
+
+
+def test_equal_steps_and_equal_seconds_are_one_run_where_they_are_the_same(experiment):
+    tiny = experiment("--max-steps", 100)
+    tiny.teacher = tiny.build("resnet10_cifar").eval()
+    tiny.preset = tiny.preset | {"distillation": {"max_steps": 100, "per_device_train_batch_size": 4}}
+    same = tiny.distil_twice("same", 100, 99, noise="white")
+    assert (same["steps, equal steps"], same["steps, equal seconds"]) == (100, 100)
+    other = tiny.distil_twice("other", 4, 3, noise="white")
+    assert (other["steps, equal steps"], other["steps, equal seconds"]) == (4, 3)
+    runs = tiny.results.record["runs"]
+    assert [run["name"] for run in runs] == ["same, equal steps", "other, equal steps", "other, equal seconds"]
+    assert other["accuracy, equal seconds"] == runs[-1]["evaluations"][0]["batch"]["accuracy"]
+
+
 def test_recalibration_leaves_the_student_as_it_is(experiment, small_teacher):
     student = load_teacher(str(small_teacher))
     before = digest(student)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from hf_noisekd.figures import Panel, plot_accuracy, plot_embeddings, plot_panels
+from hf_noisekd.figures import Panel, plot_accuracy, plot_contact_sheet, plot_embeddings, plot_panels
 
 POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 
@@ -58,3 +58,21 @@ def test_embeddings_have_a_panel_for_each_input(tmp_path, classes):
         assert [len(part) for part in offsets] == [int((answers == index).sum()) for index in range(classes)]
         assert offsets[0][0].tolist() == pytest.approx(expected[0].tolist())
     assert path.is_file()
+
+
+def test_a_contact_sheet_shows_images_of_each_kind_in_a_row(tmp_path):
+    images = {
+        "color": torch.zeros(20, 3, 8, 8),
+        "gray": torch.full((5, 1, 4, 4), 1.0),
+        "bright": torch.full((4, 2, 4, 4), 9.0),
+    }
+    images["color"][15] = 1.0
+    figure = plot_contact_sheet(images, tmp_path / "sheet.png", columns=4)
+    assert len(figure.axes) == 12
+    shown = [axis.images[0].get_array() for axis in figure.axes]
+    assert [picture.shape for picture in shown[::4]] == [(8, 8, 3), (4, 4), (4, 4)]
+    assert [float(picture.mean()) for picture in shown[:4]] == [0.5, 0.5, 0.5, 0.75]
+    assert (shown[4] == 0.75).all()
+    assert (shown[8] == 1).all()
+    assert [axis.get_ylabel() for axis in figure.axes[::4]] == ["color", "gray", "bright"]
+    assert imread(tmp_path / "sheet.png").shape[2] == 4

@@ -73,6 +73,15 @@ def test_a_mixture_is_found_where_the_teacher_knows_one(taught_by):
     assert set(parse_noise(choice["noise"]).weights) == {"white", "spectrum(2)"}
 
 
+def test_the_standard_deviation_is_found(taught_by):
+    """That of a layer that sees the noise as it is; behind a first convolution, BatchNorm would take it away."""
+    teacher = nn.Sequential(nn.BatchNorm2d(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3)).eval()
+    teacher[0].running_var.fill_(2.0**2)
+    _, choice = fit_noise(teacher, ["white"], **SIZE)
+    assert choice["noise"].split("|")[0] == "white"
+    assert 1.4 < choice["std"] < 2.8
+
+
 def test_says_what_cannot_be_measured(tiny_cnn):
     with pytest.raises(ValueError, match="at least one candidate"):
         fit_noise(tiny_cnn, [], **SIZE)

@@ -67,6 +67,17 @@ def test_cutmix_pastes_pixels_of_one_other_image():
         assert len(values - {index}) <= 1
 
 
+def test_crop_enlarges_a_part_of_the_image():
+    x = torch.arange(32.0).expand(64, 1, 32, 32)
+    y = AUGMENTATIONS["crop"](generator(), x, 1.0)
+    widths = y[:, 0, 0, -1] - y[:, 0, 0, 0] + 1
+    assert widths.min() >= 15
+    assert widths.min() < 18 < 30 < widths.max() <= 32
+    assert (y.diff(dim=-1) >= 0).all()
+    assert set(y.unique().tolist()) == set(range(32))
+    assert len({row[0].item() for row in y[:, 0, 0]}) > 8  # taken from many places
+
+
 def test_text_of_a_mixture_reads_back():
     text = "dead_leaves:3,spectrum|cutmix:0.5,mixup"
     assert str(parse_noise(text)) == text
@@ -87,9 +98,9 @@ def test_text_of_a_mixture_reads_back():
         ("white:x", "above 0"),
         ("white,white", "each once"),
         ("white|cutmix:2", r"\(0, 1\]"),
-        ("white|dead_leaves", "none of cutmix"),
-        ("white|", "none of cutmix"),
-        ("white|cutmix(2)", "none of cutmix"),
+        ("white|dead_leaves", "none of crop"),
+        ("white|", "none of crop"),
+        ("white|cutmix(2)", "none of crop"),
         ("white(2)", "white does not take the parameter 2"),
         ("low_resolution(0.5)", "at least 1"),
         ("fractal(0)", "at least 1"),

@@ -366,9 +366,11 @@ def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
 
 
 def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):
-    noise = NoiseDataset((1, 8, 8), 16, 4, distribution="fractal")
-    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=None), train_dataset=noise)
-    assert trainer.eval_dataset.distribution.name == "fractal"
+    noise = NoiseDataset((1, 8, 8), 16, 4, distribution="fractal", mean=0.5, std=2.0)
+    held_out = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=None), train_dataset=noise).eval_dataset
+    assert (held_out.distribution.name, held_out.mean, held_out.std) == ("fractal", 0.5, 2.0)
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, noise_std=0.5))
+    assert (trainer.train_dataset.std, trainer.eval_dataset.std) == (0.5, 0.5)
 
 
 def test_a_model_of_one_size_is_refused_small_noise_before_training(tmp_path):
