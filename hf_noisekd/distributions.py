@@ -6,7 +6,7 @@ about zero mean and unit variance over a batch. It draws all images at once, of 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ Distribution = Callable[[torch.Generator, Shape], torch.Tensor]
 
 def white(generator: torch.Generator, shape: Shape) -> torch.Tensor:
     """White Gaussian noise, N(0, 1) in every pixel: `G` in Algorithm 1 of Raikwar & Mishra (2022)."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+    return normal(generator, shape)
 
 
 def low_resolution(generator: torch.Generator, shape: Shape, factor: float = 4.0) -> torch.Tensor:
@@ -26,7 +26,7 @@ def low_resolution(generator: torch.Generator, shape: Shape, factor: float = 4.0
         raise ValueError(f"the factor must be at least 1, got {factor:g}")
     batch, channels, height, width = shape
     small = (batch, channels, math.ceil(height / factor), math.ceil(width / factor))
-    return _standardise(_enlarge(_randn(generator, small), height, width))
+    return _standardise(_enlarge(normal(generator, small), height, width))
 
 
 def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     fy = torch.fft.fftfreq(height, device=device)[:, None]
     fx = torch.fft.rfftfreq(width, device=device)[None]
     log_frequency = (fy.square() + fx.square()).clamp(min=1e-12).log() / 2
-    exponents = _uniform(generator, (batch, 1, 1, 1), 0, 2) if exponent is None else exponent
+    exponents = uniform(generator, (batch, 1, 1, 1), 0, 2) if exponent is None else exponent
     amplitude = torch.exp(-exponents * log_frequency).expand(batch, 1, -1, -1).clone()
     amplitude[..., 0, 0] = 0
     # The columns of the half spectrum that stand for themselves lose half their variance in the inverse transform.
@@ -54,7 +54,7 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     field = torch.randn(size, dtype=torch.complex64, generator=generator, device=device)
     if channels > 1:
         shared = torch.randn((batch, 1, *size[2:]), dtype=torch.complex64, generator=generator, device=device)
-        correlation = torch.rand((batch, 1, 1, 1), generator=generator, device=device)
+        correlation = uniform(generator, (batch, 1, 1, 1))
         field = field * (1 - correlation).sqrt() + shared * correlation.sqrt()
     return torch.fft.irfft2(field * amplitude, s=(height, width), norm="ortho")
 
@@ -63,12 +63,12 @@ def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
     """Sums of octaves: white noise of each size from 2x2 up, enlarged to the image, with random weights."""
     batch, channels, height, width = shape
     octaves = max(1, math.ceil(math.log2(max(height, width))))
-    decay = _uniform(generator, (batch, 1, 1, 1), 0.0, 2.0)
+    decay = uniform(generator, (batch, 1, 1, 1), 0.0, 2.0)
     x = 0
     for octave in range(1, octaves + 1):
         size = (batch, channels, min(height, 2**octave), min(width, 2**octave))
-        weight = torch.exp(-decay * octave / 2 + _randn(generator, (batch, 1, 1, 1)) * 0.7)
-        x = x + weight * _enlarge(_randn(generator, size), height, width)
+        weight = torch.exp(-decay * octave / 2 + normal(generator, (batch, 1, 1, 1)) * 0.7)
+        x = x + weight * _enlarge(normal(generator, size), height, width)
     return _standardise(x, dims=(1, 2, 3))
 
 
@@ -85,14 +85,14 @@ def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> 
     y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
     x = torch.linspace(-1, 1, width, device=device)[None].expand(height, width)
     z = torch.stack([x, y]).reshape(1, 2, -1).expand(batch, -1, -1)
-    gain = torch.exp(_uniform(generator, (batch, 1, 1), math.log(0.7), math.log(5)))
+    gain = torch.exp(uniform(generator, (batch, 1, 1), math.log(0.7), math.log(5)))
     for iteration in range(int(iterations)):
         weight = (
-            _randn(generator, (batch, hidden, z.shape[1])) * gain / (1 if iteration == 0 else math.sqrt(hidden) * 0.7)
+            normal(generator, (batch, hidden, z.shape[1])) * gain / (1 if iteration == 0 else math.sqrt(hidden) * 0.7)
         )
-        bias = _uniform(generator, (batch, hidden, 1), -math.pi, math.pi)
+        bias = uniform(generator, (batch, hidden, 1), -math.pi, math.pi)
         z = torch.sin(torch.baddbmm(bias, weight, z))
-    z = torch.bmm(_randn(generator, (batch, channels, hidden)), z)
+    z = torch.bmm(normal(generator, (batch, channels, hidden)), z)
     return _standardise(z.reshape(shape), dims=(1, 2, 3))
 
 
@@ -109,8 +109,8 @@ def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> 
     for index, region in enumerate(_regions(generator, (int(leaves), batch, 1, height, width)), start=1):
         leaf.masked_fill_(region, index)
     leaf = leaf.flatten(2)
-    color = _randn(generator, (batch, channels, count)) * 0.5 + _randn(generator, (batch, 1, count)) * 0.65
-    strength = torch.rand((batch, 1, count), generator=generator, device=device)
+    color = normal(generator, (batch, channels, count)) * 0.5 + normal(generator, (batch, 1, count)) * 0.65
+    strength = uniform(generator, (batch, 1, count))
     # Each leaf shows the texture of an image drawn at random, at the place where the leaf is.
     source = torch.randint(batch, (batch, 1, count), generator=generator, device=device) * texture[0].numel()
     place = torch.arange(texture[0].numel(), device=device).view(1, channels, -1)
@@ -128,11 +128,11 @@ def _regions(generator: torch.Generator, shape: tuple[int, ...], frequencies: in
     order = torch.arange(frequencies, device=device)
     vertical = torch.cos(torch.pi / height * (torch.arange(height, device=device)[:, None] + 0.5) * order)
     horizontal = torch.cos(torch.pi / width * (torch.arange(width, device=device)[:, None] + 0.5) * order)
-    weight = _randn(generator, (*number, frequencies, frequencies)) / (
+    weight = normal(generator, (*number, frequencies, frequencies)) / (
         1 + torch.hypot(order[:, None] * 1.0, order * 1.0)
     )
     weight[..., 0, 0] = 0
-    return vertical @ (weight @ horizontal.T) > _uniform(generator, (*number, 1, 1), -0.2, 1.2)
+    return vertical @ (weight @ horizontal.T) > uniform(generator, (*number, 1, 1), -0.2, 1.2)
 
 
 def _enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -144,9 +144,11 @@ def _standardise(x: torch.Tensor, dims: tuple[int, ...] = (0, 1, 2, 3)) -> torch
     return (x - mean) / std.clamp(min=1e-6)
 
 
-def _randn(generator: torch.Generator, shape) -> torch.Tensor:
+def normal(generator: torch.Generator, shape: Sequence[int]) -> torch.Tensor:
+    """Return numbers of N(0, 1), on the generator's device."""
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def _uniform(generator: torch.Generator, shape, low: float, high: float) -> torch.Tensor:
+def uniform(generator: torch.Generator, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> torch.Tensor:
+    """Return numbers that are uniform in [low, high), on the generator's device."""
     return torch.rand(shape, generator=generator, device=generator.device) * (high - low) + low

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import distributions
-from .distributions import Distribution, Shape
+from .distributions import Distribution, Shape, uniform
 
 Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 
@@ -35,8 +35,8 @@ def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float)
     """Paste a rectangle of another image, of uniform area and place, as CutMix does (Yun et al., 2019)."""
     batch, _, height, width = images.shape
     device = generator.device
-    side = torch.rand((batch, 1), generator=generator, device=device).sqrt()
-    center = torch.rand((2, batch, 1), generator=generator, device=device)
+    side = uniform(generator, (batch, 1)).sqrt()
+    center = uniform(generator, (2, batch, 1))
     rows = (torch.arange(height, device=device) + 0.5) / height
     columns = (torch.arange(width, device=device) + 0.5) / width
     inside = ((rows - center[0]).abs() < side / 2)[:, :, None] & ((columns - center[1]).abs() < side / 2)[:, None]
@@ -46,7 +46,7 @@ def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float)
 
 def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
     """Mix with another image, by `cos(t)` and `sin(t)` with uniform `t`, which keep the variance."""
-    angle = torch.rand(len(images), generator=generator, device=generator.device) * (math.pi / 2)
+    angle = uniform(generator, (len(images),)) * (math.pi / 2)
     angle = torch.where(_chosen(generator, len(images), probability), angle, 0.0).view(-1, 1, 1, 1)
     return images * angle.cos() + _others(generator, images) * angle.sin()
 
@@ -58,10 +58,10 @@ def flip(generator: torch.Generator, images: torch.Tensor, probability: float) -
 
 def crop(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
     """Enlarge a square part, of a side between half and the whole of the image's; pixels are repeated, not blended."""
-    batch, device = len(images), generator.device
-    scale = 1 - torch.rand(batch, generator=generator, device=device) / 2
+    batch = len(images)
+    scale = 1 - uniform(generator, (batch,)) / 2
     scale = torch.where(_chosen(generator, batch, probability), scale, 1.0)
-    center = (2 * torch.rand((batch, 2), generator=generator, device=device) - 1) * (1 - scale[:, None])
+    center = (2 * uniform(generator, (batch, 2)) - 1) * (1 - scale[:, None])
     zoom = torch.diag_embed(scale[:, None].expand(-1, 2))
     grid = F.affine_grid(torch.cat([zoom, center[:, :, None]], 2), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="nearest", padding_mode="border", align_corners=False)
@@ -71,7 +71,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "fli
 
 
 def _chosen(generator: torch.Generator, batch: int, probability: float) -> torch.Tensor:
-    return torch.rand(batch, generator=generator, device=generator.device) < probability
+    return uniform(generator, (batch,)) < probability
 
 
 def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:
@@ -149,11 +149,11 @@ def _call(name: str, generator: torch.Generator, shape: Shape) -> torch.Tensor:
 def _check_parameter(name: str) -> None:
     """Raise a `ValueError` if a distribution does not take the parameter that it is given."""
     function, number = _split_parameter(name)
+    if number is None:
+        return
     try:
         _call(name, torch.Generator(), (2, 1, 4, 4))
     except (TypeError, ValueError, RuntimeError) as error:
-        if number is None:  # not for its parameter, and maybe for the size
-            return
         raise ValueError(f"{function} does not take the parameter {number:g}: {error}") from error
 
 
