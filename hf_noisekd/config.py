@@ -121,7 +121,7 @@ class NoiseKDConfig(ClassifierConfig):
         default=0,
         metadata={
             "help": "Steps that change each noise image in the direction of the sign of the gradient of the "
-            "disagreement (KL divergence) of teacher and student. Each costs about as much as a training step."
+            "disagreement (KL divergence) of teacher and student. Each takes a pass forward and back through both."
         },
     )
     adversarial_step_size: float = field(

@@ -68,8 +68,16 @@ NOISE_PAIRS = {
 # What `noisekd distill` does by itself, where it differs from the paper's setting.
 DISTILL_DEFAULTS = {
     name: NoiseKDConfig.__dataclass_fields__[name].default
-    for name in ("noise", "loss_type", "temperature", "learning_rate", "lr_scheduler_type", "warmup_steps")
-} | {"max_grad_norm": 1.0}
+    for name in (
+        "noise",
+        "loss_type",
+        "temperature",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+    )
+}
 
 
 def with_cpu_steps(max_steps: int) -> dict[str, dict]:
