@@ -1,6 +1,6 @@
 """Take the default of `noisekd distill` apart: what each of its ingredients gives, at equal steps and at equal seconds.
 
-    python recipes/noise_ablations.py --teacher runs/cifar10/teacher    # about an hour on two CPU cores
+    python recipes/noise_ablations.py --teacher runs/cifar10/teacher
 
 Beyond the paper. The seconds are those of 500 steps of white noise, and the steps those that the default takes in them;
 the cost of a step is measured beforehand. Where it is the same within 2 %, one run is both. `--preset cpu-wrn` has

@@ -1,6 +1,6 @@
 """Compare noises at equal steps and at equal seconds, and with what a teacher says of them without data.
 
-    python recipes/noise_distributions.py --teacher runs/cifar10/teacher    # about 50 minutes on two CPU cores
+    python recipes/noise_distributions.py --teacher runs/cifar10/teacher
 
 Beyond the paper. Students are taught with each noise at full size, for 500 steps and for as many as fit into the
 seconds of 500 steps of white noise. The cost of a step is measured beforehand, relative to white noise; where it is the

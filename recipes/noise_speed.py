@@ -1,6 +1,6 @@
 """How fast and how high structured noise gets a student, against white noise.
 
-    python recipes/noise_speed.py --teacher runs/cifar10/teacher    # about 25 minutes on two CPU cores
+    python recipes/noise_speed.py --teacher runs/cifar10/teacher
     python recipes/noise_speed.py --teacher runs/cifar10/teacher --white-steps 10000    # the long run
 
 Beyond the paper. White noise takes its steps, and the default of `noisekd distill` as many as fit into the same
