@@ -13,6 +13,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +142,7 @@ def results_table(record: Mapping) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for run in record["runs"]:
-        accuracies = " | ".join(f"{run['evaluations'][0][statistics]['accuracy']:.2f}" for statistics in STATISTICS)
+        accuracies = " | ".join(f"{run['evaluations'][0][kind]['accuracy']:.2f}" for kind in STATISTICS)
         speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
         lines.append(f"| {run['name']} | {model_cell(run)} | {run['steps']:,} | {speed} | {accuracies} |")
     return "\n".join(lines)
@@ -152,19 +153,47 @@ def model_cell(run: Mapping) -> str:
     return f"{run['model']['architecture']}, {run['model']['parameters'] / 1e6:.2f} M"
 
 
-def measurements_table(rows: Sequence[Mapping]) -> str:
-    """Return measurements as a Markdown table; what is a list, such as a histogram, is left to the figures."""
+def measurements_table(rows: Sequence[Mapping], *repetitions: Sequence[Mapping]) -> str:
+    """Return measurements as a Markdown table; what is a list, such as a histogram, is left to the figures.
+
+    Args:
+        rows: Measurements.
+        *repetitions: The same ones with other seeds, all or some of the rows; a row is known by its texts. Numbers that
+            are not the same in all become mean and standard deviation.
+    """
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
     lines = [f"| {' | '.join(columns)} |"]
     lines.append(f"|{''.join('---|' if isinstance(rows[0][column], str) else '---:|' for column in columns)}")
-    lines += [f"| {' | '.join(_cell(row[column]) for column in columns)} |" for row in rows]
+    others = [_rows_by_texts(repetition) for repetition in repetitions]
+    for key, row in _rows_by_texts(rows).items():
+        same = [row, *(other[key] for other in others if key in other)]
+        lines.append(f"| {' | '.join(_cell([repeated[column] for repeated in same]) for column in columns)} |")
     return "\n".join(lines)
 
 
-def _cell(value: float | str | None) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Return the mean of several values and their standard deviation, or the only one, with two decimals."""
+    spread = f" ± {statistics.stdev(values):,.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.2f}{spread}"
+
+
+def _rows_by_texts(rows: Sequence[Mapping]) -> dict[tuple, Mapping]:
+    """Return the rows by their texts; where several have the same, by the place among them too."""
+    found = {}
+    for row in rows:
+        texts = tuple(value for value in row.values() if isinstance(value, str))
+        place = sum(key[0] == texts for key in found)
+        found[texts, place] = row
+    return found
+
+
+def _cell(values: Sequence[float | str | None]) -> str:
+    value, *others = values
+    if any(other != value for other in others):
+        return mean_and_spread(values)
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def _chosen(options: argparse.Namespace) -> dict:

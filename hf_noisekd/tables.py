@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .recipe import measurements_table, model_cell
+from .recipe import mean_and_spread, measurements_table, model_cell
 
 MAX_ROWS = 20
 PAGE_NAME = "README.md"
@@ -30,8 +30,8 @@ teaches, for a GPU. `digits.py` and `circles.py` are small as they are. All take
 
 Accuracies are in percent on the test images. Students that noise taught are compared with the paper by the statistics
 of batches of 256 (its Algorithm 2), all others by their running statistics. Where our network is another one than the
-paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. *Not
-yet run* means what it says.
+paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. Of several seeds,
+`n` of them, there are mean ± standard deviation; figures are of seed 0. *Not yet run* means what it says.
 
 The authors' learning rate followed the test loss. In the recipes on CIFAR-10, SVHN, CIFAR-100 and Food-101 nothing
 looks at test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,
@@ -105,7 +105,7 @@ def render_page(recipes: Path) -> str:
 
 
 def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
-    first = next(iter(files.values()))
+    first, *repeated = files.values()
     machine = first["machine"]
     device = machine["accelerator"] or f"{machine['cores']} cores of {machine['processor']}"
     links = ", ".join(
@@ -118,7 +118,8 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
         parts.append(pending)
     for name, rows in first["measurements"].items() if "measurements" in first else ():
         if len(rows) <= MAX_ROWS:
-            parts.append(f"{name[0].upper()}{name[1:]}{_of_seed(first, files)}:\n\n{measurements_table(rows)}")
+            repetitions = [record["measurements"].get(name, []) for record in repeated]
+            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{measurements_table(rows, *repetitions)}")
     figures = sorted(next(iter(files)).parent.glob(f"{next(iter(files)).stem}_*.png"))
     parts += [f"![{figure.stem.replace('_', ' ')}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)
@@ -143,12 +144,13 @@ def _comparison(
     lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
     for (name, architecture), repeated in runs.items():
         values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
+        steps = [run["steps"] for run in repeated]
         cells = [
             name,
             model_cell(repeated[0]),
-            f"{repeated[0]['steps']:,}",
+            " to ".join(f"{steps:,}" for steps in sorted({min(steps), max(steps)})),
             str(len(repeated)),
-            *map(_mean_and_spread, values.values()),
+            *map(mean_and_spread, values.values()),
         ]
         if paper:
             ours = values["batch" if "noise" in repeated[0].get("noisekd", {}) else "running"]
@@ -166,11 +168,6 @@ def _paper_cells(values: Mapping[str, float], architecture: str | None, ours: fl
     return [f"{values[theirs]:.2f}{other}", f"{ours - values[theirs]:+.2f}"]
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
-
-
 def _pending(paper: Mapping[str, Mapping[str, float]], done: Container[tuple[str, str]] = ()) -> str:
     """Return the table of what the paper has and we have not, if anything."""
     lines = [
@@ -180,10 +177,6 @@ def _pending(paper: Mapping[str, Mapping[str, float]], done: Container[tuple[str
         if (name, architecture) not in done
     ]
     return "\n".join(["| | model | ours | paper |", "|---|---|---|---:|", *lines]) if lines else ""
-
-
-def _of_seed(record: Mapping, files: Mapping) -> str:
-    return f" (seed {record['seed']})" if len(files) > 1 else ""
 
 
 if __name__ == "__main__":

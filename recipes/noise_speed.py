@@ -27,7 +27,7 @@ def main() -> None:
         for name, arguments in runs.items():
             steps = round(white_steps / costs[name])
             record = experiment.distil(
-                f"{name}, {steps:,} steps", max_steps=steps, eval_strategy="no", **arguments
+                f"{name}, time of {white_steps:,}", max_steps=steps, eval_strategy="no", **arguments
             ).record()
             accuracy = record["evaluations"][0]["batch"]["accuracy"]
             rows.append({"noise": name, "steps": steps, "in the time of white steps": white_steps})

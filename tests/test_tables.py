@@ -76,9 +76,9 @@ def test_networks_of_the_small_preset_are_never_taken_for_the_papers(recipes):
 
 def test_seeds_are_averaged_with_their_spread(recipes):
     write(recipes, "one_paper", record(0, run("noise", 81.0), preset="paper"))
-    write(recipes, "one_paper_seed1", record(1, run("noise", 83.0), preset="paper"))
+    write(recipes, "one_paper_seed1", record(1, run("noise", 83.0) | {"steps": 1490}, preset="paper"))
     page = render_page(recipes)
-    assert "| noise | big, 1.23 M | 1,500 | 2 | 62.00 ± 1.41 | 82.00 ± 1.41 | 80.00 | +2.00 |" in page
+    assert "| noise | big, 1.23 M | 1,490 to 1,500 | 2 | 62.00 ± 1.41 | 82.00 ± 1.41 | 80.00 | +2.00 |" in page
     assert "`paper`, on H100" in page
     assert "not yet run | 80.00" not in page
 
@@ -89,6 +89,16 @@ def test_measurements_are_tables_unless_they_are_long(recipes):
     page = render_page(recipes)
     assert "Short:\n\n| images | how | accuracy |\n|---:|---|---:|\n| 1,024 | so | 12.35 |" in page
     assert "Long:" not in page
+
+
+def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
+    def rows(*accuracies):
+        return [{"noise": name, "images": 256, "accuracy": accuracy} for name, accuracy in accuracies]
+
+    write(recipes, "one_cpu", record(0, measurements={"m": rows(("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 1.0))}))
+    write(recipes, "one_cpu_seed1", record(1, measurements={"m": rows(("b", 22.0), ("b", 31.0), ("a", 10.0))}))
+    page = render_page(recipes)
+    assert "| a | 256 | 10.00 |\n| b | 256 | 21.00 ± 1.41 |\n| b | 256 | 30.50 ± 0.71 |\n| c | 256 | 1.00 |\n" in page
 
 
 def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatch):
