@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from .classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
+from .classifier import answer_to_blanks, by, declared_input_size, nonfinite_tensor
 from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
 from .hub import WEIGHTS_NAME, differing
@@ -50,7 +50,7 @@ def check_models(
             )
         if not explicit_size:
             raise ValueError(
-                f"The {role} takes images of {_by(declared)} and the noise has {_by(input_size)}: give the student by "
+                f"The {role} takes images of {by(declared)} and the noise has {by(input_size)}: give the student by "
                 "its timm name to have it built to fit, or set input_size in the arguments to choose a size for both."
             )
     student_classes = answer_to_blanks(model, input_size, "student").shape[-1]
@@ -85,7 +85,7 @@ def check_image_sizes(noise: NoiseDataset, teacher_model: nn.Module, model: nn.M
             try:
                 answer_to_blanks(candidate, (noise.input_size[0], *size), role)
             except ValueError as error:
-                raise ValueError(f"{error} Train with noise of full size only: resolutions='1'.") from error
+                raise ValueError(f"{error} Or train with noise of full size only: resolutions='1'.") from error
 
 
 def check_eval_dataset(
@@ -182,8 +182,8 @@ def teacher_input_size(
     if isinstance(train_dataset, NoiseDataset):
         if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
             raise ValueError(
-                f"The NoiseDataset has images of {_by(train_dataset.input_size)} and the arguments say "
-                f"{_by(args.input_size)}: leave input_size out."
+                f"The NoiseDataset has images of {by(train_dataset.input_size)} and the arguments say "
+                f"{by(args.input_size)}: leave input_size out."
             )
         return train_dataset.input_size
     if args.input_size is not None:
@@ -191,22 +191,3 @@ def teacher_input_size(
     if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
         return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
     return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
-
-
-def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
-    """Return the logits `[2, num_classes]` for two blank images, or say why there are none."""
-    parameter = next(model.parameters())
-    pixel_values = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            logits = compute_logits(model, pixel_values)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(f"The {role} does not take images of {_by(input_size)}: {error}") from error
-    if not torch.is_tensor(logits) or logits.ndim != 2:
-        found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
-        raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
-    return logits
-
-
-def _by(input_size: tuple[int, int, int]) -> str:
-    return "x".join(str(size) for size in input_size)

@@ -4,7 +4,7 @@ A classifier is an `nn.Module` from pixels `[B, C, H, W]` to logits `[B, num_cla
 classification model, whose output carries `logits`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,30 @@ def compute_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor
     """Return the logits `[B, num_classes]` of `model` for `pixel_values` `[B, C, H, W]`."""
     output = model(pixel_values)
     return getattr(output, "logits", output)
+
+
+def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
+    """Return the logits `[2, num_classes]` of `model`, called `role` in errors, for two blank images.
+
+    Raises:
+        ValueError: It does not take images of this size, or gives something else than logits.
+    """
+    parameter = next(model.parameters())
+    pixel_values = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            logits = compute_logits(model, pixel_values)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(f"The {role} does not take images of {by(input_size)}: {error}. Give another size.") from error
+    if not torch.is_tensor(logits) or logits.ndim != 2:
+        found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
+    return logits
+
+
+def by(sizes: Iterable[int]) -> str:
+    """Return a size as people write it, such as 3x32x32."""
+    return "x".join(map(str, sizes))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .batch_norm import batch_statistics, find_batch_norm
-from .classifier import compute_logits, device_of, evaluation_mode
+from .classifier import answer_to_blanks, compute_logits, device_of, evaluation_mode
 from .mixture import AUGMENTATIONS, DISTRIBUTIONS, Mixture, parse_noise
 from .noise import NoiseDataset
 from .teacher_check import describe_answers
@@ -65,7 +65,7 @@ def noise_fit(
 
     Raises:
         ValueError: The model has no BatchNorm layer with running statistics, the noise is not known, or the size is not
-            declared.
+            declared or not one that the model takes.
     """
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if not layers:
@@ -82,6 +82,7 @@ def noise_fit(
         **({} if std is None else {"std": std}),
         dtype=next(model.parameters()).dtype,
     )
+    answer_to_blanks(model, data.input_size, "teacher")
     divergences = {name: [] for name in layers}
 
     def compare(name: str, layer: nn.Module, x: torch.Tensor) -> None:

@@ -30,8 +30,8 @@ teaches, for a GPU. `digits.py` and `circles.py` are small as they are. All take
 
 Accuracies are in percent on the test images. Students that noise taught are compared with the paper by the statistics
 of batches of 256 (its Algorithm 2), all others by their running statistics. Where our network is another one than the
-paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. Of several seeds,
-`n` of them, there are mean ± standard deviation; figures are of seed 0. *Not yet run* means what it says.
+paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. Of
+several seeds (`n`) there are mean ± standard deviation; figures show seed 0. *Not yet run* means what it says.
 
 The authors' learning rate followed the test loss. In the recipes on CIFAR-10, SVHN, CIFAR-100 and Food-101 nothing
 looks at test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,

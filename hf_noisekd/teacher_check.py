@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .batch_norm import batch_statistics, find_batch_norm
-from .classifier import compute_logits, device_of, evaluation_mode, nonfinite_tensor
+from .classifier import answer_to_blanks, compute_logits, device_of, evaluation_mode, nonfinite_tensor
 from .hub import architecture_of, class_names
 from .noise import NoiseDataset
 
@@ -54,12 +54,8 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         with evaluation_mode(model), statistics:
             return torch.cat([compute_logits(model, noise.draw(step)).float() for step in noise.steps()]).softmax(-1)
 
-    try:
-        running = answer(nullcontext())
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"The model does not take images of {'x'.join(map(str, noise.input_size))}: {error}. Give another size."
-        ) from error
+    answer_to_blanks(model, noise.input_size, "model")
+    running = answer(nullcontext())
     num_classes = running.shape[-1]
     try:
         layers, no_layers = find_batch_norm(model), None

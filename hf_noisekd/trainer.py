@@ -19,7 +19,6 @@ from transformers.utils.hub import PushInProgress
 
 from .batch_norm import batch_statistics
 from .checks import (
-    answer_to_blanks,
     check_checkpoint,
     check_eval_dataset,
     check_image_sizes,
@@ -28,7 +27,7 @@ from .checks import (
     last_whole_checkpoint,
     teacher_input_size,
 )
-from .classifier import compute_logits, declared_input_size
+from .classifier import answer_to_blanks, compute_logits, declared_input_size
 from .config import NoiseKDConfig
 from .evaluation import collate_images
 from .hub import (

@@ -89,6 +89,8 @@ def test_says_what_cannot_be_measured(tiny_cnn):
         noise_fit(tiny_cnn, "wite", **SIZE)
     with pytest.raises(ValueError, match="input_size"):
         noise_fit(tiny_cnn, "white")
+    with pytest.raises(ValueError, match="teacher does not take images of 3x8x8"):
+        noise_fit(tiny_cnn, "white", input_size=(3, 8, 8))
     for layer in (tiny_cnn.bn1, tiny_cnn.bn2, tiny_cnn.bn3):
         layer.running_mean = layer.running_var = None
     with pytest.raises(ValueError, match="running statistics"):
