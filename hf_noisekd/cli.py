@@ -606,13 +606,16 @@ def _fit_text(teacher: str, ranking: Sequence[Mapping], choice: Mapping) -> str:
         for fit in (*ranking, choice)
     ]
     table, best = _table(header, rows).rsplit("\n", 1)
+    from .noise import STRUCTURED_RESOLUTIONS
+
+    resolutions = ",".join(f"{scale:g}:{share:g}" for scale, share in STRUCTURED_RESOLUTIONS.items())
     return (
         f"{table}\n"
         "Distance: how far the noise is, in the BatchNorm layers, from the data that the teacher was trained on; the "
         "nearest comes first. Class balance and information: of the teacher's answers, 1 at best.\n\n"
         f"The nearest that was found:\n{best}\n"
         f"  noisekd distill --teacher {teacher} --student MODEL --output-dir FOLDER --noise '{choice['noise']}' "
-        f"--noise-std {choice['std']:g}"
+        f"--noise-std {choice['std']:g} --resolutions {resolutions}"
     )
 
 

@@ -63,6 +63,7 @@ CIFAR10 = {
 NOISE_PAIRS = {
     "cpu": CIFAR10["cpu"],
     "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
+    "gpu": CIFAR10["paper"] | {"students": ["resnet18_cifar"]},
 }
 
 # What `noisekd distill` does by itself, where it differs from the paper's setting.

@@ -19,7 +19,7 @@ NUM_BATCHES = 2
 def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, *, batch_size: int = 256) -> dict:
     """Return what decides whether a model can be a teacher.
 
-    Its answers are measured on two batches of the noise that it would teach with, once with running and once with batch
+    Its answers are measured on two batches of the default noise in full size, once with running and once with batch
     statistics.
 
     Args:
@@ -45,6 +45,8 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         input_size=input_size,
         batch_size=batch_size,
         num_steps=NUM_BATCHES,
+        distribution="structured",
+        resolutions={1.0: 1.0},
         device=device_of(model),
         dtype=next(model.parameters()).dtype,
     )
@@ -106,7 +108,8 @@ def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
         "can be a teacher: with batch statistics it answers noise with "
         f"{answers['classes_answered']:,} of its {num_classes:,} classes."
     )
-    # Rules of thumb; a CIFAR-10 ResNet has a class balance of 0.99, and an ImageNet one a flatness of 0.95.
+    # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet 1.00
+    # and 0.91.
     if answers["class_balance"] < 0.5:
         verdict += " But noise hardly reaches most of them: expect a poor student."
     elif answers["flatness"] > 0.9:

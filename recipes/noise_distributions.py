@@ -6,7 +6,7 @@ Beyond the paper. Students are taught with each noise at full size, for 500 step
 seconds of 500 steps of white noise. The cost of a step is measured beforehand, relative to white noise; where it is the
 same within 2 %, one run is both. Distance, class balance and information are what `noisekd fit-noise` says of a noise
 without any image, and the rank correlation (Spearman's, 1: alike, -1: reversed) says how that goes with the accuracy at
-equal seconds. `--preset cpu-wrn` has another teacher, a WRN-16-2.
+equal seconds. The mixture that it chooses is a noise more. `--preset cpu-wrn` has another teacher, a WRN-16-2.
 """
 
 from statistics import correlation
@@ -15,7 +15,7 @@ import torch
 
 from hf_noisekd.experiment import NOISE_PAIRS, Experiment, experiment_parser
 from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
-from hf_noisekd.fit_noise import noise_fit
+from hf_noisekd.fit_noise import fit_noise
 from hf_noisekd.mixture import parse_noise
 
 NOISES = (
@@ -26,12 +26,15 @@ NOISES = (
     "spectrum",
     "pyramid",
     "fractal",
+    "dead_leaves(3)",
     "dead_leaves",
     "dead_leaves|cutmix:0.5",
     "dead_leaves|mixup:0.5",
     "dead_leaves,fractal,spectrum",
 )
 STEPS = 500
+# What `noisekd fit-noise` makes of them for the teacher.
+CHOICE = "fitted to the teacher"
 CRITERIA = ("distance", "class_balance", "information")
 
 
@@ -42,14 +45,20 @@ def main() -> None:
     options = parser.parse_args()
     experiment = Experiment("noise_distributions", options, NOISE_PAIRS[options.preset])
     results, teacher = experiment.results, experiment.prepare_teacher()
-    costs = experiment.step_cost({noise: {"noise": noise} for noise in options.noises})
-    rows, fits = [], []
-    for noise in options.noises:
-        row = experiment.distil_twice(noise, STEPS, round(STEPS / costs[noise]), noise=noise)
+    fits, choice = fit_noise(teacher, options.noises, seed=options.seed)
+    arguments = {noise: {"noise": noise} for noise in options.noises}
+    if choice not in fits:
+        fits.append(choice | {"noise": CHOICE})
+        arguments[CHOICE] = {"noise": choice["noise"], "noise_std": choice["std"]}
+        results.measure(CHOICE, [{"noise": choice["noise"], "standard deviation": choice["std"]}])
+    results.measure("what the teacher says", fits)
+    costs = experiment.step_cost(arguments)
+    rows = []
+    for noise, changed in arguments.items():
+        row = experiment.distil_twice(noise, STEPS, round(STEPS / costs[noise]), **changed)
         rows.append(row | {"cost of a step": costs[noise]})
-        fits.append(noise_fit(teacher, noise, seed=options.seed))
         results.measure("accuracy", rows)
-        results.measure("what the teacher says", fits)
+    fits = sorted(fits, key=lambda fit: list(arguments).index(fit["noise"]))
     accuracies = ranks([row["accuracy, equal seconds"] for row in rows])
     correlations = {key: correlation(ranks([fit[key] for fit in fits]), accuracies) for key in CRITERIA}
     results.measure("rank correlation with the accuracy", [correlations])

@@ -2,6 +2,7 @@
 
     python recipes/noise_speed.py --teacher runs/cifar10/teacher
     python recipes/noise_speed.py --teacher runs/cifar10/teacher --white-steps 10000    # the long run
+    accelerate launch recipes/noise_speed.py --preset gpu --white-steps 2000 10000    # the authors' networks
 
 Beyond the paper. White noise takes its steps, and the default of `noisekd distill` as many as fit into the same
 seconds; the cost of a step is measured beforehand. Each is a training of its own, with its own schedule. In a third of

@@ -436,6 +436,7 @@ def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
     text = capsys.readouterr().out
     assert text.index(fits["ranking"][0]["noise"]) < text.index(fits["ranking"][1]["noise"])
     assert f"--noise '{fits['choice']['noise']}'" in text
+    assert text.endswith(f"--noise-std {fits['choice']['std']:g} --resolutions 0.5:0.6,1:0.4\n")
     assert "Did you mean 'white'?" in run_error(capsys, "fit-noise", "--teacher", teacher, "--noises", "wite")
 
 

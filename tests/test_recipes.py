@@ -131,8 +131,11 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
 def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("noise_distributions", monkeypatch, *options, "--noises", "white", "spectrum(1)", "dead_leaves")
-    accuracies, fits, (correlations,) = record["measurements"].values()
-    assert [row["noise"] for row in accuracies] == [fit["noise"] for fit in fits]
+    accuracies, fits, (correlations,) = (
+        record["measurements"][name]
+        for name in ("accuracy", "what the teacher says", "rank correlation with the accuracy")
+    )
+    assert {row["noise"] for row in accuracies} == {fit["noise"] for fit in fits}
     assert {f"{row['noise']}, equal steps" for row in accuracies} <= {run["name"] for run in record["runs"]}
     assert set(correlations) == {"distance", "class_balance", "information"}
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))

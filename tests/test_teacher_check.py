@@ -9,7 +9,7 @@ from hf_noisekd.teacher_check import describe_teacher
 
 def test_measures_what_the_teacher_answers_under_either_statistics(digits_teacher):
     facts = describe_teacher(digits_teacher, batch_size=32)
-    noise = [NoiseDataset((1, 32, 32), 32).draw(step) for step in range(2)]
+    noise = [NoiseDataset((1, 32, 32), 32, distribution="dead_leaves").draw(step) for step in range(2)]
     with torch.no_grad():
         expected = {"running": torch.cat([digits_teacher(batch) for batch in noise]).softmax(1)}
         with batch_statistics(digits_teacher):
