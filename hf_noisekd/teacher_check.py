@@ -108,8 +108,8 @@ def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
         "can be a teacher: with batch statistics it answers noise with "
         f"{answers['classes_answered']:,} of its {num_classes:,} classes."
     )
-    # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet 1.00
-    # and 0.91.
+    # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet
+    # 1.00 and 0.91.
     if answers["class_balance"] < 0.5:
         verdict += " But noise hardly reaches most of them: expect a poor student."
     elif answers["flatness"] > 0.9:
