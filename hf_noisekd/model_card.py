@@ -16,6 +16,7 @@ from . import models
 from .evaluation import STATISTICS
 from .figures import charted_evaluation, plot_class_balance, plot_curves
 from .hub import CARD_NAME, RECORD_NAME, model_folder, replacing_files
+from .record import describe_machine
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")
 CURVES_NAME = "curves.png"
@@ -239,7 +240,7 @@ def _number_of_images(on: Mapping) -> str:
 def _facts(record: Mapping) -> list[str]:
     """Return how the student was made, a line each; what is not known has no line."""
     made = record["noisekd"]
-    teacher, noise, machine = made["teacher"], made.get("noise"), record.get("machine", {})
+    teacher, noise = made["teacher"], made.get("noise")
     fraction = made["teacher_batch_norm_fraction"]
     layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
     if teacher.get("id"):
@@ -269,10 +270,7 @@ def _facts(record: Mapping) -> list[str]:
     )
     if "recalibration" in made:
         lines.append(f"Recalibration: running statistics of {_number_of_images(made['recalibration'])}.")
-    device = machine.get("accelerator") or (
-        f"{machine['cores']} cores of {machine['processor']}" if machine.get("processor") else None
-    )
-    if device:
+    if device := describe_machine(record.get("machine", {})):
         processes = record.get("processes", 1)
         lines.append(
             f"Device: {device}{f', {processes} processes' if processes > 1 else ''}"

@@ -92,6 +92,14 @@ def machine() -> dict[str, str | int | None]:
     }
 
 
+def describe_machine(machine: Mapping) -> str | None:
+    """Return what trained, for people: the accelerator, or the processor with its cores. None where it is not known."""
+    if not machine.get("processor"):
+        return machine.get("accelerator")
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return machine["accelerator"] or f"{cores} of {machine['processor']}"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a result."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

@@ -17,6 +17,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from .recipe import mean_and_spread, measurements_table, model_cell
+from .record import describe_machine
 
 MAX_ROWS = 20
 PAGE_NAME = "README.md"
@@ -106,12 +107,10 @@ def render_page(recipes: Path) -> str:
 
 def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
     first, *repeated = files.values()
-    machine = first["machine"]
-    device = machine["accelerator"] or f"{machine['cores']} cores of {machine['processor']}"
     links = ", ".join(
         f"[seed {record['seed']}](results/{path.name}) at `{record['commit']}`" for path, record in files.items()
     )
-    parts = [f"`{preset}`, on {device}: {links}."]
+    parts = [f"`{preset}`, on {describe_machine(first['machine'])}: {links}."]
     if first["runs"]:
         parts.append(_comparison(list(files.values()), paper, own_networks=preset != "paper"))
     if pending := _pending(paper, done=_runs(files.values())) if preset == "paper" else "":

@@ -4,12 +4,16 @@ from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.record import command_line, current_evaluations, machine, versions
+from hf_noisekd.record import command_line, current_evaluations, describe_machine, machine, versions
 
 
 def test_machine_and_versions_are_named():
     assert machine()["processor"]
     assert machine()["cores"] >= 1
+    assert describe_machine({"processor": "P", "cores": 2, "accelerator": None}) == "2 cores of P"
+    assert describe_machine({"processor": "P", "cores": 1, "accelerator": None}) == "1 core of P"
+    assert describe_machine({"processor": "P", "cores": 1, "accelerator": "H100"}) == "H100"
+    assert describe_machine({}) is None
     assert {"python", "torch", "timm", "transformers"} <= set(versions())
 
 
