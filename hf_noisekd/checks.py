@@ -12,11 +12,12 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from .classifier import answer_to_blanks, by, declared_input_size, nonfinite_tensor
+from .classifier import answer_to_blanks, by, check_finite, declared_input_size
 from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
 from .hub import WEIGHTS_NAME, differing
-from .noise import NoiseDataset
+from .mixture import noise_name, parse_noise
+from .noise import NoiseDataset, parse_resolutions
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,7 @@ def check_models(
     Raises:
         ValueError: A teacher's weight is not finite, or the models differ in input or in classes.
     """
-    name = nonfinite_tensor(teacher_model)
-    if name is not None:
-        raise ValueError(
-            f"The teacher's {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again."
-        )
+    check_finite(teacher_model, "teacher")
     for role, candidate in (("teacher", teacher_model), ("student", model)):
         declared = declared_input_size(candidate)
         if declared is None or declared == tuple(input_size):
@@ -62,16 +59,26 @@ def check_models(
 
 
 def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
-    """Check that noise of the user's own fits the arguments, which the Trainer's bookkeeping goes by.
+    """Check that noise of the user's own is what the arguments say, where they say something.
 
     Raises:
-        ValueError: Its batch size is another one.
+        ValueError: It is not.
     """
-    if isinstance(dataset, NoiseDataset) and dataset.batch_size != args.per_device_train_batch_size:
-        raise ValueError(
-            f"The NoiseDataset has batches of {dataset.batch_size} and the arguments say "
-            f"{args.per_device_train_batch_size}: set per_device_train_batch_size={dataset.batch_size}."
-        )
+    if not isinstance(dataset, NoiseDataset):
+        return
+    said = {"per_device_train_batch_size": (args.per_device_train_batch_size, dataset.batch_size)}
+    if args.noise != NoiseKDConfig.noise:
+        said["noise"] = (noise_name(parse_noise(args.noise)), noise_name(dataset.distribution))
+    if args.noise_std is not None:
+        said["noise_std"] = (args.noise_std, dataset.std)
+    if args.resolutions is not None:
+        said["resolutions"] = (parse_resolutions(args.resolutions), dataset.resolutions)
+    for name, (wanted, found) in said.items():
+        if wanted != found:
+            raise ValueError(
+                f"The NoiseDataset has {found} and the argument {name} says {wanted}: make them equal, or leave "
+                "train_dataset out to have the noise made from the arguments."
+            )
 
 
 def check_image_sizes(noise: NoiseDataset, teacher_model: nn.Module, model: nn.Module) -> None:
@@ -80,7 +87,7 @@ def check_image_sizes(noise: NoiseDataset, teacher_model: nn.Module, model: nn.M
     Raises:
         ValueError: One does not.
     """
-    for size in {size for _, size in noise.image_sizes()} - {noise.input_size[1:]}:
+    for size in {size for size, _ in noise.image_sizes()} - {noise.input_size[1:]}:
         for role, candidate in (("teacher", teacher_model), ("student", model)):
             try:
                 answer_to_blanks(candidate, (noise.input_size[0], *size), role)

@@ -90,6 +90,12 @@ def nonfinite_tensor(model: nn.Module) -> str | None:
     return None
 
 
+def check_finite(model: nn.Module, role: str) -> None:
+    """Raise a `ValueError` if a parameter or buffer of `model`, called `role`, holds a NaN or an infinity."""
+    if name := nonfinite_tensor(model):
+        raise ValueError(f"The {role}'s {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again.")
+
+
 def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """Return the memory format in which `model` trains fastest and correctly on `device`.
 

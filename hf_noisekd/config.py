@@ -99,8 +99,10 @@ class NoiseKDConfig(ClassifierConfig):
     noise: str = field(
         default="structured",
         metadata={
-            "help": "What the teacher answers: 'white' (the paper's), 'structured', or names with weights, such as "
-            "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'."
+            "help": "What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
+            "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
+            "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix, mixup, "
+            "flip and crop. 'structured' stands alone: dead_leaves, with sizes that begin small."
         },
     )
     noise_std: float | None = field(
@@ -114,13 +116,14 @@ class NoiseKDConfig(ClassifierConfig):
         default=None,
         metadata={
             "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
-            "order, such as '0.5:0.6,1:0.4'. Default: that for structured noise, and full size for any other."
+            "order, such as '0.5:0.6,1:0.4'; no side gets below 16 pixels. Default: that for structured noise, and "
+            "full size for any other."
         },
     )
     adversarial_steps: int = field(
         default=0,
         metadata={
-            "help": "Steps that change each noise image in the direction of the sign of the gradient of the "
+            "help": "Steps that change each training image in the direction of the sign of the gradient of the "
             "disagreement (KL divergence) of teacher and student. Each takes a pass forward and back through both."
         },
     )

@@ -21,7 +21,7 @@ def white(generator: torch.Generator, shape: Shape) -> torch.Tensor:
 
 
 def low_resolution(generator: torch.Generator, shape: Shape, factor: float = 4.0) -> torch.Tensor:
-    """White noise of a size `factor` times smaller, enlarged by bilinear interpolation."""
+    """White noise of a size `factor` (1 or more) times smaller, enlarged by bilinear interpolation."""
     if factor < 1:
         raise ValueError(f"the factor must be at least 1, got {factor:g}")
     batch, channels, height, width = shape
@@ -32,9 +32,11 @@ def low_resolution(generator: torch.Generator, shape: Shape, factor: float = 4.0
 def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = None) -> torch.Tensor:
     """Gaussian fields whose amplitude falls as `1 / f^a` with the frequency `f`; that of photos has `a` near 1.
 
-    Without `exponent` each image has its own `a`, uniform in [0, 2]. The channels of an image are correlated, by a
-    number uniform in [0, 1].
+    Without `exponent`, in [0, 10], each image has its own `a`, uniform in [0, 2]. The channels of an image are
+    correlated, by a number uniform in [0, 1].
     """
+    if exponent is not None and not 0 <= exponent <= 10:
+        raise ValueError(f"the exponent must be in [0, 10], got {exponent:g}")
     batch, channels, height, width = shape
     device = generator.device
     fy = torch.fft.fftfreq(height, device=device)[:, None]
@@ -75,18 +77,18 @@ def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
     """Patterns of an iterated sine map: the coordinates of a pixel go through `z <- sin(W z + b)` with random `W`, `b`.
 
-    A random network of coordinates; each iteration folds the pattern of the one before, and adds detail.
+    A random network of coordinates; each of the `iterations`, 1 to 20, folds the pattern of the one before, and adds
+    detail.
     """
     batch, channels, height, width = shape
-    if iterations < 1:
-        raise ValueError(f"there must be at least 1 iteration, got {iterations:g}")
+    iterations = _whole(iterations, "iterations", 20)
     hidden = 8
     device = generator.device
     y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
     x = torch.linspace(-1, 1, width, device=device)[None].expand(height, width)
     z = torch.stack([x, y]).reshape(1, 2, -1).expand(batch, -1, -1)
     gain = torch.exp(uniform(generator, (batch, 1, 1), math.log(0.7), math.log(5)))
-    for iteration in range(int(iterations)):
+    for iteration in range(iterations):
         weight = (
             normal(generator, (batch, hidden, z.shape[1])) * gain / (1 if iteration == 0 else math.sqrt(hidden) * 0.7)
         )
@@ -97,16 +99,17 @@ def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> 
 
 
 def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> torch.Tensor:
-    """Regions that cover each other, each with a colour and a texture of its own, in front of such a background.
+    """Regions, `leaves` of them (1 to 100), that cover each other, each with a colour and a texture of its own.
 
     The dead leaves of Matheron, with smooth random outlines in place of discs: they have the sharp edges and the even
     areas of photos, which Gaussian fields lack. The textures are of [`spectrum`].
     """
     batch, channels, height, width = shape
-    device, count = generator.device, int(leaves) + 1
+    leaves = _whole(leaves, "leaves", 100)
+    device, count = generator.device, leaves + 1
     texture = spectrum(generator, shape)
     leaf = torch.zeros((batch, 1, height, width), dtype=torch.int64, device=device)
-    for index, region in enumerate(_regions(generator, (int(leaves), batch, 1, height, width)), start=1):
+    for index, region in enumerate(_regions(generator, (leaves, batch, 1, height, width)), start=1):
         leaf.masked_fill_(region, index)
     leaf = leaf.flatten(2)
     color = normal(generator, (batch, channels, count)) * 0.5 + normal(generator, (batch, 1, count)) * 0.65
@@ -133,6 +136,12 @@ def _regions(generator: torch.Generator, shape: tuple[int, ...], frequencies: in
     )
     weight[..., 0, 0] = 0
     return vertical @ (weight @ horizontal.T) > uniform(generator, (*number, 1, 1), -0.2, 1.2)
+
+
+def _whole(number: float, of: str, most: int) -> int:
+    if number not in range(1, most + 1):
+        raise ValueError(f"the number of {of} must be whole, at least 1 and at most {most}, got {number:g}")
+    return int(number)
 
 
 def _enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float)
 
 
 def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Mix with another image, by `cos(t)` and `sin(t)` with uniform `t`, which keep the variance."""
+    """Mix with another image, by `cos(t)` and `sin(t)` with uniform `t`, which keep the variance of a batch."""
     angle = uniform(generator, (len(images),)) * (math.pi / 2)
     angle = torch.where(_chosen(generator, len(images), probability), angle, 0.0).view(-1, 1, 1, 1)
     return images * angle.cos() + _others(generator, images) * angle.sin()
@@ -125,10 +125,12 @@ def parse_noise(text: str) -> Mixture:
     parts = (STRUCTURED if text == "structured" else text).split("|")
     if len(parts) > 2:
         raise ValueError(f"noise is {text!r}: use one '|', between distributions and augmentations.")
-    weights = parse_weights(parts[0], known=DISTRIBUTIONS)
-    augmentations = parse_weights(parts[1], known=AUGMENTATIONS) if len(parts) > 1 else {}
+    weights = parse_weights(parts[0])
+    augmentations = parse_weights(parts[1]) if len(parts) > 1 else {}
     for name in weights:
-        _check_parameter(name)
+        _check_distribution(name)
+    for name in augmentations:
+        _check_known(name, name, AUGMENTATIONS)
     if too_large := [name for name, probability in augmentations.items() if probability > 1]:
         raise ValueError(f"noise is {text!r}: the probability of {too_large[0]} must be in (0, 1].")
     return Mixture(text, weights, augmentations)
@@ -146,38 +148,44 @@ def _call(name: str, generator: torch.Generator, shape: Shape) -> torch.Tensor:
     return DISTRIBUTIONS[name](generator, shape, *([] if number is None else [number]))
 
 
-def _check_parameter(name: str) -> None:
-    """Raise a `ValueError` if a distribution does not take the parameter that it is given."""
+def _check_distribution(name: str) -> None:
+    """Raise a `ValueError` if there is no such distribution, or if it does not take the parameter that it is given."""
     function, number = _split_parameter(name)
+    if function == "structured":
+        raise ValueError(f"'structured' stands alone: in mixtures use {STRUCTURED!r}, with resolutions of your choice.")
+    _check_known(name, function, DISTRIBUTIONS)
     if number is None:
         return
     try:
         _call(name, torch.Generator(), (2, 1, 4, 4))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{function} does not take the parameter {number:g}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{function} takes no parameter, found {number:g}: leave it out.") from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{function} does not take the parameter {number:g}: {error}.") from error
+
+
+def _check_known(name: str, key: str, known: Mapping) -> None:
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=1)
+        advice = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{name!r} is none of {', '.join(sorted(known))}.{advice}")
 
 
 def _split_parameter(name: str) -> tuple[str, float | None]:
     """Return the parts of a name such as `"spectrum(1.5)"`; an unreadable number leaves the name as it is."""
-    match = re.fullmatch(r"(\w+)\(([0-9.]+)\)", name)
+    match = re.fullmatch(r"(\w+)\((\d+\.?\d*|\.\d+)\)", name)
     return (match[1], float(match[2])) if match else (name, None)
 
 
-def parse_weights(text: str, known: Container[str] | None = None) -> dict[str, float]:
+def parse_weights(text: str) -> dict[str, float]:
     """Return the numbers by name that a text such as `"white:3,spectrum"` holds; one left out is 1.
 
-    Args:
-        text: Names with numbers above 0.
-        known: The names that there are. None allows any.
-
     Raises:
-        ValueError: The text cannot be read.
+        ValueError: It is not names with finite numbers above 0, each name once.
     """
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
-        if known is not None and (_split_parameter(name)[0] if known is DISTRIBUTIONS else name) not in known:
-            raise ValueError(f"{name!r} is none of {', '.join(sorted(known))}." + _nearest(name, known))
         try:
             weight = float(number) if colon else 1.0
         except ValueError:
@@ -189,7 +197,7 @@ def parse_weights(text: str, known: Container[str] | None = None) -> dict[str, f
 
 
 def register_noise(name: str, distribution: Distribution) -> None:
-    """Make a distribution known by `name`, to be used in mixtures and on the command line.
+    """Make a distribution known by `name` in this process, to be used in mixtures.
 
     Args:
         name: A Python identifier that is not taken.
@@ -211,11 +219,6 @@ def register_noise(name: str, distribution: Distribution) -> None:
     if name in DISTRIBUTIONS or name in AUGMENTATIONS or name == "structured" or not name.isidentifier():
         raise ValueError(f"{name!r} is taken or no identifier: choose another name.")
     DISTRIBUTIONS[name] = distribution
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def _counts(batch: int, weights: Sequence[float], seed: int) -> list[int]:

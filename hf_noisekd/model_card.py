@@ -257,7 +257,7 @@ def _facts(record: Mapping) -> list[str]:
     if noise:
         lines.append(
             f"Noise: {noise['distribution']}, mean {noise['mean']:g}, standard deviation {noise['std']:g}, images of "
-            f"{_by(noise['input_size'])}, drawn afresh for each step."
+            f"{_by(noise['input_size'])}, drawn afresh for each step{_sizes_in_turn(noise)}."
         )
     if "real_images" in made:
         lines.append(
@@ -382,6 +382,13 @@ class _Code:
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
+
+
+def _sizes_in_turn(noise: Mapping) -> str:
+    """Return what is to be said of sizes that change in the course of the training; older records do not know."""
+    sizes = noise.get("image_sizes", [])
+    parts = [f"{height}x{width} pixels for {share:.0%} of the steps" for (height, width), share in sizes]
+    return f"; in turn {', then '.join(parts)}" if len(parts) > 1 else ""
 
 
 def _by(input_size: list[int]) -> str:

@@ -47,8 +47,9 @@ class NoiseDataset(IterableDataset):
         distribution: What to draw: a text such as "white", "structured" or "dead_leaves:3,spectrum:1", see
             [`hf_noisekd.mixture`], or a function, see [`hf_noisekd.distributions`].
         resolutions: Share of the steps for each size of the images, in this order; a size is relative to
-            `input_size`, in (0, 1], and rounded. Noise of a low resolution first and of full resolution last teaches
-            more in the same time. Default: `{0.5: 0.6, 1: 0.4}` for structured noise, else full size throughout.
+            `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
+            of a low resolution first and of full resolution last teaches more in the same time. Default:
+            `{0.5: 0.6, 1: 0.4}` for structured noise, else full size throughout.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
         dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
@@ -138,7 +139,9 @@ class NoiseDataset(IterableDataset):
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
         generator = torch.Generator(self.device).manual_seed(draw_seed(self.seed, self.rank, step, self.held_out))
-        noise = self.distribution(generator, (self.batch_size, self.input_size[0], *self.image_size(step)))
+        shape = (self.batch_size, self.input_size[0], *self.image_size(step))
+        with torch.autocast(self.device.type, enabled=False):  # that of the caller, which would round products
+            noise = self.distribution(generator, shape)
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
         return noise.to(dtype=self.dtype, memory_format=self.memory_format)
@@ -149,25 +152,30 @@ class NoiseDataset(IterableDataset):
         Raises:
             ValueError: They change in the course of the training, and the data set does not know how long that is.
         """
-        sizes = self.image_sizes()
-        if len(sizes) == 1:
-            return sizes[0][1]
+        *others, (last, _) = self.image_sizes()
+        if not others:
+            return last
         if self.total_steps is None:
             raise ValueError(
                 f"The noise has several resolutions, {self.resolutions}, which are shares of the steps, but the number "
                 "of all steps is not known: pass total_steps, or resolutions={1: 1} for full size throughout."
             )
-        return next((size for end, size in sizes if step < end * self.total_steps), sizes[-1][1])
+        end = 0.0
+        for size, share in others:
+            end += share
+            if step < end * self.total_steps:
+                return size
+        return last
 
-    def image_sizes(self) -> list[tuple[float, tuple[int, int]]]:
-        """Return the sizes `(height, width)` in their order, each after the share of the steps at which it ends."""
-        sizes, end = [], 0.0
+    def image_sizes(self) -> list[tuple[tuple[int, int], float]]:
+        """Return the sizes `(height, width)` in their order, each with its share of the steps; together 1."""
+        sizes = []
         for scale, share in self.resolutions.items():
-            end += share / sum(self.resolutions.values())
-            height, width = (max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
-            if sizes and sizes[-1][1] == (height, width):
-                sizes.pop()
-            sizes.append((end, (height, width)))
+            size = tuple(max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            share /= sum(self.resolutions.values())
+            if sizes and sizes[-1][0] == size:
+                share += sizes.pop()[1]
+            sizes.append((size, share))
         return sizes
 
     def set_epoch(self, epoch: int) -> None:
@@ -202,10 +210,11 @@ def parse_resolutions(text: str) -> dict[float, float]:
         ValueError: The text cannot be read, or a number is out of range.
     """
     try:
-        shares = parse_weights(text)
-        return check_resolutions({float(scale): share for scale, share in shares.items()})
+        return check_resolutions({float(scale): share for scale, share in parse_weights(text).items()})
     except ValueError as error:
-        raise ValueError(f"resolutions is {text!r}: {error}") from error
+        raise ValueError(
+            f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
+        ) from error
 
 
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:

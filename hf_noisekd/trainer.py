@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress
 
 from .batch_norm import batch_statistics
@@ -158,6 +159,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             else self.teacher_model
         )
         self._teacher_statistics = teacher_statistics
+        self._student_statistics = batch_statistics(self.model) if _has_batch_norm(self.model) else nullcontext()
         self._loss_fn = LOSSES[self.args.loss_type]
         self.train_dataset = self._on_this_device(self.train_dataset)
         if isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None:
@@ -215,14 +217,14 @@ class NoiseKDTrainer(ClassifierTrainer):
             for _ in range(self.args.adversarial_steps):
                 pixel_values = self._harder(pixel_values)
         with torch.no_grad(), self._teacher_statistics, self.accelerator.autocast():
-            teacher_logits = compute_logits(self._teacher_forward, pixel_values).float()
+            teacher_logits = compute_logits(self._teacher_forward, self._of_fixed_size(pixel_values)).float()
+        self._answer_sum += teacher_logits.softmax(-1).mean(0)
         if model.training and self.args.balance_classes:
             chosen = draw_balanced(teacher_logits.argmax(-1))
             pixel_values, teacher_logits = pixel_values[chosen], teacher_logits[chosen]
-        student_logits = compute_logits(model, pixel_values)
+        student_logits = compute_logits(model, self._of_fixed_size(pixel_values))
         loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
         with torch.no_grad():
-            self._answer_sum += teacher_logits.softmax(-1).mean(0)
             self._agreement_sum += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
             self._steps_since_log += 1
         return (loss, {"logits": student_logits}) if return_outputs else loss
@@ -231,13 +233,19 @@ class NoiseKDTrainer(ClassifierTrainer):
         """Return images on which teacher and student disagree more: a step along the sign of the gradient."""
         pixel_values = pixel_values.detach().requires_grad_()
         # The student's own statistics are of what it is trained on, so they stay out of this.
-        with torch.enable_grad(), self.accelerator.autocast(), self._teacher_statistics, batch_statistics(self.model):
+        with torch.enable_grad(), self.accelerator.autocast(), self._teacher_statistics, self._student_statistics:
             disagreement = kl_divergence(
                 compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
             )
         (gradient,) = torch.autograd.grad(disagreement, pixel_values)
-        std = getattr(self.train_dataset, "std", 1.0)
+        std = self.train_dataset.std if isinstance(self.train_dataset, NoiseDataset) else 1.0
         return (pixel_values + self.args.adversarial_step_size * std * gradient.sign()).detach()
+
+    def _of_fixed_size(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return noise so that a compiled model gets a graph for each resolution, rather than a slow one for all."""
+        if self.args.torch_compile and isinstance(self.train_dataset, NoiseDataset):
+            torch._dynamo.mark_static(pixel_values)
+        return pixel_values
 
     def teacher_answers_for(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
@@ -291,7 +299,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.
         """
         noise = self.train_dataset if isinstance(self.train_dataset, NoiseDataset) else None
-        has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        has_batch_norm = _has_batch_norm(self.model)
         batch_norm = "batch" if noise is not None and has_batch_norm else "running"
         for evaluation in record["evaluations"]:
             if "accuracy" in evaluation["batch"] and has_batch_norm:
@@ -303,6 +311,10 @@ class NoiseKDTrainer(ClassifierTrainer):
             "teacher_batch_norm_fraction": self.args.batch_norm_fraction,
             "loss_type": self.args.loss_type,
             "temperature": self.args.temperature,
+            "learning_rate": self.args.learning_rate,
+            "lr_scheduler_type": SchedulerType(self.args.lr_scheduler_type).value,
+            "adversarial_steps": self.args.adversarial_steps,
+            "balance_classes": self.args.balance_classes,
             "steps": record["steps"],
             "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "seed": self.args.seed,
@@ -312,7 +324,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         if noise is not None:
             section["noise"] = {
                 "distribution": noise_name(noise.distribution),
-                "resolutions": [[scale, share] for scale, share in noise.resolutions.items()],
+                "image_sizes": [[list(size), share] for size, share in noise.image_sizes()],
                 "mean": noise.mean,
                 "std": noise.std,
                 "input_size": list(noise.input_size),
@@ -488,17 +500,20 @@ class NoiseKDTrainer(ClassifierTrainer):
 
     def _prepare_inputs(self, inputs):
         if "noise_step" in inputs:
-            pixel_values = self.train_dataset.draw(inputs["noise_step"])
-            if self.args.torch_compile:
-                torch._dynamo.mark_static(pixel_values)  # a graph for each resolution, rather than a slow one for all
-            inputs = {"pixel_values": pixel_values}
+            inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
         return super()._prepare_inputs(inputs)
 
     def _total_batches(self) -> int:
-        """Return the number of batches of the whole training."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps * self.args.gradient_accumulation_steps
-        return math.ceil(self.args.num_train_epochs * len(self.train_dataset))
+        """Return the number of batches of the whole training; the last update of an epoch may have fewer of them."""
+        accumulation = self.args.gradient_accumulation_steps
+        if self.train_dataset.num_steps is None:
+            return self.args.max_steps * accumulation
+        batches = len(self.train_dataset)
+        updates = math.ceil(batches / accumulation)
+        epochs, rest = divmod(
+            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * updates), updates
+        )
+        return epochs * batches + min(rest * accumulation, batches)
 
     def _on_this_device(self, dataset: Dataset | None, rank: int | None = None) -> Dataset | None:
         """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""
@@ -511,6 +526,10 @@ class NoiseKDTrainer(ClassifierTrainer):
         if self.args.bf16:
             dataset.dtype = torch.bfloat16
         return dataset
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def draw_balanced(answers: torch.Tensor) -> torch.Tensor:

@@ -108,6 +108,15 @@ def test_another_distribution_plugs_in():
     assert torch.equal(noise.draw(0), torch.full((3, 1, 2, 2), 3.0))
 
 
+@pytest.mark.parametrize("distribution", ["fractal", "dead_leaves", "pyramid|crop:0.5"])
+def test_the_callers_autocast_does_not_change_the_noise(distribution):
+    noise = NoiseDataset((3, 16, 16), 4, distribution=distribution)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = noise.draw(0)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, noise.draw(0))
+
+
 def test_resolutions_follow_from_the_full_size():
     noise = NoiseDataset((3, 224, 160), 2, resolutions={0.25: 1, 0.5: 2, 1: 1}, total_steps=8)
     sizes = [noise.image_size(step) for step in range(9)]
@@ -115,7 +124,9 @@ def test_resolutions_follow_from_the_full_size():
     assert noise.draw(3).shape == (2, 3, 112, 80)
     # Small images get no smaller.
     assert NoiseDataset((1, 8, 8), 2, resolutions={0.5: 1, 1: 1}).draw(0).shape[-2:] == (8, 8)
-    assert NoiseDataset((1, 24, 24), 2, resolutions={0.25: 1, 0.5: 1}).image_sizes() == [(1.0, (16, 16))]
+    assert NoiseDataset((1, 24, 24), 2, resolutions={0.25: 1, 0.5: 1}).image_sizes() == [((16, 16), 1.0)]
+    back = NoiseDataset((1, 24, 24), 2, resolutions={0.25: 1, 1: 2, 0.5: 1}).image_sizes()
+    assert back == [((16, 16), 0.25), ((24, 24), 0.5), ((16, 16), 0.25)]
 
 
 def test_resolutions_of_structured_noise_are_on_by_default_and_can_be_turned_off():
@@ -136,7 +147,7 @@ def test_reads_resolutions():
     assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("1") == {1: 1}
     for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "0.5:1:1"):
-        with pytest.raises(ValueError, match="resolutions"):
+        with pytest.raises(ValueError, match=r"resolutions is .* such as '0.5:0.6,1:0.4'"):
             parse_resolutions(text)
 
 

@@ -1,4 +1,5 @@
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -182,8 +183,25 @@ def test_adversarial_steps_change_the_noise_towards_disagreement(tiny_cnn, tmp_p
     assert not harder.requires_grad
     assert (digest(tiny_cnn), digest(model)) == (teacher, before)
     assert all(parameter.grad is None for network in (tiny_cnn, model) for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("what", ["noise", "images", "a student without BatchNorm"])
+def test_the_student_is_trained_on_the_adversarial_images(tiny_cnn, tmp_path, what, bf16):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) if what == "a student without BatchNorm" else student()
+    seen, drawn = [], []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]) if module.training else None)
+    args = config(tmp_path, bf16=bf16, adversarial_steps=1, adversarial_step_size=0.25, noise_std=2.0, max_steps=1)
+    dataset = images() if what == "images" else None
+    trainer = NoiseKDTrainer(model, tiny_cnn, args, train_dataset=dataset)
+    harder = trainer._harder
+    trainer._harder = lambda pixel_values: drawn.append(pixel_values) or harder(pixel_values)
+    seen.clear()
     trainer.train()
-    assert digest(model) != before
+    step = 0.25 if what == "images" else 0.5
+    change = (seen[-1].float() - drawn[-1].float()).abs()
+    assert change.max() == pytest.approx(step, rel=0.05)
+    assert change.min() >= 0
 
 
 def test_balanced_classes_are_drawn_equally_often():
@@ -210,6 +228,18 @@ def test_a_student_with_balanced_classes_sees_the_rare_ones_more_often(tiny_cnn,
     before, after = (classes.bincount(minlength=3) / 512 for classes in (answers, answers[same.float().argmax(1)]))
     assert before.max() > 0.5
     assert after.tolist() == pytest.approx([1 / 3] * 3, abs=0.07)
+
+
+def test_the_logged_class_balance_is_that_of_the_teacher_before_balancing(tiny_cnn, tmp_path):
+    with torch.no_grad():
+        tiny_cnn.fc.bias[0] += 3
+    logged = {}
+    for balance in (False, True):
+        recorder = Recorder()
+        args = config(tmp_path, balance_classes=balance, max_steps=1, logging_steps=1)
+        NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[recorder]).train()
+        logged[balance] = recorder.log[0]["class_balance"]
+    assert logged[True] == logged[False]
 
 
 def test_logs_agreement_and_class_balance(tiny_cnn, tmp_path):
@@ -345,13 +375,16 @@ def test_resuming_is_exact_across_a_switch_of_the_resolution(tiny_cnn, tmp_path)
         ({"max_steps": 10}, 10),
         ({"max_steps": 5, "gradient_accumulation_steps": 2}, 10),
         ({"max_steps": -1, "num_train_epochs": 2.5}, 10),
+        # The last update of an epoch of 4 batches has one batch.
+        ({"max_steps": 5, "gradient_accumulation_steps": 3}, 11),
     ],
 )
 def test_resolutions_are_shares_of_the_whole_training(tiny_cnn, tmp_path, options, batches):
     args = config(tmp_path, **{"input_size": [1, 32, 32], "noise": "white", "resolutions": "0.5:3,1:2"} | options)
     recorder = SizeRecorder(tiny_cnn)
     NoiseKDTrainer(student(), tiny_cnn, args).train()
-    assert recorder.sizes[-batches:] == [16] * 6 + [32] * 4
+    small = math.ceil(0.6 * batches)
+    assert recorder.sizes[-batches:] == [16] * small + [32] * (batches - small)
 
 
 def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
@@ -359,10 +392,10 @@ def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
     assert trainer.train_dataset.distribution.name == "structured"
     assert trainer.train_dataset.image_size(0) == (16, 16)
     assert trainer.train_dataset.image_size(5) == (32, 32)
-    assert trainer.eval_dataset.image_sizes() == [(1.0, (32, 32))]
+    assert trainer.eval_dataset.image_sizes() == [((32, 32), 1.0)]
     section = trainer.noisekd_section({"steps": 0, "evaluations": []})
     assert section["noise"]["distribution"].startswith("structured (")
-    assert section["noise"]["resolutions"] == [[0.5, 0.6], [1.0, 0.4]]
+    assert section["noise"]["image_sizes"] == [[[16, 16], 0.6], [[32, 32], 0.4]]
 
 
 def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):
@@ -526,7 +559,8 @@ def test_torch_compile(tiny_cnn, tmp_path, backend):
         torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"balance_classes": True}, {"adversarial_steps": 1}])
+def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path, options):
     """And none for sizes in general, which is slower."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -537,6 +571,7 @@ def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path):
         resolutions="0.25:1,0.5:1,1:1",
         torch_compile=True,
         torch_compile_backend="eager",
+        **options,
     )
     NoiseKDTrainer(student(), tiny_cnn, args).train()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 3
@@ -602,7 +637,14 @@ def timm_model(**cfg):
         ({"teacher_model": 3}, {}, "a name, a folder or an nn.Module, got int"),
         ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' holds a NaN"),
         ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[2, 8, 8, 8\]"),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 1)}, {}, "has batches of 1 and the arguments say 16"),
+        (
+            {"train_dataset": NoiseDataset((1, 8, 8), 1)},
+            {},
+            "has 1 and the argument per_device_train_batch_size says 16",
+        ),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "has white and the argument noise says"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "has 1.0 and the argument noise_std"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "the argument resolutions says"),
         ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
         ({"eval_dataset": {}}, {}, "empty mapping"),
