@@ -17,6 +17,7 @@ unknown option, a value out of range, a bad configuration file, an output folder
 import argparse
 import json
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -429,14 +430,13 @@ def _add_fit_noise_options(parser: CommandParser) -> None:
 def fit_noise(args: argparse.Namespace) -> int:
     """Say which noise suits a teacher; see [`hf_noisekd.fit_noise`]."""
     model = _load_for_noise(args)
-    from .fit_noise import CANDIDATES
     from .fit_noise import fit_noise as fit
 
-    ranking, choice = fit(model, args.noises or CANDIDATES, input_size=args.input_size, batch_size=args.batch_size)
+    ranking, choice = fit(model, args.noises, input_size=args.input_size, batch_size=args.batch_size)
     if args.json:
         print(json.dumps({"teacher": args.teacher, "ranking": ranking, "choice": choice}, indent=1))
     else:
-        print(_fit_text(args.teacher, ranking, choice))
+        print(_fit_text(args, ranking, choice))
     return 0
 
 
@@ -598,7 +598,7 @@ def _teacher_text(facts: Mapping) -> str:
     )
 
 
-def _fit_text(teacher: str, ranking: Sequence[Mapping], choice: Mapping) -> str:
+def _fit_text(args: argparse.Namespace, ranking: Sequence[Mapping], choice: Mapping) -> str:
     columns = ("distance", "class_balance", "information")
     header = ["noise", *(column.replace("_", " ") for column in columns)]
     rows = [
@@ -606,17 +606,26 @@ def _fit_text(teacher: str, ranking: Sequence[Mapping], choice: Mapping) -> str:
         for fit in (*ranking, choice)
     ]
     table, best = _table(header, rows).rsplit("\n", 1)
-    from .noise import STRUCTURED_RESOLUTIONS
-
-    resolutions = ",".join(f"{scale:g}:{share:g}" for scale, share in STRUCTURED_RESOLUTIONS.items())
     return (
         f"{table}\n"
         "Distance: how far the noise is, in the BatchNorm layers, from the data that the teacher was trained on; the "
         "nearest comes first. Class balance and information: of the teacher's answers, 1 at best.\n\n"
-        f"The nearest that was found:\n{best}\n"
-        f"  noisekd distill --teacher {teacher} --student MODEL --output-dir FOLDER --noise '{choice['noise']}' "
-        f"--noise-std {choice['std']:g} --resolutions {resolutions}"
+        f"The nearest that was found:\n{best}\n  {_distill_command(args, choice)}"
     )
+
+
+def _distill_command(args: argparse.Namespace, choice: Mapping) -> str:
+    """Return the command that distils the teacher of the options with the noise that was chosen."""
+    from .noise import STRUCTURED_RESOLUTIONS
+
+    words = ["noisekd", "distill", "--teacher", args.teacher]
+    words += ["--teacher-checkpoint", args.teacher_checkpoint] if args.teacher_checkpoint else []
+    words += ["--trust-remote-code"] if args.trust_remote_code else []
+    words += ["--input-size", *map(str, args.input_size)] if args.input_size else []
+    words += ["--student", "MODEL", "--output-dir", "FOLDER", "--noise", choice["noise"]]
+    words += ["--noise-std", f"{choice['std']:g}", "--resolutions"]
+    words += [",".join(f"{scale:g}:{share:g}" for scale, share in STRUCTURED_RESOLUTIONS.items())]
+    return shlex.join(words)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -65,7 +65,7 @@ def test_the_noise_that_the_teacher_knows_comes_first(taught_by, noise):
     assert ranking[0]["noise"] == noise
     assert sorted(fit["noise"] for fit in ranking) == sorted(candidates)
     assert [fit["distance"] for fit in ranking] == sorted(fit["distance"] for fit in ranking)
-    assert choice["distance"] <= ranking[0]["distance"]
+    assert noise in parse_noise(choice["noise"]).weights
 
 
 def test_a_mixture_is_found_where_the_teacher_knows_one(taught_by):
@@ -82,15 +82,38 @@ def test_the_standard_deviation_is_found(taught_by):
     assert 1.4 < choice["std"] < 2.8
 
 
+def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
+    teacher = taught_by("dead_leaves")
+    blank = nn.Sequential(nn.BatchNorm2d(1), teacher).eval()
+    zeros = lambda generator, shape: torch.zeros(shape)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DISTRIBUTIONS, "zeros", zeros)
+        blank[0].running_var.fill_(0.0)
+        ranking, _ = fit_noise(blank, ["zeros"], **SIZE)
+    assert ranking[0]["distance"] > 0
+
+
+def test_names_with_weights_and_a_standard_deviation_can_be_given(taught_by):
+    teacher = taught_by("spectrum(2)")
+    ranking, choice = fit_noise(teacher, ["white:2", "structured", "spectrum(2)"], std=0.5, **SIZE)
+    assert ranking[0]["noise"] == "spectrum(2)"
+    assert {fit["std"] for fit in ranking} == {0.5}
+    assert parse_noise(choice["noise"])
+
+
 def test_says_what_cannot_be_measured(tiny_cnn):
     with pytest.raises(ValueError, match="at least one candidate"):
         fit_noise(tiny_cnn, [], **SIZE)
     with pytest.raises(ValueError, match="Did you mean 'white'"):
-        noise_fit(tiny_cnn, "wite", **SIZE)
+        fit_noise(tiny_cnn, ["white", "wite"], **SIZE)
     with pytest.raises(ValueError, match="input_size"):
         noise_fit(tiny_cnn, "white")
     with pytest.raises(ValueError, match="teacher does not take images of 3x8x8"):
         noise_fit(tiny_cnn, "white", input_size=(3, 8, 8))
+    damaged = copy.deepcopy(tiny_cnn)
+    damaged.fc.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"'fc\.weight' holds a NaN"):
+        fit_noise(damaged, ["white"], **SIZE)
     for layer in (tiny_cnn.bn1, tiny_cnn.bn2, tiny_cnn.bn3):
         layer.running_mean = layer.running_var = None
     with pytest.raises(ValueError, match="running statistics"):
@@ -99,9 +122,9 @@ def test_says_what_cannot_be_measured(tiny_cnn):
         noise_fit(nn.Conv2d(1, 2, 1), "white", **SIZE)
 
 
-def test_the_default_candidates_are_all_known():
-    from hf_noisekd.fit_noise import CANDIDATES
-
-    assert set(DISTRIBUTIONS) >= {name.split("(")[0] for name in CANDIDATES}
-    for name in CANDIDATES:
-        parse_noise(name)
+def test_all_registered_noises_are_candidates_by_default(tiny_cnn, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.fit_noise.DISTRIBUTIONS", DISTRIBUTIONS)
+    monkeypatch.setitem(DISTRIBUTIONS, "sevens", lambda generator, shape: torch.full(shape, 7.0))
+    ranking, _ = fit_noise(tiny_cnn, batch_size=16, **SIZE)
+    assert {fit["noise"] for fit in ranking} > set(DISTRIBUTIONS)
+    assert ranking[-1]["noise"] == "sevens"
