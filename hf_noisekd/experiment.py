@@ -5,12 +5,13 @@ import copy
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -63,7 +64,6 @@ CIFAR10 = {
 NOISE_PAIRS = {
     "cpu": CIFAR10["cpu"],
     "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
-    "gpu": CIFAR10["paper"] | {"students": ["resnet18_cifar"]},
 }
 
 # What `noisekd distill` does by itself, where it differs from the paper's setting.
@@ -282,7 +282,7 @@ class Experiment:
         Returns:
             Steps, seconds and accuracy in percent (batch statistics) of both.
         """
-        row, record = {"noise": name}, None
+        row, record = {}, None
         for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
             count = min(count, self.options.max_steps or count)
             if record is None or abs(count / record["steps"] - 1) > 0.02:
@@ -316,8 +316,8 @@ class Experiment:
     def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
         """Return the seconds of an average training step of each row, relative to the first one.
 
-        All rows are timed in turn, block by block, so that a slow moment of the machine meets all of them; the figure
-        is the median of the ratios. Resolutions count with their shares.
+        All rows are timed in turn, several times over; the figure is the median of the ratios, which a slow moment of
+        the machine does not move. Resolutions count with their shares. All processes get the figures of process 0.
 
         Args:
             rows: Arguments of [`distil`] by name.
@@ -333,10 +333,11 @@ class Experiment:
             for name, trainer in trainers.items():
                 seconds[name].append(trainer.train().metrics["train_runtime"])
         first = next(iter(seconds.values()))
-        return {
+        costs = {
             name: statistics.median(value / reference for value, reference in zip(values[1:], first[1:], strict=True))
             for name, values in seconds.items()
         }
+        return broadcast_object_list([costs])[0]
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from training images.
@@ -383,3 +384,18 @@ class Experiment:
         return self.options.output_dir / re.sub(
             r"[^a-z0-9]+", "-", f"{name} {model.pretrained_cfg['architecture']}".lower()
         )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation of two series, in [-1, 1].
+
+    Equal values share the mean of their ranks. None for fewer than three pairs, or where all values of a series are
+    equal.
+    """
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]

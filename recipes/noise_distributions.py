@@ -9,11 +9,9 @@ without any image, and the rank correlation (Spearman's, 1: alike, -1: reversed)
 equal seconds. The mixture that it chooses is a noise more. `--preset cpu-wrn` has another teacher, a WRN-16-2.
 """
 
-from statistics import correlation
-
 import torch
 
-from hf_noisekd.experiment import NOISE_PAIRS, Experiment, experiment_parser
+from hf_noisekd.experiment import NOISE_PAIRS, Experiment, experiment_parser, rank_correlation
 from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
 from hf_noisekd.fit_noise import fit_noise
 from hf_noisekd.mixture import parse_noise
@@ -56,12 +54,15 @@ def main() -> None:
     rows = []
     for noise, changed in arguments.items():
         row = experiment.distil_twice(noise, STEPS, round(STEPS / costs[noise]), **changed)
-        rows.append(row | {"cost of a step": costs[noise]})
+        rows.append({"noise": noise} | row | {"cost of a step": costs[noise]})
         results.measure("accuracy", rows)
     fits = sorted(fits, key=lambda fit: list(arguments).index(fit["noise"]))
-    accuracies = ranks([row["accuracy, equal seconds"] for row in rows])
-    correlations = {key: correlation(ranks([fit[key] for fit in fits]), accuracies) for key in CRITERIA}
-    results.measure("rank correlation with the accuracy", [correlations])
+    accuracies = [row["accuracy, equal seconds"] for row in rows]
+    correlations = [
+        {"of": of} | {key: rank_correlation([fit[key] for fit in fits[:count]], accuracies[:count]) for key in CRITERIA}
+        for of, count in ((f"all {len(rows)}", len(rows)), (f"the {len(options.noises)} named", len(options.noises)))
+    ]
+    results.measure("rank correlation with the accuracy", correlations)
     points = {
         fit["noise"]: [(fit["distance"], row["accuracy, equal seconds"])] for fit, row in zip(fits, rows, strict=True)
     }
@@ -71,11 +72,6 @@ def main() -> None:
     sheet = {noise: parse_noise(noise)(torch.Generator().manual_seed(options.seed), size) for noise in options.noises}
     results.plot("noises.png", lambda runs, path: plot_contact_sheet(sheet, path))
     results.print_table()
-
-
-def ranks(values: list[float]) -> list[int]:
-    """Return the place of each value among all of them."""
-    return [sorted(values).index(value) for value in values]
 
 
 if __name__ == "__main__":

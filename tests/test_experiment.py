@@ -9,7 +9,15 @@ from safetensors.torch import save_file
 from timm.models._registry import _model_pretrained_cfgs
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser, run_table
+from hf_noisekd import NoiseKDConfig
+from hf_noisekd.experiment import (
+    CIFAR10,
+    DISTILL_DEFAULTS,
+    Experiment,
+    experiment_parser,
+    rank_correlation,
+    run_table,
+)
 from hf_noisekd.hub import load_teacher, save_model
 
 PRESET = CIFAR10["cpu"] | {"model_args": {"width": 8, "stem_stride": 2}}
@@ -194,3 +202,23 @@ def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
     (tmp_path / "transformers" / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match="transformers does not say how it wants its images: save an image processor"):
         images("--teacher", str(tmp_path / "transformers"))
+
+
+def test_the_rank_correlation_is_spearmans():
+    assert rank_correlation([1, 2, 30, 4], [0.1, 0.2, 0.9, 0.3]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+    # Ties share the mean of their ranks: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9**0.5)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_the_defaults_of_distillation_are_all_that_differs_from_the_paper(tmp_path):
+    default, recipe = NoiseKDConfig(str(tmp_path)), NoiseKDConfig.paper(str(tmp_path), **DISTILL_DEFAULTS)
+    ignored = {"optim", "output_dir"}
+    different = {
+        field.name
+        for field in dataclasses.fields(default)
+        if getattr(default, field.name) != getattr(recipe, field.name)
+    }
+    assert different <= ignored, different
