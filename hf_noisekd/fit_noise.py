@@ -14,10 +14,9 @@ import torch
 from torch import nn
 
 from .batch_norm import batch_statistics, find_batch_norm
-from .classifier import answer_to_blanks, check_finite, compute_logits, device_of, evaluation_mode
+from .classifier import answer_to_blanks, check_finite
 from .mixture import AUGMENTATIONS, DISTRIBUTIONS, parse_noise
-from .noise import NoiseDataset
-from .teacher_check import describe_answers
+from .teacher_check import answer_noise, describe_answers, full_size_noise
 
 # What is compared beside every distribution as it is.
 OTHER_PARAMETERS = (
@@ -70,17 +69,14 @@ def noise_fit(
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if not layers:
         raise ValueError("No BatchNorm layer of the model has running statistics to compare with.")
-    data = NoiseDataset.for_model(
+    data = full_size_noise(
         model,
+        noise,
         input_size=input_size,
         batch_size=batch_size,
         num_steps=num_batches,
-        distribution=noise,
-        resolutions={1.0: 1.0},
         seed=seed,
-        device=device_of(model),
         **({} if std is None else {"std": std}),
-        dtype=next(model.parameters()).dtype,
     )
     check_finite(model, "teacher")
     answer_to_blanks(model, data.input_size, "teacher")
@@ -93,12 +89,11 @@ def noise_fit(
         shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
         divergences[name].append((ratio + shift - 1 - ratio.log()).mean() / 2)
 
-    with ExitStack() as stack, evaluation_mode(model), batch_statistics(model):
+    with ExitStack() as stack:
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: compare(name, layer, inputs[0]))
             stack.callback(hook.remove)
-        probs = torch.cat([compute_logits(model, data.draw(step)).float() for step in data.steps()]).softmax(-1)
-    answers = describe_answers(probs)
+        answers = describe_answers(answer_noise(model, data, batch_statistics(model)))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     distances = distances.clamp(min=torch.finfo().tiny)  # 0 would make the product 0, whatever the other layers say
     return {

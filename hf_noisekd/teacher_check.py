@@ -40,24 +40,9 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     Raises:
         ValueError: The model does not declare its input size and none was given, or it takes images of another one.
     """
-    noise = NoiseDataset.for_model(
-        model,
-        input_size=input_size,
-        batch_size=batch_size,
-        num_steps=NUM_BATCHES,
-        distribution="structured",
-        resolutions={1.0: 1.0},
-        device=device_of(model),
-        dtype=next(model.parameters()).dtype,
-    )
-
-    @torch.no_grad()
-    def answer(statistics: AbstractContextManager) -> torch.Tensor:
-        with evaluation_mode(model), statistics:
-            return torch.cat([compute_logits(model, noise.draw(step)).float() for step in noise.steps()]).softmax(-1)
-
+    noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     answer_to_blanks(model, noise.input_size, "model")
-    running = answer(nullcontext())
+    running = answer_noise(model, noise)
     num_classes = running.shape[-1]
     try:
         layers, no_layers = find_batch_norm(model), None
@@ -68,7 +53,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     if nonfinite is None:
         answers["running"] = describe_answers(running)
         if layers:
-            answers["batch"] = describe_answers(answer(batch_statistics(model)))
+            answers["batch"] = describe_answers(answer_noise(model, noise, batch_statistics(model)))
     if nonfinite is not None:
         obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     elif num_classes < 2:
@@ -87,6 +72,33 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         "can_teach": obstacle is None,
         "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers["batch"], num_classes),
     }
+
+
+def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDataset:
+    """Return noise in the full size that suits `model`, to be drawn where that is; see [`NoiseDataset.for_model`]."""
+    return NoiseDataset.for_model(
+        model,
+        distribution=distribution,
+        resolutions={1.0: 1.0},
+        device=device_of(model),
+        dtype=next(model.parameters()).dtype,
+        **kwargs,
+    )
+
+
+@torch.no_grad()
+def answer_noise(
+    model: nn.Module, noise: NoiseDataset, statistics: AbstractContextManager | None = None
+) -> torch.Tensor:
+    """Return the answers `[N, num_classes]` of `model` in evaluation mode to all batches of `noise`, in float32.
+
+    Args:
+        model: The classifier. It comes back unchanged.
+        noise: Noise of a limited number of steps.
+        statistics: [`batch_statistics`] of the model, or none for its running statistics.
+    """
+    with evaluation_mode(model), statistics or nullcontext():
+        return torch.cat([compute_logits(model, noise.draw(step)).float() for step in noise.steps()]).softmax(-1)
 
 
 def describe_answers(probs: torch.Tensor) -> dict[str, float]:
