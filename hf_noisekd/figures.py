@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -43,12 +44,14 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
     figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
     handles = {}
+    several = len({name for panel in panels for name in panel.lines}) > 10
+    palette = colormaps["tab20" if several else "tab10"].colors
     for axis, panel in zip(axes, panels, strict=True):
         for name, points in panel.lines.items():
             if not points:
                 continue
             x, y, *spread = zip(*sorted(points), strict=True)
-            color = handles[name].lines[0].get_color() if name in handles else f"C{len(handles)}"
+            color = handles[name].lines[0].get_color() if name in handles else palette[len(handles) % len(palette)]
             handles[name] = axis.errorbar(
                 x, y, *spread, color=color, marker="o" if panel.marker else None, markersize=3, capsize=3
             )

@@ -179,7 +179,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         """Train the student; see transformers' `Trainer.train`.
 
         Resuming is exact: step `k` sees the noise it would have seen without the break, at no cost for the steps
-        before.
+        before. The sizes of the noise and the learning rate go by the number of all steps, which must stay the same.
 
         Raises:
             ValueError: The checkpoint is missing or damaged. Nothing has been changed then.

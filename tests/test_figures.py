@@ -12,6 +12,12 @@ def drawn(axis) -> list[list[tuple[float, float]]]:
     return [[tuple(point) for point in container.lines[0].get_xydata()] for container in axis.containers]
 
 
+def test_a_dozen_lines_have_colors_of_their_own(tmp_path):
+    lines = {f"line {number}": [(1, number), (2, number)] for number in range(12)}
+    figure = plot_panels([Panel(lines, "title", "x", "y")], tmp_path / "many.png")
+    assert len({line.get_color() for line in figure.axes[0].lines if len(line.get_xdata()) == 2}) == 12
+
+
 def test_panels_show_their_lines_and_errors(tmp_path):
     second = Panel({"two": [(x, y / 2, 3.0) for x, y in POINTS], "one": POINTS, "none": []}, log_x=True, log_y=True)
     figure = plot_panels([Panel({"one": POINTS}, "title", "x", "y"), second], tmp_path / "two.png", share_y=True)

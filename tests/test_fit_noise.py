@@ -40,7 +40,7 @@ def test_the_distance_is_small_to_what_the_teacher_was_trained_on(taught_by):
     assert own["information"] == own["class_balance"] - own["flatness"]
 
 
-def test_the_distance_is_the_divergence_of_normal_distributions(tiny_cnn):
+def test_the_distance_is_the_divergence_of_normal_distributions():
     """Written out for the first layer alone."""
 
     class First(nn.Module):
@@ -73,7 +73,7 @@ def test_a_mixture_is_found_where_the_teacher_knows_one(taught_by):
     assert set(parse_noise(choice["noise"]).weights) == {"white", "spectrum(2)"}
 
 
-def test_the_standard_deviation_is_found(taught_by):
+def test_the_standard_deviation_is_found():
     """That of a layer that sees the noise as it is; behind a first convolution, BatchNorm would take it away."""
     teacher = nn.Sequential(nn.BatchNorm2d(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3)).eval()
     teacher[0].running_var.fill_(2.0**2)
