@@ -316,8 +316,8 @@ class Experiment:
     def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
         """Return the seconds of an average training step of each row, relative to the first one.
 
-        All rows are timed in turn, several times over; the figure is the median of the ratios, which a slow moment of
-        the machine does not move. Resolutions count with their shares. All processes get the figures of process 0.
+        Each row takes turns with the first one; its figure is the median of the ratios, which neither a slow moment of
+        the machine moves nor a slow hour. Resolutions count with their shares. All processes get those of process 0.
 
         Args:
             rows: Arguments of [`distil`] by name.
@@ -328,15 +328,15 @@ class Experiment:
             )
             for name, arguments in rows.items()
         }
-        seconds = {name: [] for name in rows}
-        for _ in range(2 if self.options.max_steps else 6):  # the first one warms up
-            for name, trainer in trainers.items():
-                seconds[name].append(trainer.train().metrics["train_runtime"])
-        first = next(iter(seconds.values()))
-        costs = {
-            name: statistics.median(value / reference for value, reference in zip(values[1:], first[1:], strict=True))
-            for name, values in seconds.items()
-        }
+        first, *others = rows
+
+        def seconds(name: str) -> float:
+            return trainers[name].train().metrics["train_runtime"]
+
+        costs = {first: 1.0}
+        for name in others:
+            pairs = [(seconds(first), seconds(name)) for _ in range(2 if self.options.max_steps else 5)]
+            costs[name] = statistics.median(own / reference for reference, own in pairs[1:])  # the first one warms up
         return broadcast_object_list([costs])[0]
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
