@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from hf_noisekd.hub import save_model
-from hf_noisekd.recipe import results_table
+from hf_noisekd.recipe import measurements_table, results_table
 
 ROOT = Path(__file__).parents[1]
 DEMO_TEACHER = "runs/digits/teacher"
@@ -34,6 +34,13 @@ def test_tables_are_those_of_the_results_files(name):
     assert results_table(record) in README
     assert record["commit"] in README
     assert not record["commit"].endswith("-dirty")
+
+
+def test_the_speed_of_the_default_is_that_of_the_results_files():
+    files = sorted((ROOT / "recipes" / "results").glob("noise_speed_cpu*.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    tables = [record["measurements"]["accuracy"] for record in records if record["preset"] == "cpu"]
+    assert measurements_table(*tables) in README
 
 
 def test_commands_are_make_targets():
