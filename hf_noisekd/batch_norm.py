@@ -21,6 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .classifier import compute_logits, device_of, evaluation_mode
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Return whether `model` has a layer that [`find_batch_norm`] finds."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorm layers of `model` by name, in the order of `model.named_modules()`.
 

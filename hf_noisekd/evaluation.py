@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
-from .batch_norm import batch_statistics
+from .batch_norm import batch_statistics, has_batch_norm
 from .classifier import compute_logits, device_of, evaluation_mode
 from .noise import NoiseDataset
 
@@ -85,8 +85,7 @@ def evaluate_loader(
     """
     device = device_of(model)
     dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
-    has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm else nullcontext()}
+    contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm(model) else nullcontext()}
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):

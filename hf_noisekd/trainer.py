@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress
 
-from .batch_norm import batch_statistics
+from .batch_norm import batch_statistics, has_batch_norm
 from .checks import (
     check_checkpoint,
     check_eval_dataset,
@@ -159,7 +158,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             else self.teacher_model
         )
         self._teacher_statistics = teacher_statistics
-        self._student_statistics = batch_statistics(self.model) if _has_batch_norm(self.model) else nullcontext()
+        self._student_statistics = batch_statistics(self.model) if has_batch_norm(self.model) else nullcontext()
         self._loss_fn = LOSSES[self.args.loss_type]
         self.train_dataset = self._on_this_device(self.train_dataset)
         if isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None:
@@ -299,10 +298,10 @@ class NoiseKDTrainer(ClassifierTrainer):
         having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.
         """
         noise = self.train_dataset if isinstance(self.train_dataset, NoiseDataset) else None
-        has_batch_norm = _has_batch_norm(self.model)
-        batch_norm = "batch" if noise is not None and has_batch_norm else "running"
+        with_batch_norm = has_batch_norm(self.model)
+        batch_norm = "batch" if noise is not None and with_batch_norm else "running"
         for evaluation in record["evaluations"]:
-            if "accuracy" in evaluation["batch"] and has_batch_norm:
+            if "accuracy" in evaluation["batch"] and with_batch_norm:
                 lead = evaluation["batch"]["accuracy"] - evaluation["running"]["accuracy"]
                 batch_norm = "batch" if lead > 1 else "running"
         section = {
@@ -526,10 +525,6 @@ class NoiseKDTrainer(ClassifierTrainer):
         if self.args.bf16:
             dataset.dtype = torch.bfloat16
         return dataset
-
-
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
 def draw_balanced(answers: torch.Tensor) -> torch.Tensor:
