@@ -573,6 +573,8 @@ def _summary(config, scores: Mapping[str, Mapping[str, float]], eval_dataset: st
 
 
 def _teacher_text(facts: Mapping) -> str:
+    from .classifier import by
+
     names = ", ".join(facts["class_names"]) + (", ..." if len(facts["class_names"]) < facts["num_classes"] else "")
     layers = ", ".join(f"{count} {kind}" for kind, count in facts["batch_norm"].items()) or "none"
     header = ["BatchNorm on", "class balance", "flatness", "top class (%)", "classes answered"]
@@ -588,7 +590,7 @@ def _teacher_text(facts: Mapping) -> str:
     ]
     return (
         f"{facts['teacher']}: {facts['architecture']}, {facts['parameters']:,} parameters, input "
-        f"{_by(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
+        f"{by(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
         f"BatchNorm layers: {layers}\n\n"
         f"Answers to {facts['noise_images']:,} noise images:\n"
         f"{_table(header, rows)}\n"
@@ -616,7 +618,7 @@ def _fit_text(args: argparse.Namespace, ranking: Sequence[Mapping], choice: Mapp
 
 def _distill_command(args: argparse.Namespace, choice: Mapping) -> str:
     """Return the command that distils the teacher of the options with the noise that was chosen."""
-    from .noise import STRUCTURED_RESOLUTIONS
+    from .noise import STRUCTURED_RESOLUTIONS, resolutions_text
 
     words = ["noisekd", "distill", "--teacher", args.teacher]
     words += ["--teacher-checkpoint", args.teacher_checkpoint] if args.teacher_checkpoint else []
@@ -624,7 +626,7 @@ def _distill_command(args: argparse.Namespace, choice: Mapping) -> str:
     words += ["--input-size", *map(str, args.input_size)] if args.input_size else []
     words += ["--student", "MODEL", "--output-dir", "FOLDER", "--noise", choice["noise"]]
     words += ["--noise-std", f"{choice['std']:g}", "--resolutions"]
-    words += [",".join(f"{scale:g}:{share:g}" for scale, share in STRUCTURED_RESOLUTIONS.items())]
+    words += [resolutions_text(STRUCTURED_RESOLUTIONS)]
     return shlex.join(words)
 
 
@@ -656,10 +658,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         )
         for row in (header, *rows)
     )
-
-
-def _by(input_size: Sequence[int]) -> str:
-    return "x".join(map(str, input_size))
 
 
 def _load(source: str, args: argparse.Namespace, **kwargs):

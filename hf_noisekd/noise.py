@@ -217,6 +217,11 @@ def parse_resolutions(text: str) -> dict[float, float]:
         ) from error
 
 
+def resolutions_text(resolutions: Mapping[float, float]) -> str:
+    """Return the text that [`parse_resolutions`] reads as `resolutions`."""
+    return ",".join(f"{scale:g}:{share:g}" for scale, share in resolutions.items())
+
+
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
     """Return resolutions as a new mapping, or say what is wrong with them.
 

@@ -147,7 +147,7 @@ def _comparison(
         cells = [
             name,
             model_cell(repeated[0]),
-            " to ".join(f"{steps:,}" for steps in sorted({min(steps), max(steps)})),
+            " to ".join(f"{number:,}" for number in sorted({min(steps), max(steps)})),
             str(len(repeated)),
             *map(mean_and_spread, values.values()),
         ]

@@ -10,20 +10,22 @@ another teacher, a WRN-16-2.
 """
 
 from hf_noisekd.experiment import DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
+from hf_noisekd.noise import STRUCTURED_RESOLUTIONS, resolutions_text
 
 WHITE_STEPS = 500
+STRUCTURED_SIZES = resolutions_text(STRUCTURED_RESOLUTIONS)
 RUNS = {"white": {"noise": "white"}} | {
     name: DISTILL_DEFAULTS | change
     for name, change in {
         "the default": {},
         "white noise": {"noise": "white"},
-        "white noise, half size first": {"noise": "white", "resolutions": "0.5:0.6,1:0.4"},
+        "white noise, half size first": {"noise": "white", "resolutions": STRUCTURED_SIZES},
         "full size throughout": {"resolutions": "1"},
         "half size longer": {"resolutions": "0.5:0.8,1:0.2"},
         "three sizes": {"resolutions": "0.5:0.6,0.75:0.25,1:0.15"},
         "half size only": {"resolutions": "0.5"},
-        "cut and paste": {"noise": "dead_leaves|cutmix:0.5", "resolutions": "0.5:0.6,1:0.4"},
-        "mixed images": {"noise": "dead_leaves|mixup:0.5", "resolutions": "0.5:0.6,1:0.4"},
+        "cut and paste": {"noise": "dead_leaves|cutmix:0.5", "resolutions": STRUCTURED_SIZES},
+        "mixed images": {"noise": "dead_leaves|mixup:0.5", "resolutions": STRUCTURED_SIZES},
         "temperature 4": {"loss_type": "kl", "temperature": 4.0},
         "centred logits": {"loss_type": "centered_mse"},
         "learning rate 3e-3": {"learning_rate": 3e-3},

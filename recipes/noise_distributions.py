@@ -56,7 +56,8 @@ def main() -> None:
         row = experiment.distil_twice(noise, STEPS, round(STEPS / costs[noise]), **changed)
         rows.append({"noise": noise} | row | {"cost of a step": costs[noise]})
         results.measure("accuracy", rows)
-    fits = sorted(fits, key=lambda fit: list(arguments).index(fit["noise"]))
+    fit_of = {fit["noise"]: fit for fit in fits}
+    fits = [fit_of[noise] for noise in arguments]
     accuracies = [row["accuracy, equal seconds"] for row in rows]
     correlations = [
         {"of": of} | {key: rank_correlation([fit[key] for fit in fits[:count]], accuracies[:count]) for key in CRITERIA}

@@ -6,7 +6,14 @@ from torch.utils.data import DataLoader
 
 from hf_noisekd import NoiseDataset
 from hf_noisekd.distributions import white
-from hf_noisekd.noise import MAX_RANKS, MAX_STEPS, STRUCTURED_RESOLUTIONS, draw_seed, parse_resolutions
+from hf_noisekd.noise import (
+    MAX_RANKS,
+    MAX_STEPS,
+    STRUCTURED_RESOLUTIONS,
+    draw_seed,
+    parse_resolutions,
+    resolutions_text,
+)
 
 
 def test_white_noise_has_zero_mean_and_unit_variance():
@@ -146,6 +153,7 @@ def test_resolutions_need_the_length_of_the_training():
 def test_reads_resolutions():
     assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("1") == {1: 1}
+    assert resolutions_text(STRUCTURED_RESOLUTIONS) == "0.5:0.6,1:0.4"
     for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "0.5:1:1"):
         with pytest.raises(ValueError, match=r"resolutions is .* such as '0.5:0.6,1:0.4'"):
             parse_resolutions(text)
