@@ -136,23 +136,31 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
         for name in ("accuracy", "what the teacher says", "rank correlation with the accuracy")
     )
     assert {row["noise"] for row in accuracies} == {fit["noise"] for fit in fits}
+    named = [fit["distance"] for fit in fits[:3]]
+    assert named == sorted(named)
     assert {f"{row['noise']}, equal steps" for row in accuracies} <= {run["name"] for run in record["runs"]}
     assert set(correlations) == {"of", "distance", "class_balance", "information"}
     assert correlations["of"] == "the 3 named"
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
-    record = run_here("noise_ablations", monkeypatch, *options, "--runs", "one adversarial step")
+    chosen = ("temperature 4", "teacher on running statistics", "one adversarial step")
+    record = run_here("noise_ablations", monkeypatch, *options, "--runs", *chosen)
     (rows,) = record["measurements"].values()
     runs = {run["name"]: run["noisekd"] for run in record["runs"][1:]}
     assert runs["white, equal steps"]["noise"]["distribution"] == "white"
     assert runs["white, equal steps"]["noise"]["image_sizes"] == [[[32, 32], 1.0]]
     assert runs["white, equal steps"]["learning_rate"] == 3e-3
     assert runs["the default, equal steps"]["learning_rate"] == 1e-2
+    assert runs["temperature 4, equal steps"]["temperature"] == 4
+    assert runs["temperature 4, equal steps"]["learning_rate"] == 1e-2
+    assert runs["teacher on running statistics, equal steps"]["teacher_batch_norm_fraction"] == 0
     assert runs["one adversarial step, equal steps"]["adversarial_steps"] == 1
     assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)
-    record = run_here("noise_speed", monkeypatch, *options, "--preset", "cpu-long")
+    record = run_here("noise_speed", monkeypatch, *options)
     (rows,) = record["measurements"].values()
     assert [(row["noise"], row["in the time of white steps"], row["steps"]) for row in rows] == [
-        ("white", 5400, 2), ("white, as the default", 5400, 2), ("structured, the default", 5400, 2)
+        (name, white_steps, 2)
+        for white_steps in (500, 600, 1800)
+        for name in ("white", "white, as the default", "structured, the default")
     ]  # fmt: skip
 
 

@@ -201,7 +201,7 @@ def test_the_student_is_trained_on_the_adversarial_images(tiny_cnn, tmp_path, wh
     step = 0.25 if what == "images" else 0.5
     change = (seen[-1].float() - drawn[-1].float()).abs()
     assert change.max() == pytest.approx(step, rel=0.05)
-    assert change.min() >= 0
+    assert (change > 0.9 * step).float().mean() > 0.5
 
 
 def test_balanced_classes_are_drawn_equally_often():
