@@ -316,8 +316,9 @@ class Experiment:
     def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
         """Return the seconds of an average training step of each row, relative to the first one.
 
-        Each row takes turns with the first one; its figure is the median of the ratios, which neither a slow moment of
-        the machine moves nor a slow hour. Resolutions count with their shares. All processes get those of process 0.
+        Each row takes turns with the first one, and all rows have had a turn before any has the next. A row's figure is
+        the median of its ratios, which neither some slow minutes of the machine move nor a slow hour. Resolutions count
+        with their shares. All processes get those of process 0.
 
         Args:
             rows: Arguments of [`distil`] by name.
@@ -333,10 +334,13 @@ class Experiment:
         def seconds(name: str) -> float:
             return trainers[name].train().metrics["train_runtime"]
 
-        costs = {first: 1.0}
-        for name in others:
-            pairs = [(seconds(first), seconds(name)) for _ in range(2 if self.options.max_steps else 5)]
-            costs[name] = statistics.median(own / reference for reference, own in pairs[1:])  # the first one warms up
+        seconds(first)  # warms up
+        ratios = {name: [] for name in others}
+        for _ in range(1 if self.options.max_steps else 5):
+            for name in others:
+                reference = seconds(first)
+                ratios[name].append(seconds(name) / reference)
+        costs = {first: 1.0} | {name: statistics.median(values) for name, values in ratios.items()}
         return broadcast_object_list([costs])[0]
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:

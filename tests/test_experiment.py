@@ -1,5 +1,6 @@
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -70,6 +71,24 @@ def test_the_cost_of_a_step_is_relative_to_the_first_row(experiment):
     assert costs["white"] == 1.0
     assert costs["costly"] > 2
     assert [run["name"] for run in tiny.results.record["runs"]] == ["teacher"]
+
+
+def test_a_slow_minute_does_not_move_the_cost_of_a_step(experiment, monkeypatch):
+    class Trainer:
+        calls = 0
+
+        def __init__(self, name):
+            self.cost = {"first": 1.0, "second": 1.2, "third": 1.5}[name]
+
+        def train(self):
+            Trainer.calls += 1
+            slow = self.cost > 1 and 2 < Trainer.calls <= 9
+            return SimpleNamespace(metrics={"train_runtime": self.cost * (3 if slow else 1)})
+
+    tiny = experiment()
+    tiny.options.max_steps = None
+    monkeypatch.setattr(tiny, "distillation_trainer", lambda name, **_: Trainer(name))
+    assert tiny.step_cost({"first": {}, "second": {}, "third": {}}) == {"first": 1.0, "second": 1.2, "third": 1.5}
 
 
 def test_equal_steps_and_equal_seconds_are_one_run_where_they_are_the_same(experiment):
