@@ -16,7 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -142,10 +142,16 @@ def results_table(record: Mapping) -> str:
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for run in record["runs"]:
-        accuracies = " | ".join(f"{run['evaluations'][0][kind]['accuracy']:.2f}" for kind in STATISTICS)
-        speed = f"{run.get('seconds', 0):.0f} | {run.get('images_per_second', 0):,.0f}"
-        lines.append(f"| {run['name']} | {model_cell(run)} | {run['steps']:,} | {speed} | {accuracies} |")
+        cells = [run["name"], model_cell(run), f"{run['steps']:,}"]
+        cells += [f"{run.get('seconds', 0):.0f}", f"{run.get('images_per_second', 0):,.0f}"]
+        lines.append(table_row(cells + [f"{run['evaluations'][0][kind]['accuracy']:.2f}" for kind in STATISTICS]))
     return "\n".join(lines)
+
+
+def table_row(cells: Iterable[str]) -> str:
+    """Return a row of a Markdown table; a bar in a cell, such as those in the names of noises, stays in it."""
+    escaped = (cell.replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def model_cell(run: Mapping) -> str:
@@ -156,25 +162,28 @@ def model_cell(run: Mapping) -> str:
 def measurements_table(rows: Sequence[Mapping], *repetitions: Sequence[Mapping]) -> str:
     """Return measurements as a Markdown table; what is a list, such as a histogram, is left to the figures.
 
+    A column has two decimals, or four where all of its numbers are below 0.1.
+
     Args:
         rows: Measurements.
         *repetitions: The same ones with other seeds, all or some of the rows; a row is known by its texts. Numbers that
             are not the same in all become mean and standard deviation.
     """
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
-    lines = [f"| {' | '.join(columns)} |"]
+    lines = [table_row(columns)]
     lines.append(f"|{''.join('---|' if isinstance(rows[0][column], str) else '---:|' for column in columns)}")
+    decimals = {column: 4 if all(_is_small(row[column]) for row in rows) else 2 for column in columns}
     others = [_rows_by_texts(repetition) for repetition in repetitions]
     for key, row in _rows_by_texts(rows).items():
         same = [row, *(other[key] for other in others if key in other)]
-        lines.append(f"| {' | '.join(_cell([repeated[column] for repeated in same]) for column in columns)} |")
+        lines.append(table_row(_cell([one[column] for one in same], decimals[column]) for column in columns))
     return "\n".join(lines)
 
 
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Return the mean of several values and their standard deviation, or the only one, with two decimals."""
-    spread = f" ± {statistics.stdev(values):,.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):,.2f}{spread}"
+def mean_and_spread(values: Sequence[float], decimals: int = 2) -> str:
+    """Return the mean of several values and their standard deviation, or the only one."""
+    spread = f" ± {statistics.stdev(values):,.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):,.{decimals}f}{spread}"
 
 
 def _rows_by_texts(rows: Sequence[Mapping]) -> dict[tuple, Mapping]:
@@ -187,13 +196,17 @@ def _rows_by_texts(rows: Sequence[Mapping]) -> dict[tuple, Mapping]:
     return found
 
 
-def _cell(values: Sequence[float | str | None]) -> str:
+def _is_small(value: float | str | None) -> bool:
+    return isinstance(value, float) and abs(value) < 0.1
+
+
+def _cell(values: Sequence[float | str | None], decimals: int) -> str:
     value, *others = values
     if any(other != value for other in others):
-        return mean_and_spread(values)
+        return mean_and_spread(values, decimals)
     if value is None:
         return ""
-    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"
 
 
 def _chosen(options: argparse.Namespace) -> dict:

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .recipe import mean_and_spread, measurements_table, model_cell
+from .recipe import mean_and_spread, measurements_table, model_cell, table_row
 from .record import describe_machine
 
 MAX_ROWS = 20
@@ -140,7 +140,7 @@ def _comparison(
     runs = _runs(records)
     header = ["", "model", "steps", "n", "running statistics", "batch statistics"]
     header += ["paper", "difference"] if paper else []
-    lines = [f"| {' | '.join(header)} |", f"|---|---|{'---:|' * (len(header) - 2)}"]
+    lines = [table_row(header), f"|---|---|{'---:|' * (len(header) - 2)}"]
     for (name, architecture), repeated in runs.items():
         values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
         steps = [run["steps"] for run in repeated]
@@ -154,7 +154,7 @@ def _comparison(
         if paper:
             ours = values["batch" if "noise" in repeated[0].get("noisekd", {}) else "running"]
             cells += _paper_cells(paper.get(name, {}), None if own_networks else architecture, statistics.mean(ours))
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(table_row(cells))
     return "\n".join(lines)
 
 

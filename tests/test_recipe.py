@@ -77,14 +77,14 @@ def test_table_has_a_row_for_each_run(results, capsys):
 
 def test_measurements_are_recorded_and_printed(results, tmp_path, capsys):
     rows = [
-        {"images": 4096, "input": "noise", "accuracy": 12.345678, "density": [0.1]},
+        {"images": 4096, "input": "noise|flip", "accuracy": 12.345678, "density": [0.1]},
     ]
     results.measure("reading", rows)
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["measurements"] == {"reading": [rows[0] | {"accuracy": 12.3457}]}
     results.print_table()
     printed = capsys.readouterr().out
-    assert "| images | input | accuracy |\n|---:|---|---:|\n| 4,096 | noise | 12.35 |" in printed
+    assert "| images | input | accuracy |\n|---:|---|---:|\n| 4,096 | noise\\|flip | 12.35 |" in printed
 
 
 def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):

@@ -91,6 +91,14 @@ def test_measurements_are_tables_unless_they_are_long(recipes):
     assert "Long:" not in page
 
 
+def test_bars_in_names_and_small_numbers_can_be_read(recipes):
+    rows = [{"noise": "a|b:0.5", "share": 0.25, "distance": 0.0096}]
+    write(recipes, "one_cpu", record(0, run("a|b:0.5", 12.3), measurements={"m": rows}))
+    page = render_page(recipes)
+    assert "| a\\|b:0.5 | 0.25 | 0.0096 |" in page
+    assert "| a\\|b:0.5 | big, 1.23 M | 1,500 | 1 |" in page
+
+
 def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
     def rows(*accuracies):
         return [{"noise": name, "images": 256, "accuracy": accuracy} for name, accuracy in accuracies]
