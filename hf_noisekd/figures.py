@@ -140,7 +140,7 @@ def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> Figure
     return figure
 
 
-def plot_contact_sheet(images: Mapping[str, torch.Tensor], path: str | Path, *, columns: int = 12) -> Figure:
+def plot_contact_sheet(images: Mapping[str, torch.Tensor], path: str | Path, *, columns: int = 8) -> Figure:
     """Plot some images of each kind in a row, save them as a PNG, and return the figure.
 
     Args:
