@@ -8,7 +8,7 @@ import pytest
 import timm
 
 from hf_noisekd.hub import save_model
-from hf_noisekd.recipe import measurements_table, results_table
+from hf_noisekd.recipe import mean_and_spread, results_table, table_row
 
 ROOT = Path(__file__).parents[1]
 DEMO_TEACHER = "runs/digits/teacher"
@@ -37,10 +37,27 @@ def test_tables_are_those_of_the_results_files(name):
 
 
 def test_the_speed_of_the_default_is_that_of_the_results_files():
-    files = sorted((ROOT / "recipes" / "results").glob("noise_speed_cpu*.json"))
-    records = [json.loads(file.read_text()) for file in files]
-    tables = [record["measurements"]["accuracy"] for record in records if record["preset"] == "cpu"]
-    assert measurements_table(*tables) in README
+    """The table has a line for each teacher and time, and a column for each noise: means over the seeds."""
+    lines = []
+    for preset, teacher in {"cpu": "ResNet-18", "cpu-wrn": "WRN-16-2"}.items():
+        accuracies = {}
+        for file in sorted((ROOT / "recipes" / "results").glob("noise_speed_*.json")):
+            record = json.loads(file.read_text())
+            for row in record["measurements"]["accuracy"] if record["preset"] == preset else ():
+                noises = accuracies.setdefault(row["in the time of white steps"], {})
+                noises.setdefault(row["noise"], []).append(row["accuracy"])
+        lines += [
+            table_row([teacher, f"{steps:,}", *map(mean_and_spread, noises.values())])
+            for steps, noises in accuracies.items()
+        ]
+    header = ["teacher", "in the time of white steps", "white", "white, as the default", "structured, the default"]
+    assert "\n".join([table_row(header), "|---|---:|---:|---:|---:|", *lines]) in README
+
+
+def test_the_rank_correlation_is_that_of_the_results_file():
+    record = json.loads((ROOT / "recipes" / "results" / "noise_distributions_cpu.json").read_text())
+    correlation, *_ = record["measurements"]["rank correlation with the accuracy"]
+    assert f"of this distance with the accuracy was {correlation['distance']:.2f}" in README
 
 
 def test_commands_are_make_targets():
