@@ -12,8 +12,10 @@ RELEASED := digits_cpu cifar10_cpu
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/digits.py --output-dir runs/digits
 
+# Two processes of one thread: most tests are too small to keep two threads busy, or wait for another process.
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow test-gpu test-network: test-%: $(VENV)/.installed
 	$(BIN)/python -m pytest -m $*
