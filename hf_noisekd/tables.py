@@ -170,7 +170,7 @@ def _paper_cells(values: Mapping[str, float], architecture: str | None, ours: fl
 def _pending(paper: Mapping[str, Mapping[str, float]], done: Container[tuple[str, str]] = ()) -> str:
     """Return the table of what the paper has and we have not, if anything."""
     lines = [
-        f"| {name} | {architecture} | not yet run | {value:.2f} |"
+        table_row([name, architecture, "not yet run", f"{value:.2f}"])
         for name, values in paper.items()
         for architecture, value in values.items()
         if (name, architecture) not in done
