@@ -20,6 +20,7 @@ import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
 from hf_noisekd.cli import main, parse_args
 from hf_noisekd.hub import load_teacher, noisekd_section, save_model
+from hf_noisekd.mixture import parse_noise
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 
@@ -442,6 +443,7 @@ def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
     assert proposed.input_size == ["1", "24", "24"]
     assert float(proposed.noise_std) > 0
     assert proposed.noise == fits["choice"]["noise"]
+    parse_noise(proposed.noise)
     assert "Did you mean 'white'?" in run_error(capsys, "fit-noise", "--teacher", teacher, "--noises", "wite")
 
 

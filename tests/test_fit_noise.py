@@ -95,9 +95,10 @@ def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
 
 def test_names_with_weights_and_a_standard_deviation_can_be_given(taught_by):
     teacher = taught_by("spectrum(2)")
-    ranking, _ = fit_noise(teacher, ["white:2", "structured", "spectrum(2)"], std=0.5, **SIZE)
+    ranking, choice = fit_noise(teacher, ["white:2", "structured", "spectrum(2)"], std=0.5, **SIZE)
     assert {fit["noise"] for fit in ranking} == {"white:2", "structured", "spectrum(2)"}
     assert {fit["std"] for fit in ranking} == {0.5}
+    assert parse_noise(choice["noise"])
 
 
 def test_says_what_cannot_be_measured(tiny_cnn):
