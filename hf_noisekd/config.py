@@ -17,7 +17,7 @@ class ClassifierConfig(TrainingArguments):
 
     It has all options of transformers' [`~transformers.TrainingArguments`]. What differs is the defaults: the fastest
     correct precision of the device, batches of 256, which batch statistics need, and no wait for the device at each
-    step.
+    step. A process trains on one GPU; `accelerate launch` takes several.
     """
 
     bf16: bool | None = field(
@@ -70,6 +70,11 @@ class ClassifierConfig(TrainingArguments):
                 )
 
     _default_metric = "batch_accuracy"
+
+    @property
+    def n_gpu(self) -> int:
+        """The number of GPUs of this process, one at most: over several `nn.DataParallel` would split the batches."""
+        return min(super().n_gpu, 1)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from hf_noisekd import NoiseKDConfig
 from hf_noisekd.config import ClassifierConfig, _cpu_has_bf16
@@ -23,6 +24,13 @@ def test_precision_is_the_devices_unless_asked_for(tmp_path):
         assert ClassifierConfig(tmp_path).bf16 == _cpu_has_bf16()
     assert ClassifierConfig(tmp_path, bf16=False).bf16 is False
     assert ClassifierConfig(tmp_path, bf16=False).mixed_precision == "no"
+
+
+def test_a_process_trains_on_one_gpu(tmp_path, monkeypatch):
+    # transformers would split each batch over all of them, and with it what BatchNorm takes its statistics of.
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    args = ClassifierConfig(tmp_path)
+    assert (args.n_gpu, args.train_batch_size, args.eval_batch_size) == (1, 256, 256)
 
 
 def test_best_model_is_chosen_by_accuracy_or_without_images_by_agreement(tmp_path):
@@ -68,6 +76,4 @@ def test_refuses_options_out_of_range(tmp_path, option, message):
 
 def test_every_option_of_its_own_has_a_help_text():
     for field in ClassifierConfig.__dataclass_fields__.keys() | NoiseKDConfig.__dataclass_fields__.keys():
-        assert NoiseKDConfig.__dataclass_fields__[field].metadata.get("help") or field in dir(
-            __import__("transformers").TrainingArguments
-        )
+        assert NoiseKDConfig.__dataclass_fields__[field].metadata.get("help") or field in dir(TrainingArguments)
