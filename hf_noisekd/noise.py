@@ -49,7 +49,7 @@ class NoiseDataset(IterableDataset):
         resolutions: Share of the steps for each size of the images, in this order; a size is relative to
             `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
             of a low resolution first and of full resolution last teaches more in the same time. Default:
-            `{0.5: 0.6, 1: 0.4}` for structured noise, else full size throughout.
+            `{0.5: 0.6, 1: 0.4}` for structured noise that is not held out, else full size throughout.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
         dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
@@ -193,8 +193,8 @@ class NoiseDataset(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         # A DataLoader takes from its workers in turn, so every n-th step from each keeps the order.
         worker = get_worker_info()
-        for step in self.steps():
-            if worker is None or step % worker.num_workers == worker.id:
+        for index, step in enumerate(self.steps()):
+            if worker is None or index % worker.num_workers == worker.id:
                 yield {"pixel_values": self.draw(step)}
 
     def __len__(self) -> int:

@@ -79,8 +79,10 @@ def test_unbounded_form_has_no_length_and_no_end():
     assert [step for step, _ in zip(noise.steps(), range(5), strict=False)] == [0, 1, 2, 3, 4]
 
 
-def test_loader_workers_give_the_same_batches():
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_loader_workers_give_the_same_batches(epoch):
     noise = NoiseDataset((1, 4, 4), 2, num_steps=5)
+    noise.set_epoch(epoch)
     alone = [batch["pixel_values"] for batch in noise]
     shared = [batch["pixel_values"] for batch in DataLoader(noise, batch_size=None, num_workers=2)]
     assert len(alone) == len(shared)
