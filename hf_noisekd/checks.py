@@ -103,13 +103,16 @@ def check_eval_dataset(
     Raises:
         ValueError: It is empty or has no length, its first image has no tensor or other channels than the models, or a
             label is out of range. Labels are checked up front where the data set keeps them as numbers in `labels`,
-            `targets` or a tensor; elsewhere that of the first image, and all others when they are evaluated.
+            `targets` or a tensor; elsewhere that of the first image, and all others when they are evaluated. Or it is
+            noise of several sizes that does not know how many steps they are shares of.
     """
     evaluation_loader(dataset, batch_size=2)
     if isinstance(dataset, NoiseDataset):
-        return
-    batch = collate_fn([dataset[0]])
-    channels = batch["pixel_values"].shape[1]
+        dataset.image_size(0)
+        batch, channels = {}, dataset.input_size[0]
+    else:
+        batch = collate_fn([dataset[0]])
+        channels = batch["pixel_values"].shape[1]
     if channels != input_size[0]:
         raise ValueError(f"The evaluation images have {channels} channels and the models take {input_size[0]}.")
     known = [batch.get("labels"), *getattr(dataset, "tensors", ())[1:2]]
@@ -195,6 +198,6 @@ def teacher_input_size(
         return train_dataset.input_size
     if args.input_size is not None:
         return tuple(args.input_size)
-    if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
+    if train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
         return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
     return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass

@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import TinyCNN, digest
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
@@ -613,6 +613,14 @@ class NoLogits(TinyCNN):
         return self.conv1(x)
 
 
+class SizedStream(IterableDataset):
+    def __iter__(self):
+        return iter(images())
+
+    def __len__(self):
+        return 12
+
+
 def timm_model(**cfg):
     return timm.create_model("resnet10_cifar", width=4, pretrained_cfg_overlay=cfg)
 
@@ -646,6 +654,13 @@ def timm_model(**cfg):
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "has 1.0 and the argument noise_std"),
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "the argument resolutions says"),
         ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
+        (
+            {"eval_dataset": NoiseDataset((1, 32, 32), 16, 2, distribution="structured")},
+            {"input_size": [1, 32, 32]},
+            "pass total_steps, or resolutions",
+        ),
+        ({"eval_dataset": NoiseDataset((3, 8, 8), 16, 2)}, {}, "have 3 channels"),
+        ({"train_dataset": SizedStream()}, {"input_size": None}, "does not say what input size"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
         ({"eval_dataset": {}}, {}, "empty mapping"),
         ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
