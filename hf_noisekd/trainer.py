@@ -236,6 +236,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             disagreement = kl_divergence(
                 compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
             )
+            disagreement *= len(pixel_values)  # their sum, whose gradient does not vanish in float16
         (gradient,) = torch.autograd.grad(disagreement, pixel_values)
         std = self.train_dataset.std if isinstance(self.train_dataset, NoiseDataset) else 1.0
         return (pixel_values + self.args.adversarial_step_size * std * gradient.sign()).detach()
@@ -313,6 +314,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             "learning_rate": self.args.learning_rate,
             "lr_scheduler_type": SchedulerType(self.args.lr_scheduler_type).value,
             "adversarial_steps": self.args.adversarial_steps,
+            "adversarial_step_size": self.args.adversarial_step_size,
             "balance_classes": self.args.balance_classes,
             "steps": record["steps"],
             "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
