@@ -23,6 +23,14 @@ from hf_noisekd.image_data import ImageDataset, channel_statistics
 from hf_noisekd.push import _api
 from hf_noisekd.supervised import ClassifierTrainer
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
 
 class TinyCNN(nn.Module):
     """A plain module from `[B, 1, 8, 8]` to three logits, with BatchNorm in 1d and 2d, drop-out, and no `config`."""

@@ -1,13 +1,14 @@
 import pytest
 import torch
+from conftest import DEVICES
 
 from hf_noisekd.mixture import DISTRIBUTIONS
 
 SHAPES = [(64, 3, 32, 32), (64, 1, 28, 28), (8, 3, 224, 224), (9, 2, 7, 33), (2, 4, 1, 5)]
 
 
-def draw(name: str, shape, seed: int = 0) -> torch.Tensor:
-    return DISTRIBUTIONS[name](torch.Generator().manual_seed(seed), shape)
+def draw(name: str, shape, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    return DISTRIBUTIONS[name](torch.Generator(device).manual_seed(seed), shape)
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -19,13 +20,14 @@ def test_gives_finite_images_of_any_shape(name, shape):
     assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
-def test_is_a_function_of_the_generator_alone(name):
+def test_is_a_function_of_the_generator_alone(name, device):
     shape = (16, 3, 16, 16)
-    first = draw(name, shape)
-    torch.randn(7)
-    assert torch.equal(first, draw(name, shape))
-    other = draw(name, shape, seed=1)
+    first = draw(name, shape, device=device)
+    torch.randn(7, device=device)
+    assert torch.equal(first, draw(name, shape, device=device))
+    other = draw(name, shape, seed=1, device=device)
     assert not torch.equal(first, other)
     # No image recurs, neither in a batch nor in another one.
     assert len(torch.unique(torch.cat([first, other]).flatten(1), dim=0)) == 32

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from conftest import DEVICES
 
 from hf_noisekd import NoiseDataset, register_noise
 from hf_noisekd.mixture import AUGMENTATIONS, DISTRIBUTIONS, noise_name, parse_noise
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator(seed: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
 @pytest.fixture
@@ -47,15 +48,16 @@ def test_augmentations_are_applied_with_their_probability(constants):
         assert (x.flatten(1).std(1) > 0).float().mean() == pytest.approx(probability / 2, rel=0.15)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_augmentations_keep_mean_and_variance(name):
-    x = DISTRIBUTIONS["white"](generator(), (256, 3, 16, 16))
-    y = AUGMENTATIONS[name](generator(1), x, 1.0)
+def test_augmentations_keep_mean_and_variance(name, device):
+    x = DISTRIBUTIONS["white"](generator(device=device), (256, 3, 16, 16))
+    y = AUGMENTATIONS[name](generator(1, device), x, 1.0)
     assert y.shape == x.shape
     assert not torch.equal(x, y)
     assert abs(y.mean()) < 0.02
-    assert y.std() == pytest.approx(1, abs=0.02)
-    assert torch.equal(AUGMENTATIONS[name](generator(1), x, 0.0), x)
+    assert y.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(AUGMENTATIONS[name](generator(1, device), x, 0.0), x)
 
 
 def test_cutmix_pastes_pixels_of_one_other_image():

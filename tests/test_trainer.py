@@ -1,3 +1,4 @@
+import copy
 import logging
 import math
 import os
@@ -579,11 +580,10 @@ def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path, o
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_trains_on_a_gpu(digits_teacher, tmp_path):
-    import copy
-
+@pytest.mark.parametrize("options", [{}, {"adversarial_steps": 1, "balance_classes": True}])
+def test_trains_on_a_gpu(digits_teacher, tmp_path, options):
     teacher = copy.deepcopy(digits_teacher)
-    trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=None))
+    trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=None, **options))
     assert trainer.train().global_step == 6
     assert trainer.train_dataset.draw(0).is_cuda
 
