@@ -166,16 +166,16 @@ def measurements_table(rows: Sequence[Mapping], *repetitions: Sequence[Mapping])
 
     Args:
         rows: Measurements.
-        *repetitions: The same ones with other seeds, all or some of the rows; a row is known by its texts. Numbers that
+        *repetitions: The same ones with other seeds, perhaps of other rows; a row is known by its texts. Numbers that
             are not the same in all become mean and standard deviation.
     """
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
     lines = [table_row(columns)]
     lines.append(f"|{''.join('---|' if isinstance(rows[0][column], str) else '---:|' for column in columns)}")
     decimals = {column: 4 if all(_is_small(row[column]) for row in rows) else 2 for column in columns}
-    others = [_rows_by_texts(repetition) for repetition in repetitions]
-    for key, row in _rows_by_texts(rows).items():
-        same = [row, *(other[key] for other in others if key in other)]
+    seeds = [_rows_by_texts(repetition) for repetition in (rows, *repetitions)]
+    for key in dict.fromkeys(key for seed in seeds for key in seed):
+        same = [seed[key] for seed in seeds if key in seed]
         lines.append(table_row(_cell([one[column] for one in same], decimals[column]) for column in columns))
     return "\n".join(lines)
 

@@ -34,15 +34,16 @@ of batches of 256 (its Algorithm 2), all others by their running statistics. Whe
 paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. Of
 several seeds (`n`) there are mean ± standard deviation; figures show seed 0. *Not yet run* means what it says.
 
-The authors' learning rate followed the test loss. In the recipes on CIFAR-10, SVHN, CIFAR-100 and Food-101 nothing
-looks at test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,
+The authors' learning rate followed the test loss. In the recipes of the paper's tables and figures nothing looks at
+test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,
 batches of 256 and temperature 1 as in the paper (`cpu`: at 3e-3, with a linear warm-up over a tenth of the steps);
 training with labels is AdamW with a linear warm-up and decay, in `paper` over 100 epochs, not 200 (Food-101: 20).
 
 The results on CIFAR-10 here are of a copy of it compressed to JPEG (quality 75), which costs some accuracy against the
-lossless images. The processors were stopped now and then for other work, so the seconds in the `cpu` results files of
-the paper's tables and figures are no measure. What goes beyond the paper, noises with structure and what they give, is
-at the end. This page is made of the results files by `make tables`."""
+lossless images. The processors had other work now and then, so the seconds of a run are a rough measure, in the paper's
+tables and figures none. What goes beyond the paper, noises with structure and what they give, is at the end; its times
+are numbers of steps by the cost of a step, which was measured in turns. This page is made of the results files by
+`make tables`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,7 +107,7 @@ def render_page(recipes: Path) -> str:
 
 
 def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
-    first, *repeated = files.values()
+    first = next(iter(files.values()))
     links = ", ".join(
         f"[seed {record['seed']}](results/{path.name}) at `{record['commit']}`" for path, record in files.items()
     )
@@ -115,10 +116,11 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
         parts.append(_comparison(list(files.values()), paper, own_networks=preset != "paper"))
     if pending := _pending(paper, done=_runs(files.values())) if preset == "paper" else "":
         parts.append(pending)
-    for name, rows in first["measurements"].items() if "measurements" in first else ():
-        if len(rows) <= MAX_ROWS:
-            repetitions = [record["measurements"].get(name, []) for record in repeated]
-            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{measurements_table(rows, *repetitions)}")
+    measurements = [record.get("measurements", {}) for record in files.values()]
+    for name in dict.fromkeys(name for tables in measurements for name in tables):
+        repetitions = [tables[name] for tables in measurements if name in tables]
+        if len(repetitions[0]) <= MAX_ROWS:
+            parts.append(f"{name[0].upper()}{name[1:]}:\n\n{measurements_table(*repetitions)}")
     figures = sorted(next(iter(files)).parent.glob(f"{next(iter(files)).stem}_*.png"))
     parts += [f"![{figure.stem.replace('_', ' ')}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)

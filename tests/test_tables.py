@@ -104,9 +104,12 @@ def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
         return [{"noise": name, "images": 256, "accuracy": accuracy} for name, accuracy in accuracies]
 
     write(recipes, "one_cpu", record(0, measurements={"m": rows(("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 1.0))}))
-    write(recipes, "one_cpu_seed1", record(1, measurements={"m": rows(("b", 22.0), ("b", 31.0), ("a", 10.0))}))
+    other = {"m": rows(("d", 5.0), ("b", 22.0), ("b", 31.0), ("a", 10.0)), "another": rows(("e", 7.0))}
+    write(recipes, "one_cpu_seed1", record(1, measurements=other))
     page = render_page(recipes)
-    assert "| a | 256 | 10.00 |\n| b | 256 | 21.00 ± 1.41 |\n| b | 256 | 30.50 ± 0.71 |\n| c | 256 | 1.00 |\n" in page
+    lines = ["a | 256 | 10.00", "b | 256 | 21.00 ± 1.41", "b | 256 | 30.50 ± 0.71", "c | 256 | 1.00", "d | 256 | 5.00"]
+    assert "\n".join(f"| {line} |" for line in lines) in page
+    assert "Another:\n\n| noise | images | accuracy |\n|---|---:|---:|\n| e | 256 | 7.00 |\n" in page
 
 
 def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatch):
