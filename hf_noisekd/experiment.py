@@ -23,7 +23,7 @@ from .figures import plot_curves
 from .hub import image_processor_of, load_teacher, nearest_architecture, preprocessing_of
 from .image_data import load_image_datasets, load_photo_datasets
 from .recipe import Results, recipe_parser
-from .record import machine
+from .record import usable_cores
 from .supervised import ClassifierTrainer
 from .trainer import NoiseKDTrainer
 
@@ -379,7 +379,7 @@ class Experiment:
 
     def _workers(self) -> dict:
         """Return the number of processes that decode photos; small images are in memory."""
-        cores = machine()["cores"] // PartialState().num_processes
+        cores = usable_cores() // PartialState().num_processes
         return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
 
     def _folder(self, name: str, model: nn.Module) -> Path:

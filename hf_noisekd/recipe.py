@@ -70,7 +70,7 @@ class Results:
             "seed": options.seed,
             "configuration": dict(configuration) | _chosen(options),
             "commit": _commit(),
-            "machine": machine(),
+            "machine": machine(PartialState().device),
             "versions": versions(),
             "runs": [],
             "measurements": {},

@@ -50,20 +50,19 @@ def describe_model(model: nn.Module) -> dict:
     return description
 
 
-def current_evaluations(evaluations: Sequence[Mapping], step: int | None = None) -> list[dict]:
+def current_evaluations(evaluations: Sequence[Mapping], step: int) -> list[dict]:
     """Return the evaluations that tell how good a model is now, one for each data set.
 
     Those made after the training count before those made in it, and later ones before earlier ones.
 
     Args:
         evaluations: All that were made, in order, each with `in_training` beside the entries of a record.
-        step: The step that the weights are of, where it is not the last one: of those made in the training only this
-            step's count.
+        step: The step that the weights are of: what was measured in the training after it does not count.
     """
     current = {}
     for in_training in (True, False):
         for evaluation in evaluations:
-            if evaluation["in_training"] == in_training and (not in_training or step in (None, evaluation["step"])):
+            if evaluation["in_training"] == in_training and evaluation["step"] <= step:
                 current[evaluation["dataset"]] = evaluation
     return [{key: value for key, value in entry.items() if key != "in_training"} for entry in current.values()]
 
@@ -76,20 +75,28 @@ def dataset_name(dataset: Dataset, default: str | None = "evaluation images") ->
     return default
 
 
-def machine() -> dict[str, str | int | None]:
-    """Return the processor, its cores usable here, the threads torch uses and the accelerator of this machine."""
+def machine(device: torch.device) -> dict[str, str | int | None]:
+    """Return the processor, its cores usable here, the threads torch uses, and `device` unless it is the processor."""
     processor = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
             processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         pass  # not Linux
+    accelerator = None if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        accelerator = torch.cuda.get_device_name(device)
     return {
         "processor": processor,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator": accelerator,
     }
+
+
+def usable_cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def describe_machine(machine: Mapping) -> str | None:

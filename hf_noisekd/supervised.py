@@ -1,6 +1,7 @@
 """Training with labels: teachers, and the supervised students that a distilled one is compared with."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,7 @@ class ClassifierTrainer(Trainer):
             "dataset": next((key for key, value in names if value is dataset), name),
             "images": images,
             "batch_size": min(batch_size, images),
-            "step": self.state.global_step,
+            "step": self._step_of_weights(),
             "precision": (self.is_in_train and autocast) or "float32",
             "log_prefix": log_prefix,
             "in_training": self.is_in_train,
@@ -193,7 +194,7 @@ class ClassifierTrainer(Trainer):
         record = self._progress() | {
             "model": describe_model(self.model),
             "processes": self.args.world_size,
-            "machine": machine(),
+            "machine": machine(self.args.device),
             "versions": versions(),
             "curve": [entry for entry in history if "train_runtime" not in entry],
         }
@@ -205,11 +206,15 @@ class ClassifierTrainer(Trainer):
 
     def _progress(self) -> dict:
         """Return the part of the record that changes from one saved model to the next: `steps` and `evaluations`."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end and not self.is_in_train else None
-        return {
-            "steps": best or self.state.global_step,
-            "evaluations": current_evaluations(self._evaluations, best),
-        }
+        step = self._step_of_weights()
+        return {"steps": step, "evaluations": current_evaluations(self._evaluations, step)}
+
+    def _step_of_weights(self) -> int:
+        """Return the step after which the model had its weights: the last, or that of the checkpoint loaded as best."""
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and not self.is_in_train and best:
+            return int(Path(best).name.rpartition("-")[2])
+        return self.state.global_step
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.

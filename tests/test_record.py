@@ -4,12 +4,15 @@ from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.record import command_line, current_evaluations, describe_machine, machine, versions
+from hf_noisekd.record import command_line, current_evaluations, describe_machine, machine, usable_cores, versions
 
 
 def test_machine_and_versions_are_named():
-    assert machine()["processor"]
-    assert machine()["cores"] >= 1
+    here = machine(torch.device("cpu"))
+    assert here["processor"]
+    assert here["cores"] == usable_cores() >= 1
+    assert here["accelerator"] is None
+    assert machine(torch.device("mps"))["accelerator"] == "mps"
     assert describe_machine({"processor": "P", "cores": 2, "accelerator": None}) == "2 cores of P"
     assert describe_machine({"processor": "P", "cores": 1, "accelerator": None}) == "1 core of P"
     assert describe_machine({"processor": "P", "cores": 1, "accelerator": "H100"}) == "H100"
@@ -40,13 +43,13 @@ def made(dataset, step, accuracy, in_training=True):
 
 
 def test_the_evaluation_that_counts_is_the_one_of_the_weights_as_they_are():
-    def accuracies(evaluations, step=None):
+    def accuracies(evaluations, step=10):
         return {entry["dataset"]: entry["batch"]["accuracy"] for entry in current_evaluations(evaluations, step)}
 
     history = [made("a", 5, 50.0), made("b", 5, 20.0), made("a", 10, 40.0), made("b", 10, 30.0)]
     assert accuracies(history) == {"a": 40.0, "b": 30.0}
     assert accuracies(history, step=5) == {"a": 50.0, "b": 20.0}, "the best weights were loaded at the end"
-    history.append(made("a", 10, 51.0, in_training=False))
+    history.append(made("a", 5, 51.0, in_training=False))
     assert accuracies(history, step=5) == {"a": 51.0, "b": 20.0}
     assert accuracies([]) == {}
 
@@ -81,10 +84,42 @@ def test_evaluations_tell_what_they_are_of(tiny_cnn, tmp_path):
     assert entry["eval_images_batch_accuracy"] == pytest.approx(labelled["batch"]["accuracy"], abs=1e-3)
     metrics = trainer.evaluate("images")
     again = trainer.record()["evaluations"][1]
-    assert (again["precision"], again["log_prefix"]) == ("float32", "eval")
+    assert (again["precision"], again["log_prefix"], again["step"]) == ("float32", "eval", record["steps"])
     assert again["batch"]["accuracy"] == pytest.approx(metrics["eval_batch_accuracy"], abs=1e-3)
     trainer.create_model_card()
     assert "Accuracy on images against" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_record_is_of_the_weights_that_were_loaded_as_the_best(tiny_cnn, tmp_path):
+    args = NoiseKDConfig(
+        str(tmp_path / "out"),
+        max_steps=6,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=4,
+        load_best_model_at_end=True,
+        input_size=[1, 8, 8],
+        disable_tqdm=True,
+    )
+    trainer = NoiseKDTrainer(TinyCNN(), tiny_cnn, args)
+    # The best of the saved ones is at step 4, and a better one, at step 5, is not saved.
+    agreements = iter([10.0, 20.0, 30.0, 40.0, 50.0, 20.0])
+    evaluate = trainer.evaluation_loop
+
+    def evaluation_loop(*args, **kwargs):
+        output = evaluate(*args, **kwargs)
+        output.metrics["eval_batch_agreement"] = next(agreements, 0.0)
+        return output
+
+    trainer.evaluation_loop = evaluation_loop
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+    record = trainer.record()
+    assert [record["steps"], record["evaluations"][0]["step"], trainer.model.noisekd["steps"]] == [4, 4, 4]
+    trainer.evaluate()
+    assert trainer.record()["evaluations"][0]["step"] == 4
 
 
 def test_a_record_is_of_this_run(tiny_cnn, tmp_path):
