@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .classifier import compute_logits, device_of, evaluation_mode
+from .classifier import compute_logits, evaluation_mode, noisekd_section, to_device_of
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -119,25 +119,24 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[torch.Tensor | Ma
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if iter(batches) is batches:
         batches = list(batches)
-    device = device_of(model)
 
     with evaluation_mode(model):
-        for name, calls in _calls_in_forward_order(model, layers, batches, device):
-            count, mean, squares = _pooled_moments(model, layers[name], calls, batches, device)
+        for name, calls in _calls_in_forward_order(model, layers, batches):
+            count, mean, squares = _pooled_moments(model, layers[name], calls, batches)
             if count < 2:
                 raise ValueError(f"BatchNorm layer {name!r} saw one value a channel: recalibrate on 2 images or more.")
             layers[name].running_mean.copy_(mean)
             layers[name].running_var.copy_(squares / (count - 1))
-    if section := getattr(model, "noisekd", None):
+    if section := noisekd_section(model):
         images = sum(len(_pixel_values(batch)) for batch in batches)
-        model.noisekd = dict(section) | {"batch_norm": "running", "recalibration": {"images": images}}
+        model.noisekd = section | {"batch_norm": "running", "recalibration": {"images": images}}
 
 
 class _StopForward(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass once the layer of interest has seen its input."""
 
 
-def _calls_in_forward_order(model, layers, batches, device) -> list[tuple[str, int]]:
+def _calls_in_forward_order(model, layers, batches) -> list[tuple[str, int]]:
     """Return the layers in the order in which a forward pass reaches them, each with its number of calls."""
     names = {layer: name for name, layer in layers.items()}
     calls: Counter[str] = Counter()
@@ -146,12 +145,12 @@ def _calls_in_forward_order(model, layers, batches, device) -> list[tuple[str, i
             handle = layer.register_forward_pre_hook(lambda layer, _: calls.update([names[layer]]))
             stack.callback(handle.remove)
         for batch in batches:
-            compute_logits(model, _pixel_values(batch)[:2].to(device))
+            compute_logits(model, to_device_of(model, _pixel_values(batch)[:2]))
             return list(calls.items())
     raise ValueError("Recalibration got no batch: pass at least one batch of 2 or more real images.")
 
 
-def _pooled_moments(model, layer, calls, batches, device) -> tuple[int, torch.Tensor, torch.Tensor]:
+def _pooled_moments(model, layer, calls, batches) -> tuple[int, torch.Tensor, torch.Tensor]:
     """Return the count, the mean and the sum of squared deviations per channel of all inputs of `layer`."""
     # Pairwise update of Chan, Golub & LeVeque (1979), in double precision on the host: exact to rounding, and the
     # per-channel vectors are tiny.
@@ -160,7 +159,7 @@ def _pooled_moments(model, layer, calls, batches, device) -> tuple[int, torch.Te
     def pool(_, inputs):
         nonlocal total, mean, squares, seen
         x = inputs[0].float().movedim(1, 0).flatten(1)
-        variance, batch_mean = (m.double().cpu() for m in torch.var_mean(x, dim=1, correction=0))
+        variance, batch_mean = (m.cpu().double() for m in torch.var_mean(x, dim=1, correction=0))
         count = x.shape[1]
         delta = batch_mean - mean
         mean = mean + delta * (count / (total + count))
@@ -175,7 +174,7 @@ def _pooled_moments(model, layer, calls, batches, device) -> tuple[int, torch.Te
         for batch in batches:
             seen = 0
             with suppress(_StopForward):
-                compute_logits(model, _pixel_values(batch).to(device))
+                compute_logits(model, to_device_of(model, _pixel_values(batch)))
     finally:
         handle.remove()
     return total, mean, squares

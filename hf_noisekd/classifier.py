@@ -42,6 +42,12 @@ def by(sizes: Iterable[int]) -> str:
     return "x".join(map(str, sizes))
 
 
+def to_device_of(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return pixels on the device of `model`, in the type of its first parameter."""
+    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
+    return pixel_values.to(device_of(model), dtype)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the first parameter or buffer of `model`; the CPU where it has none."""
     tensor = next(model.parameters(), next(model.buffers(), None))
@@ -88,6 +94,20 @@ def nonfinite_tensor(model: nn.Module) -> str | None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return name
     return None
+def noisekd_section(model: nn.Module) -> dict:
+    """Return what is known of how a student of this package was made: the section `noisekd` of its `config.json`.
+
+    Its keys: `method`; `noise`, the parameters of the noise; `real_images`, their number and data set, where they took
+    turns with noise; `batch_norm`, the statistics to run the student with, `"batch"` or `"running"`;
+    `teacher_batch_norm_fraction`, `loss_type` and `temperature` as in [`NoiseKDConfig`], as are `adversarial_steps`,
+    `adversarial_step_size` and `balance_classes`; `steps`; `batch_size` over all devices; `seed`; `teacher`, of
+    [`teacher_identity`]; `versions` of the packages; and after recalibration `recalibration`. Empty for any other
+    model.
+    """
+    section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
+    return dict(section or {})
+
+
 
 
 def check_finite(model: nn.Module, role: str) -> None:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
 from .batch_norm import batch_statistics, has_batch_norm
-from .classifier import compute_logits, device_of, evaluation_mode
+from .classifier import compute_logits, evaluation_mode, to_device_of
 from .noise import NoiseDataset
 
 STATISTICS = ("running", "batch")
@@ -61,7 +61,7 @@ def evaluate(
 
         def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
             with evaluation_mode(teacher_model), context:
-                return compute_logits(teacher_model, pixel_values)
+                return compute_logits(teacher_model, to_device_of(teacher_model, pixel_values)).to(pixel_values.device)
 
     return evaluate_loader(model, loader, teacher_answers)
 
@@ -83,15 +83,13 @@ def evaluate_loader(
         reduce: Sum of a tensor over all processes.
         on_batch: Called after each batch.
     """
-    device = device_of(model)
-    dtype = next((parameter.dtype for parameter in model.parameters()), torch.float32)
     contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm(model) else nullcontext()}
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):
         for batch, count in zip(loader, counts_of(loader), strict=True):
-            pixel_values = batch["pixel_values"].to(device, dtype)
-            labels = batch["labels"][:count].to(device) if "labels" in batch else None
+            pixel_values = to_device_of(model, batch["pixel_values"])
+            labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
             teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
             for row, context in enumerate(contexts.values()):
                 with context:

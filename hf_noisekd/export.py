@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .classifier import compute_logits, declared_input_size, nonfinite_tensor
-from .hub import architecture_of, class_names, load_teacher, noisekd_section, preprocessing_of
+from .classifier import compute_logits, declared_input_size, noisekd_section, nonfinite_tensor
+from .hub import architecture_of, class_names, load_teacher, preprocessing_of
 
 # torch puts the weights of a larger model into a second file.
 MAX_BYTES = 3 * 2**29

@@ -25,7 +25,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor, PreTrainedModel
 
-from .classifier import declared_input_size, pretrained_cfg_of
+from .classifier import declared_input_size, noisekd_section, pretrained_cfg_of
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +133,6 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
                 type(model).__name__,
                 CONFIG_NAME,
             )
-
-
-def noisekd_section(model: nn.Module) -> dict:
-    """Return what is known of how a student of this package was made: the section `noisekd` of its `config.json`.
-
-    Its keys: `method`; `noise`, the parameters of the noise; `real_images`, their number and data set, where they took
-    turns with noise; `batch_norm`, the statistics to run the student with, `"batch"` or `"running"`;
-    `teacher_batch_norm_fraction`, `loss_type` and `temperature` as in [`NoiseKDConfig`]; `steps`; `batch_size` over all
-    devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of the packages; and after recalibration
-    `recalibration`. Empty for any other model.
-    """
-    section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
-    return dict(section or {})
 
 
 def teacher_identity(teacher_model: nn.Module) -> dict:
@@ -441,7 +428,11 @@ def _load_timm_folder(folder: Path, config: Mapping) -> nn.Module:
 
 def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     model, info = AutoModelForImageClassification.from_pretrained(
-        str(folder), use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        str(folder),
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        dtype=torch.float32,  # whatever it is stored in
     )
     # transformers would go on with random weights in place of those that are missing.
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]

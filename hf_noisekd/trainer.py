@@ -293,7 +293,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         return teacher_identity(self.teacher_model)
 
     def noisekd_section(self, record: Mapping) -> dict:
-        """Return what goes into the section `noisekd` of `config.json`; see [`hf_noisekd.hub.noisekd_section`].
+        """Return what goes into the section `noisekd` of `config.json`; see [`hf_noisekd.classifier.noisekd_section`].
 
         The student is to be run with the statistics with which it is better on labelled images, running statistics
         having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.

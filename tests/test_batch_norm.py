@@ -1,5 +1,6 @@
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ from torch import nn
 
 from hf_noisekd import batch_statistics, recalibrate_batch_norm
 from hf_noisekd.batch_norm import find_batch_norm
+from hf_noisekd.classifier import noisekd_section
 
 
 def snapshot(model):
@@ -188,7 +190,20 @@ def test_recalibration_refuses_too_few_images(tiny_cnn):
         recalibrate_batch_norm(tiny_cnn, [torch.randn(1, 1, 8, 8)])
 
 
-def test_a_recalibrated_student_knows_that_it_is(tiny_cnn):
-    tiny_cnn.noisekd = {"batch_norm": "batch", "steps": 3}
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_recalibrated_student_knows_that_it_is(tiny_cnn, library):
+    section = {"batch_norm": "batch", "steps": 3}
+    if library == "timm":
+        tiny_cnn.noisekd = section
+    else:
+        tiny_cnn.config = SimpleNamespace(noisekd=section)
     recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8), torch.randn(4, 1, 8, 8)])
-    assert tiny_cnn.noisekd == {"batch_norm": "running", "steps": 3, "recalibration": {"images": 12}}
+    assert noisekd_section(tiny_cnn) == {"batch_norm": "running", "steps": 3, "recalibration": {"images": 12}}
+
+
+def test_recalibrates_a_model_in_half_precision(tiny_cnn):
+    images = torch.randn(16, 1, 8, 8)
+    recalibrate_batch_norm(tiny_cnn.bfloat16(), [images])
+    assert tiny_cnn.bn1.running_var.dtype == torch.bfloat16
+    expected = tiny_cnn.conv1(images.bfloat16()).float().mean((0, 2, 3))
+    torch.testing.assert_close(tiny_cnn.bn1.running_mean.float(), expected, atol=0.02, rtol=0.02)

@@ -18,8 +18,9 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
+from hf_noisekd.classifier import noisekd_section
 from hf_noisekd.cli import main, parse_args
-from hf_noisekd.hub import load_teacher, noisekd_section, save_model
+from hf_noisekd.hub import load_teacher, save_model
 from hf_noisekd.mixture import parse_noise
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]

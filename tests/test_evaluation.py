@@ -78,6 +78,12 @@ def test_agreement_with_itself_is_complete(tiny_cnn, images):
     assert scores["running"]["kl"] > 1e-3
 
 
+def test_model_and_teacher_may_be_in_different_precision(tiny_cnn, images):
+    teacher = copy.deepcopy(tiny_cnn).bfloat16()
+    assert evaluate(tiny_cnn, images, teacher_model=teacher, batch_size=8)["running"]["agreement"] > 80
+    assert evaluate(teacher, images, teacher_model=tiny_cnn, batch_size=8)["running"]["agreement"] > 80
+
+
 def test_top5_accuracy_where_there_are_more_than_five_classes():
     model = TinyCNN(num_classes=8).eval()
     labels = torch.arange(24) % 8

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import pickle
@@ -211,6 +212,18 @@ def test_transformers_families_keep_their_logits_and_say_how_they_were_made(mode
     with torch.no_grad():
         assert torch.equal(again(pixels).logits, model(pixels).logits)
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_weights_in_half_precision_are_read_in_float32(tmp_path):
+    save_model(copy.deepcopy(FAMILIES[0]).bfloat16(), tmp_path)
+    assert load_file(tmp_path / "model.safetensors")["classifier.1.weight"].dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in load_teacher(tmp_path).parameters()} == {torch.float32}
+
+
+def test_a_card_that_cannot_be_read_is_no_obstacle(tmp_path):
+    save_model(FAMILIES[0], tmp_path)
+    (tmp_path / "README.md").write_text("---\ntitle: a: b\n---\n")
+    assert load_teacher(tmp_path).origin == {"license": None}
 
 
 def test_transformers_weights_that_are_missing_are_not_made_up(tmp_path):
