@@ -293,8 +293,13 @@ def evaluate(args: argparse.Namespace) -> int:
             "precision": "float32",
             "step": record["steps"],
         }
-        measured = (dataset.name, args.split)
-        others = [entry for entry in record["evaluations"] if (entry["dataset"], entry.get("split")) != measured]
+        # What the training measured has no split, and the prefix of its entries in the log.
+        others = []
+        for entry in record["evaluations"]:
+            if entry["dataset"] != dataset.name or entry.get("split", args.split) != args.split:
+                others.append(entry)
+            elif "log_prefix" in entry:
+                facts["log_prefix"] = entry["log_prefix"]
         write_model_card(record | {"evaluations": [*others, facts | scores]}, args.model)
     return 0
 

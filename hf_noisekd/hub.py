@@ -19,6 +19,7 @@ import safetensors.torch
 import timm
 import torch
 from huggingface_hub import ModelCard, constants, snapshot_download, try_to_load_from_cache
+import yaml
 from huggingface_hub.errors import HFValidationError
 from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
@@ -177,7 +178,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
         yield staging
         for file in staging.iterdir():
             file.chmod(staging.stat().st_mode & 0o666)  # as the user's umask has it; safetensors writes 0600
-            with open(file, "rb") as written:
+            with open(file, "r+b") as written:  # Windows synchronises no file that is open for reading
                 os.fsync(written.fileno())
         if not exists:
             # Another process may have made the folder meanwhile, for its own files.
@@ -485,5 +486,5 @@ def _card_license(folder: Path) -> str | None:
     """Return the licence that the card of a model folder names, or None."""
     try:
         return ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.get("license")
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None

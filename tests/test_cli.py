@@ -384,6 +384,10 @@ def test_recalibrate(student, images, tmp_path, capsys):
     assert "pipeline(" in card
     assert "## Results" not in card, "what was measured does not hold for the new statistics"
 
+    record = json.loads((tmp_path / "new" / "noisekd.json").read_text())
+    in_training = {"dataset": Path(images).name, "images": 9, "batch_size": 9, "step": 4, "precision": "float32"}
+    in_training |= {"log_prefix": "eval", "running": {"accuracy": 1.0}, "batch": {"accuracy": 2.0}}
+    (tmp_path / "new" / "noisekd.json").write_text(json.dumps(record | {"evaluations": [in_training]}))
     command = ["evaluate", "--model", str(tmp_path / "new"), "--update-card"]
     command += ["--dataset", images, "--label-column", "label"]
     assert main([*command, "--num-images", "50"]) == 0
@@ -391,6 +395,8 @@ def test_recalibrate(student, images, tmp_path, capsys):
     card = (tmp_path / "new" / "README.md").read_text()
     assert card.count("(100 images)") == 2
     assert "(50 images)" not in card
+    (evaluation,) = json.loads((tmp_path / "new" / "noisekd.json").read_text())["evaluations"]
+    assert (evaluation["images"], evaluation["log_prefix"]) == (100, "eval")
 
 
 def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
