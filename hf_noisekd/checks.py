@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from .classifier import answer_to_blanks, by, check_finite, declared_input_size
+from .classifier import answer_to_blanks, by, check_finite, declared_input_size, declared_num_classes
 from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
-from .hub import WEIGHTS_NAME, differing
+from .hub import WEIGHTS_NAME, check_config_can_be_saved, differing
 from .mixture import noise_name, parse_noise
 from .noise import NoiseDataset, parse_resolutions
 
@@ -33,28 +33,55 @@ def check_models(
     """Check that the student can learn the teacher's answers to images of `input_size`.
 
     Raises:
-        ValueError: A teacher's weight is not finite, or the models differ in input or in classes.
+        ValueError: A teacher's weight is not finite, a model is not in float32, the models differ in input or in
+            classes, there is only one class, or the student could not be saved.
     """
     check_finite(teacher_model, "teacher")
     for role, candidate in (("teacher", teacher_model), ("student", model)):
-        declared = declared_input_size(candidate)
-        if declared is None or declared == tuple(input_size):
-            continue
+        declared = declared_input_size(candidate) or tuple(input_size)
         if declared[0] != input_size[0]:
             raise ValueError(
                 f"The {role} takes {declared[0]} input channels and the noise has {input_size[0]}: build the student "
                 f"with in_chans={input_size[0]}, or give it by its timm name to have it built to fit."
             )
-        if not explicit_size:
+        if declared != tuple(input_size) and not explicit_size:
             raise ValueError(
                 f"The {role} takes images of {by(declared)} and the noise has {by(input_size)}: give the student by "
                 "its timm name to have it built to fit, or set input_size in the arguments to choose a size for both."
             )
+        dtype = next(candidate.parameters()).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"The {role}'s weights are of type {dtype}: give it as {role}.float(). With bf16 or fp16 in the "
+                "arguments it computes in half precision all the same."
+            )
+    if num_classes < 2:
+        raise ValueError("The teacher has one class: distillation compares answers over two classes or more.")
     student_classes = answer_to_blanks(model, input_size, "student").shape[-1]
     if student_classes != num_classes:
         raise ValueError(
             f"The teacher has {num_classes} classes and the student {student_classes}: build the student with "
             f"num_classes={num_classes}."
+        )
+    if declared_num_classes(model) not in (None, num_classes):
+        raise ValueError(
+            f"The student answers with {num_classes} classes and says that it has {declared_num_classes(model)}, so it "
+            f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
+        )
+    check_config_can_be_saved(model)
+
+
+def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
+    """Check that the BatchNorm layers of `model` take their statistics within each of `world_size` processes.
+
+    Raises:
+        ValueError: There are several processes, and a layer that waits for all of them, which may have other numbers of
+            batches.
+    """
+    if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "
+            "processes: build it with nn.BatchNorm2d, and take larger batches in each process if they are too small."
         )
 
 

@@ -15,9 +15,13 @@ from .noise import parse_resolutions
 class ClassifierConfig(TrainingArguments):
     """Training arguments for an image classifier, with labels: teachers and supervised students.
 
-    It has all options of transformers' [`~transformers.TrainingArguments`]. What differs is the defaults: the fastest
+    It has the options of transformers' [`~transformers.TrainingArguments`]. What differs is the defaults: the fastest
     correct precision of the device, batches of 256, which batch statistics need, and no wait for the device at each
     step. A process trains on one GPU; `accelerate launch` takes several.
+
+    Raises:
+        ValueError: An option is out of range, or one that means nothing here: `label_smoothing_factor`,
+            `auto_find_batch_size`, `fp16_full_eval` or `bf16_full_eval`.
     """
 
     bf16: bool | None = field(
@@ -62,6 +66,14 @@ class ClassifierConfig(TrainingArguments):
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
         super().__post_init__()
+        for name, advice in {
+            "label_smoothing_factor": "the losses have none; leave it out",
+            "auto_find_batch_size": "batch statistics go by the size; lower per_device_train_batch_size until it fits",
+            "fp16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
+            "bf16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}: {advice}.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if getattr(self, name) < 2:
                 raise ValueError(
@@ -81,7 +93,7 @@ class ClassifierConfig(TrainingArguments):
 class NoiseKDConfig(ClassifierConfig):
     """Training arguments of [`NoiseKDTrainer`].
 
-    All options of transformers' [`~transformers.TrainingArguments`] hold, with the defaults of [`ClassifierConfig`].
+    The options of transformers' [`~transformers.TrainingArguments`] hold, with the defaults of [`ClassifierConfig`].
     The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. The
     noise is structured and begins small, which teaches faster than the authors' white noise; [`NoiseKDConfig.paper`]
     gives their setting.

@@ -12,14 +12,15 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import ModelCard, constants, snapshot_download, try_to_load_from_cache
 import yaml
+from huggingface_hub import ModelCard, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from timm.models import load_state_dict
 from timm.models._hub import save_config_for_hf
@@ -262,6 +263,24 @@ def image_processor_of(model: nn.Module):
         image_mean=list(preprocessing["mean"]),
         image_std=list(preprocessing["std"]),
     )
+
+
+def check_config_can_be_saved(model: nn.Module) -> None:
+    """Check that [`save_model`] can write the configuration of `model`.
+
+    Raises:
+        ValueError: It is a timm model that was built with an argument which a configuration cannot hold.
+    """
+    bare = getattr(model, "timm_model", model)
+    if pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                _save_timm_config(bare, Path(folder) / CONFIG_NAME, bare, {})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, "
+                    "such as texts and numbers."
+                ) from error
 
 
 def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:

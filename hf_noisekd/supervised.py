@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from .checks import check_batch_norm_is_local
 from .classifier import compute_logits, training_memory_format
 from .config import ClassifierConfig
 from .evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
@@ -54,8 +55,10 @@ class ClassifierTrainer(Trainer):
                 "`noisekd push --model FOLDER --repo-id ORGANISATION/NAME`."
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
+        model = load_student(model)
+        check_batch_norm_is_local(model, args.world_size)
         super().__init__(
-            model=load_student(model),
+            model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,

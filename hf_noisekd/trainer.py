@@ -19,6 +19,7 @@ from transformers.utils.hub import PushInProgress
 
 from .batch_norm import batch_statistics, has_batch_norm
 from .checks import (
+    check_batch_norm_is_local,
     check_checkpoint,
     check_eval_dataset,
     check_image_sizes,
@@ -27,7 +28,7 @@ from .checks import (
     last_whole_checkpoint,
     teacher_input_size,
 )
-from .classifier import answer_to_blanks, compute_logits, declared_input_size
+from .classifier import answer_to_blanks, compute_logits, declared_input_size, training_memory_format
 from .config import NoiseKDConfig
 from .evaluation import collate_images
 from .hub import (
@@ -130,6 +131,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         num_classes = answer_to_blanks(teacher_model, input_size, "teacher").shape[-1]
         set_seed(args.seed)  # before a student given by name gets its random weights
         model = load_student(model, num_classes=num_classes, input_size=input_size)
+        check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher_model, input_size, num_classes, explicit_size=args.input_size is not None)
         if isinstance(train_dataset, NoiseDataset):
             check_image_sizes(train_dataset, teacher_model, model)
@@ -148,8 +150,9 @@ class NoiseKDTrainer(ClassifierTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        memory_format = training_memory_format(teacher_model, self.args.device)  # adversarial steps go back through it
         # A plain attribute, not a part of the student: neither wrapped, optimised nor saved.
-        self.teacher_model = teacher_model.to(self.args.device, memory_format=torch.channels_last).eval()
+        self.teacher_model = teacher_model.to(self.args.device, memory_format=memory_format).eval()
         self._teacher_forward = (
             torch.compile(
                 self.teacher_model, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode

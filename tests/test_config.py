@@ -55,6 +55,9 @@ def test_a_lower_divergence_or_loss_is_better(tmp_path):
     [
         ({"per_device_train_batch_size": 1}, "per_device_train_batch_size is 1: .*at least 2"),
         ({"per_device_eval_batch_size": 1}, "per_device_eval_batch_size is 1: .*at least 2"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1: .*leave it out"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True: .*lower per_device_train_batch_size"),
+        ({"bf16_full_eval": True}, "bf16_full_eval is True: .*in float32"),
         ({"loss_type": "hinge"}, "loss_type is 'hinge': use one of centered_mse, kl, soft_cross_entropy"),
         ({"temperature": 0.0}, "temperature is 0.0: use a number above 0"),
         ({"batch_norm_fraction": 1.5}, "batch_norm_fraction is 1.5"),

@@ -625,6 +625,21 @@ def timm_model(**cfg):
     return timm.create_model("resnet10_cifar", width=4, pretrained_cfg_overlay=cfg)
 
 
+def with_another_head():
+    model = timm.create_model("resnet10_cifar", width=4, num_classes=100)
+    model.fc = nn.Linear(model.fc.in_features, 10)
+    return model
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, tmp_path, monkeypatch, which):
+    monkeypatch.setattr(NoiseKDConfig, "world_size", property(lambda self: 2))
+    models = {"student": student(), "teacher": tiny_cnn}
+    models[which] = nn.SyncBatchNorm.convert_sync_batchnorm(models[which])
+    with pytest.raises(ValueError, match=r"TinyCNN has SyncBatchNorm layers, .* over all 2 processes"):
+        NoiseKDTrainer(*models.values(), config(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "options", "message"),
     [
@@ -661,6 +676,18 @@ def timm_model(**cfg):
         ),
         ({"eval_dataset": NoiseDataset((3, 8, 8), 16, 2)}, {}, "have 3 channels"),
         ({"train_dataset": SizedStream()}, {"input_size": None}, "does not say what input size"),
+        ({"teacher_model": TinyCNN().half()}, {}, r"teacher's weights are of type torch.float16: .*teacher.float\(\)"),
+        ({"teacher_model": TinyCNN(num_classes=1), "model": TinyCNN(num_classes=1)}, {}, "teacher has one class"),
+        (
+            {"teacher_model": timm_model(), "model": with_another_head()},
+            {"input_size": None},
+            "answers with 10 classes and says that it has 100.*build it with num_classes=10",
+        ),
+        (
+            {"teacher_model": timm_model(), "model": timm.create_model("resnet18", num_classes=10, act_layer=nn.SiLU)},
+            {"input_size": [3, 32, 32]},
+            "student could not be saved: .*act_layer.* arguments that a config.json can hold",
+        ),
         ({"eval_dataset": images(0)}, {}, "0 images"),
         ({"eval_dataset": {}}, {}, "empty mapping"),
         ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
