@@ -14,6 +14,7 @@ demo: $(VENV)/.installed
 
 # Two processes of one thread: most tests are too small to keep two threads busy, or wait for another process.
 test: export OMP_NUM_THREADS := 1
+test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
@@ -21,6 +22,7 @@ test-slow test-gpu test-network: test-%: $(VENV)/.installed
 	$(BIN)/python -m pytest -m $*
 
 test-network: export HF_HUB_OFFLINE := 0
+test-gpu: export CUDA_VISIBLE_DEVICES ?= 0
 
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import os
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests compare what is on the CPU; those marked `gpu` are run with their devices named, as `make test-gpu` does.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import datasets
 import numpy as np
