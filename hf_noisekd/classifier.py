@@ -88,12 +88,6 @@ def pretrained_cfg_of(model: nn.Module) -> dict:
     return dict(cfg or {}) | dict(getattr(getattr(model, "config", None), "pretrained_cfg", None) or {})
 
 
-def nonfinite_tensor(model: nn.Module) -> str | None:
-    """Return the name of the first parameter or buffer that holds a NaN or an infinity, or None."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            return name
-    return None
 def noisekd_section(model: nn.Module) -> dict:
     """Return what is known of how a student of this package was made: the section `noisekd` of its `config.json`.
 
@@ -108,6 +102,12 @@ def noisekd_section(model: nn.Module) -> dict:
     return dict(section or {})
 
 
+def nonfinite_tensor(model: nn.Module) -> str | None:
+    """Return the name of the first parameter or buffer that holds a NaN or an infinity, or None."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None
 
 
 def check_finite(model: nn.Module, role: str) -> None:

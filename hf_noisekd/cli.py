@@ -327,12 +327,12 @@ def recalibrate(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from .batch_norm import recalibrate_batch_norm
+    from .classifier import noisekd_section
     from .evaluation import collate_images
     from .hub import RECORD_NAME, has_weights, model_folder, save_model
     from .model_card import read_record, write_model_card
 
     model = _load(args.model, args)
-    from .classifier import noisekd_section
     images = _load_dataset(args, model, labels=False)
     recalibrate_batch_norm(model, DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images))
     if noisekd_section(model):

@@ -217,7 +217,9 @@ class Experiment:
 
     def prepare_teacher(self) -> nn.Module:
         """Train the teacher and save it, or evaluate the one that was given; return it."""
-        if self.teacher is not None:
+        if self.results.find("teacher"):
+            self.teacher = self.teacher or self.load(self._folder("teacher"))
+        elif self.teacher is not None:
             self.results.add("teacher", self.teacher, self.test_dataset, **self._workers())
         else:
             model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
@@ -268,6 +270,10 @@ class Experiment:
         trainer.save_model()
         return trainer
 
+    def distilled(self, name: str, **arguments) -> dict:
+        """Return the record of a run, a finished one if the recipe is resumed, else a new one; see [`distil`]."""
+        return self.results.find(name) or self.distil(name, eval_strategy="no", **arguments).record()
+
     def distil_twice(self, name: str, steps: int, steps_in_same_seconds: int, **arguments) -> dict[str, float]:
         """Distil for a number of steps, and for the number that fits into the seconds of another run.
 
@@ -286,7 +292,7 @@ class Experiment:
         for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
             count = min(count, self.options.max_steps or count)
             if record is None or abs(count / record["steps"] - 1) > 0.02:
-                record = self.distil(f"{name}, equal {kind}", max_steps=count, eval_strategy="no", **arguments).record()
+                record = self.distilled(f"{name}, equal {kind}", max_steps=count, **arguments)
             row |= {
                 f"steps, equal {kind}": record["steps"],
                 f"seconds, equal {kind}": record["seconds"],
@@ -318,11 +324,14 @@ class Experiment:
 
         Each row takes turns with the first one, and all rows have had a turn before any has the next. A row's figure is
         the median of its ratios, which neither some slow minutes of the machine move nor a slow hour. Resolutions count
-        with their shares. All processes get those of process 0.
+        with their shares. All processes get those of process 0. They are recorded, and not measured again if the recipe
+        is resumed.
 
         Args:
             rows: Arguments of [`distil`] by name.
         """
+        if costs := self.results.record.get("step_costs"):
+            return costs
         trainers = {
             name: self.distillation_trainer(
                 name, **arguments | {"max_steps": 20, "eval_strategy": "no", "disable_tqdm": True}
@@ -340,8 +349,9 @@ class Experiment:
             for name in others:
                 reference = seconds(first)
                 ratios[name].append(seconds(name) / reference)
-        costs = {first: 1.0} | {name: statistics.median(values) for name, values in ratios.items()}
-        return broadcast_object_list([costs])[0]
+        costs = {first: 1.0} | {name: round(statistics.median(values), 4) for name, values in ratios.items()}
+        (self.results.record["step_costs"],) = broadcast_object_list([costs])
+        return self.results.record["step_costs"]
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from training images.
@@ -382,7 +392,7 @@ class Experiment:
         cores = usable_cores() // PartialState().num_processes
         return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
 
-    def _folder(self, name: str, model: nn.Module) -> Path:
+    def _folder(self, name: str, model: nn.Module | None = None) -> Path:
         if name == "teacher":
             return self.options.output_dir / name
         return self.options.output_dir / re.sub(

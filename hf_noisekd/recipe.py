@@ -9,6 +9,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 - `runs`: a list, each with a `name` and the rest of its record, see there. Of a model that was not trained here only
   the evaluation is known.
 - `measurements`: what was measured beside, a list of mappings of equal keys by the name of its table.
+- `step_costs`: where runs are compared at equal seconds, the seconds of a step of each, relative to those of the first.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from .supervised import ClassifierTrainer
 
 
 def recipe_parser(
-    doc: str, name: str, presets: Mapping[str, Mapping], *, pushes: bool = False
+    doc: str, name: str, presets: Mapping[str, Mapping], *, pushes: bool = False, resumes: bool = False
 ) -> argparse.ArgumentParser:
     """Return a parser with the options that every recipe has.
 
@@ -40,6 +41,7 @@ def recipe_parser(
         name: The recipe's name, for the default output folder `runs/NAME`.
         presets: Constants of the experiment by preset; the first is the default.
         pushes: Whether the recipe has a student to push to the Hub.
+        resumes: Whether the recipe passes over the runs that [`Results.find`] finds.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="where results.json goes")
@@ -47,6 +49,8 @@ def recipe_parser(
     parser.add_argument("--max-steps", type=int, help="train nothing for more steps than this, to try the recipe out")
     if pushes:
         parser.add_argument("--push-to", metavar="REPO_ID", help="push the student to this repository of the Hub")
+    if resumes:
+        parser.add_argument("--resume", action="store_true", help="go on with the finished runs in --output-dir")
     parser.add_argument("--preset", choices=list(presets), default=next(iter(presets)), help="size of the experiment")
     return parser
 
@@ -58,6 +62,9 @@ class Results:
         recipe: The recipe's name.
         options: Its parsed options, from [`recipe_parser`].
         configuration: The constants of the preset.
+
+    Raises:
+        ValueError: The results to go on with are not there, or of other options, or of another commit or machine.
     """
 
     def __init__(self, recipe: str, options: argparse.Namespace, configuration: Mapping):
@@ -75,6 +82,26 @@ class Results:
             "runs": [],
             "measurements": {},
         }
+        if getattr(options, "resume", False):
+            self._resume()
+
+    def _resume(self) -> None:
+        path = self.output_dir / "results.json"
+        if not path.is_file():
+            raise ValueError(f"There is no {path} to go on with: leave --resume out.")
+        found = json.loads(path.read_text())
+        wanted = json.loads(json.dumps(self.record))
+        for key in wanted.keys() - {"runs", "measurements"}:
+            if found.get(key) != wanted[key]:
+                raise ValueError(
+                    f"Cannot go on with {path}: its {key} is {found.get(key)}, and now it is {wanted[key]}. Make it "
+                    "the same, or leave --resume out to begin anew."
+                )
+        self.record = found
+
+    def find(self, name: str) -> dict | None:
+        """Return the record of a run that is finished, or None."""
+        return next((run for run in self.record["runs"] if run["name"] == name), None)
 
     def train(self, name: str, trainer: ClassifierTrainer) -> nn.Module:
         """Train, evaluate in float32 on the trainer's evaluation images, record the run, and return the trained model.
@@ -212,7 +239,7 @@ def _cell(values: Sequence[float | str | None], decimals: int) -> str:
 def _chosen(options: argparse.Namespace) -> dict:
     """Return the options that were given and decide the results, in a form that can be published."""
     chosen = {key: value for key, value in vars(options).items() if value is not None}
-    for key in ("output_dir", "preset", "seed", "push_to"):
+    for key in ("output_dir", "preset", "seed", "push_to", "resume"):
         chosen.pop(key, None)
     return {key: without_path(value) if isinstance(value, str) else value for key, value in chosen.items()}
 

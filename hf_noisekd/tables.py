@@ -42,8 +42,8 @@ training with labels is AdamW with a linear warm-up and decay, in `paper` over 1
 The results on CIFAR-10 here are of a copy of it compressed to JPEG (quality 75), which costs some accuracy against the
 lossless images. The processors had other work now and then, so the seconds of a run are a rough measure, in the paper's
 tables and figures none. What goes beyond the paper, noises with structure and what they give, is at the end; its times
-are numbers of steps by the cost of a step, which was measured in turns. This page is made of the results files by
-`make tables`."""
+are numbers of steps by the cost of a step, which was measured in turns. These recipes take hours: `--resume` goes on
+where one was stopped. This page is made of the results files by `make tables`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

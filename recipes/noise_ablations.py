@@ -43,7 +43,7 @@ FIRST, DEFAULT, *CHANGED = RUNS
 
 def main() -> None:
     """Train the students, and print their table."""
-    parser = experiment_parser(__doc__, "noise_ablations", NOISE_PAIRS)
+    parser = experiment_parser(__doc__, "noise_ablations", NOISE_PAIRS, resumes=True)
     parser.add_argument("--runs", nargs="+", choices=CHANGED, default=CHANGED, help="runs beside the first two")
     options = parser.parse_args()
     runs = {name: RUNS[name] for name in (FIRST, DEFAULT, *options.runs)}

@@ -38,7 +38,7 @@ CRITERIA = ("distance", "class_balance", "information")
 
 def main() -> None:
     """Train the students, measure the noises, and print their tables."""
-    parser = experiment_parser(__doc__, "noise_distributions", NOISE_PAIRS)
+    parser = experiment_parser(__doc__, "noise_distributions", NOISE_PAIRS, resumes=True)
     parser.add_argument("--noises", nargs="+", default=NOISES, help="noises to compare, the first for the seconds")
     options = parser.parse_args()
     experiment = Experiment("noise_distributions", options, NOISE_PAIRS[options.preset])

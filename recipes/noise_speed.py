@@ -29,7 +29,7 @@ RUNS = {
 
 def main() -> None:
     """Train the students, and print their table."""
-    options = experiment_parser(__doc__, "noise_speed", PRESETS).parse_args()
+    options = experiment_parser(__doc__, "noise_speed", PRESETS, resumes=True).parse_args()
     preset = PRESETS[options.preset]
     experiment = Experiment("noise_speed", options, preset | {"runs": RUNS})
     experiment.prepare_teacher()
@@ -38,9 +38,7 @@ def main() -> None:
     for white_steps in preset["white_steps"]:
         for name, arguments in RUNS.items():
             steps = round(white_steps / costs[name])
-            record = experiment.distil(
-                f"{name}, time of {white_steps:,}", max_steps=steps, eval_strategy="no", **arguments
-            ).record()
+            record = experiment.distilled(f"{name}, time of {white_steps:,}", max_steps=steps, **arguments)
             accuracy = record["evaluations"][0]["batch"]["accuracy"]
             rows.append({"noise": name, "in the time of white steps": white_steps, "steps": record["steps"]})
             rows[-1] |= {"seconds": record["seconds"], "accuracy": accuracy}

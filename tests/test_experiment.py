@@ -27,7 +27,7 @@ PRESET = CIFAR10["cpu"] | {"model_args": {"width": 8, "stem_stride": 2}}
 @pytest.fixture
 def experiment(cifar10, small_teacher, tmp_path):
     def build(*options, preset=PRESET) -> Experiment:
-        parser = experiment_parser("doc", "tiny", {"cpu": preset})
+        parser = experiment_parser("doc", "tiny", {"cpu": preset}, resumes=True)
         options = ("--dataset", str(cifar10), "--output-dir", str(tmp_path), "--max-steps", "2", *options)
         return Experiment("tiny", parser.parse_args([*map(str, options)]), preset)
 
@@ -102,6 +102,29 @@ def test_equal_steps_and_equal_seconds_are_one_run_where_they_are_the_same(exper
     runs = tiny.results.record["runs"]
     assert [run["name"] for run in runs] == ["same, equal steps", "other, equal steps", "other, equal seconds"]
     assert other["accuracy, equal seconds"] == runs[-1]["evaluations"][0]["batch"]["accuracy"]
+
+
+def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatch):
+    options = ("--output-dir", tmp_path / "run")
+    tiny = experiment(*options)
+    tiny.teacher = tiny.build("resnet10_cifar").eval()
+    tiny.preset = tiny.preset | {"distillation": {"max_steps": 2, "per_device_train_batch_size": 4}}
+    costs = tiny.step_cost({"white": {"noise": "white"}, "fractal": {"noise": "fractal"}})
+    first = tiny.distilled("white", noise="white")
+    again = experiment(*options, "--resume")
+    monkeypatch.setattr(again, "distil", None)
+    assert again.step_cost({}) == costs
+    found = again.distilled("white", noise="white")
+    assert {key: found[key] for key in ("steps", "seconds", "evaluations")} == {
+        key: first[key] for key in ("steps", "seconds", "evaluations")
+    }
+    assert again.results.find("fractal") is None
+    with pytest.raises(ValueError, match=r"its seed is 0, and now it is 1\. Make it the same, or leave --resume out"):
+        experiment(*options, "--resume", "--seed", 1)
+    with pytest.raises(ValueError, match=r"configuration is .* and now it is"):
+        experiment(*options, "--resume", "--max-steps", 3)
+    with pytest.raises(ValueError, match=r"There is no .*results.json to go on with"):
+        experiment("--output-dir", tmp_path / "other", "--resume")
 
 
 def test_recalibration_leaves_the_student_as_it_is(experiment, small_teacher):

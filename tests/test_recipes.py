@@ -164,6 +164,7 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
             for white_steps in times
             for name in ("white", "white, as the default", "structured, the default")
         ]
+    assert run_here("noise_speed", monkeypatch, *options, "--preset", "cpu-long", "--resume") == record
 
 
 def test_activations(cifar10, small_teacher, tmp_path, monkeypatch):
