@@ -55,6 +55,24 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
     assert "\n".join([table_row(header), "|---|---:|---:|---:|---:|", *lines]) in README
 
 
+def test_the_default_taken_apart_is_that_of_the_results_file():
+    measured = json.loads((ROOT / "recipes" / "results" / "noise_ablations_cpu.json").read_text())["measurements"]
+    accuracies = {row["run"]: row["accuracy, equal seconds"] for row in measured["accuracy"]}
+    default = accuracies["the default"]
+    text = " ".join(README.split())
+    for words, run in {
+        "it reaches {} %": "the default",
+        "small at first {},": "white noise, half size first",
+        "full size throughout {},": "full size throughout",
+        "half size only {},": "half size only",
+        "the teacher on running statistics {},": "teacher on running statistics",
+        "one adversarial step for each batch {} ": "one adversarial step",
+    }.items():
+        assert words.format(f"{accuracies[run]:.2f}") in text
+    near = [abs(accuracies[run] - default) for run in ("cut and paste", "temperature 4", "linear decay")]
+    assert f"are within {max(near):.1f} points of it" in text
+
+
 def test_the_rank_correlation_is_that_of_the_results_file():
     measured = json.loads((ROOT / "recipes" / "results" / "noise_distributions_cpu.json").read_text())["measurements"]
     distances = {fit["noise"]: fit["distance"] for fit in measured["what the teacher says"]}
