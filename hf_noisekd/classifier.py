@@ -24,8 +24,7 @@ def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: s
     Raises:
         ValueError: It does not take images of this size, or gives something else than logits.
     """
-    parameter = next(model.parameters())
-    pixel_values = torch.zeros(2, *input_size, device=parameter.device, dtype=parameter.dtype)
+    pixel_values = to_device_of(model, torch.zeros(2, *input_size))
     try:
         with torch.no_grad(), evaluation_mode(model):
             logits = compute_logits(model, pixel_values)

@@ -107,9 +107,9 @@ def render_page(recipes: Path) -> str:
 
 
 def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str, Mapping[str, float]]) -> str:
-    first = next(iter(files.values()))
+    path, first = next(iter(files.items()))
     links = ", ".join(
-        f"[seed {record['seed']}](results/{path.name}) at `{record['commit']}`" for path, record in files.items()
+        f"[seed {record['seed']}](results/{file.name}) at `{record['commit']}`" for file, record in files.items()
     )
     parts = [f"`{preset}`, on {describe_machine(first['machine'])}: {links}."]
     if first["runs"]:
@@ -121,7 +121,7 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
         repetitions = [tables[name] for tables in measurements if name in tables]
         if len(repetitions[0]) <= MAX_ROWS:
             parts.append(f"{name[0].upper()}{name[1:]}:\n\n{measurements_table(*repetitions)}")
-    figures = sorted(next(iter(files)).parent.glob(f"{next(iter(files)).stem}_*.png"))
+    figures = sorted(path.parent.glob(f"{path.stem}_*.png"))
     parts += [f"![{figure.stem.replace('_', ' ')}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)
 

@@ -25,13 +25,8 @@ from hf_noisekd.image_data import ImageDataset, channel_statistics
 from hf_noisekd.push import _api
 from hf_noisekd.supervised import ClassifierTrainer
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
-    ),
-]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 class TinyCNN(nn.Module):

@@ -7,6 +7,11 @@ from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.record import command_line, current_evaluations, describe_machine, machine, usable_cores, versions
 
 
+def config(tmp_path, **options):
+    shared = {"per_device_train_batch_size": 8, "input_size": [1, 8, 8], "disable_tqdm": True}
+    return NoiseKDConfig(str(tmp_path / "out"), **shared | options)
+
+
 def test_machine_and_versions_are_named():
     here = machine(torch.device("cpu"))
     assert here["processor"]
@@ -56,18 +61,15 @@ def test_the_evaluation_that_counts_is_the_one_of_the_weights_as_they_are():
 
 def test_evaluations_tell_what_they_are_of(tiny_cnn, tmp_path):
     images = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
-    args = NoiseKDConfig(
-        str(tmp_path / "out"),
+    args = config(
+        tmp_path,
         max_steps=4,
-        per_device_train_batch_size=8,
         per_device_eval_batch_size=16,
         eval_strategy="steps",
         eval_steps=2,
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_images_batch_accuracy",
-        input_size=[1, 8, 8],
-        disable_tqdm=True,
         bf16=True,
     )
     datasets = {"noise": NoiseDataset((1, 8, 8), 4, 3, held_out=True), "images": images}
@@ -91,17 +93,14 @@ def test_evaluations_tell_what_they_are_of(tiny_cnn, tmp_path):
 
 
 def test_a_record_is_of_the_weights_that_were_loaded_as_the_best(tiny_cnn, tmp_path):
-    args = NoiseKDConfig(
-        str(tmp_path / "out"),
+    args = config(
+        tmp_path,
         max_steps=6,
-        per_device_train_batch_size=8,
         per_device_eval_batch_size=8,
         eval_strategy="steps",
         eval_steps=1,
         save_steps=4,
         load_best_model_at_end=True,
-        input_size=[1, 8, 8],
-        disable_tqdm=True,
     )
     trainer = NoiseKDTrainer(TinyCNN(), tiny_cnn, args)
     # The best of the saved ones is at step 4, and a better one, at step 5, is not saved.
@@ -124,17 +123,14 @@ def test_a_record_is_of_the_weights_that_were_loaded_as_the_best(tiny_cnn, tmp_p
 
 def test_a_record_is_of_this_run(tiny_cnn, tmp_path):
     def trainer(max_steps):
-        args = NoiseKDConfig(
-            str(tmp_path / "out"),
+        args = config(
+            tmp_path,
             max_steps=max_steps,
-            per_device_train_batch_size=8,
             gradient_accumulation_steps=2,
-            input_size=[1, 8, 8],
             eval_noise_batches=1,
             save_steps=2,
             seed=3,
             logging_steps=1,
-            disable_tqdm=True,
         )
         return NoiseKDTrainer(TinyCNN(), tiny_cnn, args)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import TinyCNN, digest
+from conftest import GPU, TinyCNN, digest
 from torch import nn
 from torch.utils.data import IterableDataset, TensorDataset
 from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClassification, TrainerCallback
@@ -578,9 +578,9 @@ def test_torch_compile_makes_one_graph_for_each_resolution(tiny_cnn, tmp_path, o
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * 3
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"adversarial_steps": 1, "balance_classes": True}])
+@pytest.mark.parametrize(
+    "options", [pytest.param(options, marks=GPU) for options in ({}, {"adversarial_steps": 1, "balance_classes": True})]
+)
 def test_trains_on_a_gpu(digits_teacher, tmp_path, options):
     teacher = copy.deepcopy(digits_teacher)
     trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=None, **options))
