@@ -14,6 +14,12 @@ from hf_noisekd.recipe import mean_and_spread, results_table, table_row
 ROOT = Path(__file__).parents[1]
 DEMO_TEACHER = "runs/digits/teacher"
 README = (ROOT / "README.md").read_text()
+UNWRAPPED = " ".join(README.split())
+RESULTS = ROOT / "recipes" / "results"
+
+
+def results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
@@ -31,7 +37,7 @@ def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["digits_cpu", "cifar10_cpu"])
 def test_tables_are_those_of_the_results_files(name):
-    record = json.loads((ROOT / "recipes" / "results" / f"{name}.json").read_text())
+    record = results(name)
     assert results_table(record) in README
     assert record["commit"] in README
     assert not record["commit"].endswith("-dirty")
@@ -42,8 +48,8 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
     lines = []
     for preset, teacher in {"cpu": "ResNet-18", "cpu-wrn": "WRN-16-2"}.items():
         accuracies = {}
-        for file in sorted((ROOT / "recipes" / "results").glob("noise_speed_*.json")):
-            record = json.loads(file.read_text())
+        for file in sorted(RESULTS.glob("noise_speed_*.json")):
+            record = results(file.stem)
             for row in record["measurements"]["accuracy"] if record["preset"] == preset else ():
                 noises = accuracies.setdefault(row["in the time of white steps"], {})
                 noises.setdefault(row["noise"], []).append(row["accuracy"])
@@ -56,10 +62,9 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
 
 
 def test_the_default_taken_apart_is_that_of_the_results_file():
-    measured = json.loads((ROOT / "recipes" / "results" / "noise_ablations_cpu.json").read_text())["measurements"]
+    measured = results("noise_ablations_cpu")["measurements"]
     accuracies = {row["run"]: row["accuracy, equal seconds"] for row in measured["accuracy"]}
     default = accuracies["the default"]
-    text = " ".join(README.split())
     for words, run in {
         "it reaches {} %": "the default",
         "small at first {},": "white noise, half size first",
@@ -68,19 +73,17 @@ def test_the_default_taken_apart_is_that_of_the_results_file():
         "the teacher on running statistics {},": "teacher on running statistics",
         "one adversarial step for each batch {} ": "one adversarial step",
     }.items():
-        assert words.format(f"{accuracies[run]:.2f}") in text
+        assert words.format(f"{accuracies[run]:.2f}") in UNWRAPPED
     near = [abs(accuracies[run] - default) for run in ("cut and paste", "temperature 4", "linear decay")]
-    assert f"are within {max(near):.1f} points of it" in text
+    assert f"are within {max(near):.1f} points of it" in UNWRAPPED
 
 
 def test_the_rank_correlations_are_those_of_the_results_files():
-    text = " ".join(README.split())
     for preset, named, words in (
         ("cpu", 12, "the accuracy was {:.2f}, and for the seven without dead leaves {:.2f};"),
         ("cpu-wrn", 13, "with the noise fitted to it as the thirteenth, {:.2f} and {:.2f}:"),
     ):
-        file = ROOT / "recipes" / "results" / f"noise_distributions_{preset}.json"
-        measured = json.loads(file.read_text())["measurements"]
+        measured = results(f"noise_distributions_{preset}")["measurements"]
         distances = {fit["noise"]: fit["distance"] for fit in measured["what the teacher says"]}
         accuracies = {row["noise"]: row["accuracy, equal seconds"] for row in measured["accuracy"]}
         others = [noise for noise in accuracies if "dead_leaves" not in noise]
@@ -89,7 +92,7 @@ def test_the_rank_correlations_are_those_of_the_results_files():
             rank_correlation([distances[noise] for noise in noises], [accuracies[noise] for noise in noises])
             for noises in (accuracies, others)
         )
-        assert words.format(*correlations) in text
+        assert words.format(*correlations) in UNWRAPPED
 
 
 def test_commands_are_make_targets():
