@@ -43,21 +43,23 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     fx = torch.fft.rfftfreq(width, device=device)[None]
     log_frequency = (fy.square() + fx.square()).clamp(min=1e-12).log() / 2
     exponents = uniform(generator, (batch, 1, 1, 1), 0, 2) if exponent is None else exponent
+    log_frequency = log_frequency + math.log(max(height, width))  # 0 for the lowest, so that no amplitude overflows
     amplitude = torch.exp(-exponents * log_frequency).expand(batch, 1, -1, -1).clone()
     amplitude[..., 0, 0] = 0
-    # The columns of the half spectrum that stand for themselves lose half their variance in the inverse transform.
-    own = torch.zeros(width // 2 + 1, dtype=torch.bool, device=device)
-    own[0] = True
-    if width % 2 == 0:
-        own[-1] = True
-    power = (amplitude.square() * torch.where(own, 1.0, 2.0)).sum((-2, -1), keepdim=True) / (height * width)
-    amplitude = amplitude * torch.where(own, math.sqrt(2), 1.0) / power.clamp(min=1e-12).sqrt()
+    # Of the half spectrum, the first column, and of an even width the last, stand for themselves; all others for two.
+    own = slice(None, None, width // 2 if width % 2 == 0 else width)
+    power = 2 * amplitude.square().sum((-2, -1), keepdim=True)
+    power = (power - amplitude[..., own].square().sum((-2, -1), keepdim=True)) / (height * width)
+    amplitude = amplitude / power.clamp(min=1e-12).sqrt()
     size = (batch, channels, height, width // 2 + 1)
     field = torch.randn(size, dtype=torch.complex64, generator=generator, device=device)
     if channels > 1:
         shared = torch.randn((batch, 1, *size[2:]), dtype=torch.complex64, generator=generator, device=device)
         correlation = uniform(generator, (batch, 1, 1, 1))
         field = field * (1 - correlation).sqrt() + shared * correlation.sqrt()
+    # Those have to be the conjugates of themselves mirrored, or what a GPU makes of them is not defined.
+    column = field[..., own]
+    field[..., own] = (column + column.flip(-2).roll(1, -2).conj()) / math.sqrt(2)
     return torch.fft.irfft2(field * amplitude, s=(height, width), norm="ortho")
 
 

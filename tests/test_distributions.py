@@ -52,11 +52,12 @@ def test_all_but_white_noise_are_smooth(name):
     assert neighbour_correlation(draw(name, (64, 3, 32, 32))) > 0.2
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [(32, 32), (15, 24)])
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
-def test_spectrum_falls_by_its_exponent_alike_in_all_directions(exponent, size):
+def test_spectrum_falls_by_its_exponent_alike_in_all_directions(exponent, size, device):
     height, width = size
-    x = DISTRIBUTIONS["spectrum"](torch.Generator().manual_seed(0), (512, 1, *size), exponent)
+    x = DISTRIBUTIONS["spectrum"](torch.Generator(device).manual_seed(0), (512, 1, *size), exponent).cpu()
     assert x.var((1, 2, 3)).mean() == pytest.approx(1, abs=0.1)
     power = torch.fft.fft2(x).abs().square().mean((0, 1))
     fy = torch.fft.fftfreq(height)[:, None].expand(size)
@@ -67,6 +68,22 @@ def test_spectrum_falls_by_its_exponent_alike_in_all_directions(exponent, size):
     rows, columns = power[1 : height // 2, 0], power[0, 1 : width // 2]
     if height == width:
         assert (rows / columns).log().mean().abs() < 0.1
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 8), (8, 7), (1, 5), (5, 1), (2, 2)])
+def test_spectrum_transforms_what_is_the_half_spectrum_of_real_images(size, monkeypatch):
+    """On a GPU the transform of any other one is not defined."""
+    transformed = []
+    irfft2 = torch.fft.irfft2
+    monkeypatch.setattr(torch.fft, "irfft2", lambda x, **kwargs: transformed.append(x) or irfft2(x, **kwargs))
+    x = draw("spectrum", (4, 3, *size))
+    assert torch.allclose(torch.fft.rfft2(x, norm="ortho"), transformed[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 10.0])
+def test_spectrum_has_unit_variance_at_its_limits_in_large_images(exponent):
+    x = DISTRIBUTIONS["spectrum"](torch.Generator().manual_seed(0), (64, 1, 224, 224), exponent)
+    assert x.std() == pytest.approx(1, abs=0.2)
 
 
 def test_low_resolution_has_the_resolution_that_was_asked_for():
