@@ -95,7 +95,8 @@ def noise_fit(
             stack.callback(hook.remove)
         answers = describe_answers(answer_noise(model, data, batch_statistics(model)))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
-    distances = distances.clamp(min=torch.finfo().tiny)  # 0 would make the product 0, whatever the other layers say
+    # Rounding makes a distance of about 0 any number up to this, and 0 would make that of all layers 0.
+    distances = distances.clamp(min=1e-6)
     return {
         "noise": noise,
         "std": data.std,

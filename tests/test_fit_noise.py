@@ -37,7 +37,22 @@ def test_the_distance_is_small_to_what_the_teacher_was_trained_on(taught_by):
     assert own["distance"] < other["distance"] / 10
     assert digest(teacher) == before
     assert not any(module.training for module in teacher.modules())
-    assert own["information"] == own["class_balance"] - own["flatness"]
+
+
+def test_the_information_is_all_or_none_for_answers_that_tell_all_or_nothing():
+    class Sign(nn.Module):
+        """Two classes, told apart by the sign of the mean pixel."""
+
+        def __init__(self, certainty: float):
+            super().__init__()
+            self.bn, self.certainty = nn.BatchNorm2d(1), certainty
+
+        def forward(self, x):
+            mean = self.bn(x).mean((1, 2, 3)) * self.certainty
+            return torch.stack([mean, -mean], 1)
+
+    assert noise_fit(Sign(0.0), "white", **SIZE)["information"] == pytest.approx(0, abs=1e-6)
+    assert noise_fit(Sign(1e6), "white", **SIZE)["information"] == pytest.approx(1, abs=0.02)
 
 
 def test_the_distance_is_the_divergence_of_normal_distributions():
@@ -89,8 +104,10 @@ def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DISTRIBUTIONS, "zeros", zeros)
         blank[0].running_var.fill_(0.0)
-        ranking, _ = fit_noise(blank, ["zeros"], **SIZE)
-    assert ranking[0]["distance"] > 0
+        fit = noise_fit(blank, "zeros", **SIZE)
+        behind = noise_fit(teacher, "zeros", **SIZE)
+    # The geometric mean of 1e-6 and the three layers behind.
+    assert fit["distance"] == pytest.approx(1e-6**0.25 * behind["distance"] ** 0.75, rel=0.01)
 
 
 def test_names_with_weights_and_a_standard_deviation_can_be_given(taught_by):
