@@ -153,6 +153,8 @@ def _check_distribution(name: str) -> None:
     function, number = _split_parameter(name)
     if function == "structured":
         raise ValueError(f"'structured' stands alone: in mixtures use {STRUCTURED!r}, with resolutions of your choice.")
+    if (known := function.partition("(")[0]) != function and known in DISTRIBUTIONS:
+        raise ValueError(f"{name!r} has no parameter that can be read: use a plain number, such as {known}(2).")
     _check_known(name, function, DISTRIBUTIONS)
     if number is None:
         return

@@ -210,7 +210,11 @@ def parse_resolutions(text: str) -> dict[float, float]:
         ValueError: The text cannot be read, or a number is out of range.
     """
     try:
-        return check_resolutions({float(scale): share for scale, share in parse_weights(text).items()})
+        shares = parse_weights(text)
+        resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
+        if len(resolutions) < len(shares):
+            raise ValueError("a size is there twice")
+        return resolutions
     except ValueError as error:
         raise ValueError(
             f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."

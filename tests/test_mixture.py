@@ -60,6 +60,11 @@ def test_augmentations_keep_mean_and_variance(name, device):
     assert torch.equal(AUGMENTATIONS[name](generator(1, device), x, 0.0), x)
 
 
+def test_flip_mirrors_left_and_right():
+    x = DISTRIBUTIONS["white"](generator(), (8, 3, 4, 6))
+    assert torch.equal(AUGMENTATIONS["flip"](generator(), x, 1.0), x.flip(-1))
+
+
 def test_cutmix_pastes_pixels_of_one_other_image():
     x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 1, 16, 16)
     y = AUGMENTATIONS["cutmix"](generator(), x, 1.0)
@@ -110,8 +115,10 @@ def test_text_of_a_mixture_reads_back():
         ("dead_leaves(2.7)", "must be whole"),
         ("dead_leaves(0)", "at least 1"),
         ("spectrum(11)", r"\[0, 10\]"),
-        ("spectrum(x)", "none of"),
-        ("spectrum(1.2.3)", "none of"),
+        ("spectrum(x)", "plain number, such as"),
+        ("spectrum(-1)", "plain number, such as"),
+        ("spectrum(1.2.3)", "plain number, such as"),
+        ("wite(x)", "none of"),
         ("white|mixup|flip", "one '|'"),
         ("structured,white", "stands alone"),
         ("structured|cutmix", "stands alone"),

@@ -156,7 +156,7 @@ def test_reads_resolutions():
     assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("1") == {1: 1}
     assert resolutions_text(STRUCTURED_RESOLUTIONS) == "0.5:0.6,1:0.4"
-    for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "0.5:1:1"):
+    for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "1:1,0.5:1,1.0:1", "0.5:1:1"):
         with pytest.raises(ValueError, match=r"resolutions is .* such as '0.5:0.6,1:0.4'"):
             parse_resolutions(text)
 
