@@ -235,12 +235,14 @@ class NoiseKDTrainer(ClassifierTrainer):
         """Return images on which teacher and student disagree more: a step along the sign of the gradient."""
         pixel_values = pixel_values.detach().requires_grad_()
         # The student's own statistics are of what it is trained on, so they stay out of this.
-        with torch.enable_grad(), self.accelerator.autocast(), self._teacher_statistics, self._student_statistics:
-            disagreement = kl_divergence(
-                compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
-            )
-            disagreement *= len(pixel_values)  # their sum, whose gradient does not vanish in float16
-        (gradient,) = torch.autograd.grad(disagreement, pixel_values)
+        with torch.enable_grad(), self._teacher_statistics, self._student_statistics:
+            with self.accelerator.autocast():
+                disagreement = kl_divergence(
+                    compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
+                )
+                disagreement *= len(pixel_values)  # their sum, whose gradient does not vanish in float16
+            # Here too on these statistics: with activation checkpoints the layers run once more.
+            (gradient,) = torch.autograd.grad(disagreement, pixel_values)
         std = self.train_dataset.std if isinstance(self.train_dataset, NoiseDataset) else 1.0
         return (pixel_values + self.args.adversarial_step_size * std * gradient.sign()).detach()
 
@@ -527,8 +529,7 @@ class NoiseKDTrainer(ClassifierTrainer):
         dataset.device = self.args.device
         dataset.rank = self.args.process_index if rank is None else rank
         dataset.memory_format = self.memory_format
-        if self.args.bf16:
-            dataset.dtype = torch.bfloat16
+        dataset.dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         return dataset
 
 

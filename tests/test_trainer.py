@@ -1,4 +1,5 @@
 import copy
+import functools
 import logging
 import math
 import os
@@ -162,10 +163,14 @@ def test_gradient_accumulation_keeps_the_scale_of_the_loss(tiny_cnn, tmp_path):
     torch.testing.assert_close(gradients[4][0], torch.stack(gradients[1]).mean(0), rtol=1e-4, atol=1e-6)
 
 
-def test_adversarial_steps_change_the_noise_towards_disagreement(tiny_cnn, tmp_path):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adversarial_steps_change_the_noise_towards_disagreement(tiny_cnn, tmp_path, checkpointed):
     """By one step at most in each pixel, and nothing else than the noise."""
     model = student()
     model.drop.p = 0.0
+    if checkpointed:
+        for network in (tiny_cnn, model):
+            network.forward = functools.partial(torch.utils.checkpoint.checkpoint, network.forward, use_reentrant=False)
     trainer = NoiseKDTrainer(
         model, tiny_cnn, config(tmp_path, adversarial_steps=3, adversarial_step_size=0.01, bf16=False)
     )
@@ -203,6 +208,14 @@ def test_the_student_is_trained_on_the_adversarial_images(tiny_cnn, tmp_path, wh
     change = (seen[-1].float() - drawn[-1].float()).abs()
     assert change.max() == pytest.approx(step, rel=0.05)
     assert (change > 0.9 * step).float().mean() > 0.5
+
+
+def test_noise_is_drawn_in_the_precision_of_the_training(tiny_cnn, tmp_path):
+    for bf16, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        noise = NoiseDataset((1, 8, 8), 16, num_steps=2, dtype=torch.float64)
+        trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=bf16, max_steps=1), train_dataset=noise)
+        assert trainer.train_dataset.draw(0).dtype == dtype
+        trainer.train()
 
 
 def test_balanced_classes_are_drawn_equally_often():
