@@ -350,8 +350,9 @@ class Experiment:
                 reference = seconds(first)
                 ratios[name].append(seconds(name) / reference)
         costs = {first: 1.0} | {name: round(statistics.median(values), 4) for name, values in ratios.items()}
-        (self.results.record["step_costs"],) = broadcast_object_list([costs])
-        return self.results.record["step_costs"]
+        (costs,) = broadcast_object_list([costs])
+        self.results.record_step_costs(costs)
+        return costs
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from training images.

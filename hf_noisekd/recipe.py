@@ -146,6 +146,12 @@ class Results:
             ]
             self._save()
 
+    def record_step_costs(self, costs: Mapping[str, float]) -> None:
+        """Record the cost of a step of each run, on process 0."""
+        self.record["step_costs"] = dict(costs)
+        if PartialState().is_main_process:
+            self._save()
+
     def _save(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         (self.output_dir / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")

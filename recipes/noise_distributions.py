@@ -45,11 +45,11 @@ def main() -> None:
     results, teacher = experiment.results, experiment.prepare_teacher()
     # All processes get those of process 0, or rounding might have them train with different noises.
     fits, choice = broadcast_object_list([*fit_noise(teacher, options.noises, seed=options.seed)])
-    arguments = {noise: {"noise": noise} for noise in options.noises}
+    arguments = {noise: {"noise": noise, "resolutions": "1"} for noise in options.noises}
     if choice not in fits:
         fitted = f"fitted: {choice['noise']}, standard deviation {choice['std']:g}"
         fits.append(choice | {"noise": fitted})
-        arguments[fitted] = {"noise": choice["noise"], "noise_std": choice["std"]}
+        arguments[fitted] = {"noise": choice["noise"], "noise_std": choice["std"], "resolutions": "1"}
     results.measure("what the teacher says", fits)
     costs = experiment.step_cost(arguments)
     rows = []

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import sys
 from types import SimpleNamespace
 
@@ -110,6 +111,7 @@ def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatc
     tiny.teacher = tiny.build("resnet10_cifar").eval()
     tiny.preset = tiny.preset | {"distillation": {"max_steps": 2, "per_device_train_batch_size": 4}}
     costs = tiny.step_cost({"white": {"noise": "white"}, "fractal": {"noise": "fractal"}})
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["step_costs"] == costs
     first = tiny.distilled("white", noise="white")
     again = experiment(*options, "--resume")
     monkeypatch.setattr(again, "distil", None)
