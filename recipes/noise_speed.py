@@ -44,8 +44,9 @@ def main() -> None:
             rows[-1] |= {"seconds": record["seconds"], "accuracy": accuracy}
             lines[name].append((white_steps, accuracy))
             experiment.results.measure("accuracy", rows)
-    panel = Panel(lines, xlabel="time, in steps of white noise", ylabel=ACCURACY_LABEL, log_x=True)
-    experiment.results.plot("accuracy.png", lambda runs, path: plot_panels([panel], path))
+    if len(preset["white_steps"]) > 1:
+        panel = Panel(lines, xlabel="time, in steps of white noise", ylabel=ACCURACY_LABEL, log_x=True)
+        experiment.results.plot("accuracy.png", lambda runs, path: plot_panels([panel], path))
     experiment.results.print_table()
 
 
