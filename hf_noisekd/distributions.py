@@ -41,9 +41,9 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     device = generator.device
     fy = torch.fft.fftfreq(height, device=device)[:, None]
     fx = torch.fft.rfftfreq(width, device=device)[None]
-    log_frequency = (fy.square() + fx.square()).clamp(min=1e-12).log() / 2
+    # 0 for the lowest frequency, so that no amplitude overflows.
+    log_frequency = (fy.square() + fx.square()).clamp(min=1e-12).log() / 2 + math.log(max(height, width))
     exponents = uniform(generator, (batch, 1, 1, 1), 0, 2) if exponent is None else exponent
-    log_frequency = log_frequency + math.log(max(height, width))  # 0 for the lowest, so that no amplitude overflows
     amplitude = torch.exp(-exponents * log_frequency).expand(batch, 1, -1, -1).clone()
     amplitude[..., 0, 0] = 0
     # Of the half spectrum, the first column, and of an even width the last, stand for themselves; all others for two.
