@@ -173,7 +173,7 @@ class NoiseKDConfig(ClassifierConfig):
     )
     num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train, of `steps_per_epoch` batches."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up, or a share of all steps if below 1."}
     )

@@ -66,6 +66,7 @@ def main() -> None:
         args = NoiseKDConfig(
             **arguments("student", preset["noise_steps"]),
             noise="white",
+            lr_scheduler_type="cosine",
             batch_norm_fraction=fraction,
             input_size=[2, 1, 1],
         )

@@ -40,6 +40,7 @@ def main() -> None:
         return {
             "output_dir": options.output_dir / name,
             "max_steps": steps,
+            "lr_scheduler_type": "cosine",
             "seed": options.seed,
             "eval_strategy": "steps",
             "eval_steps": max(1, steps // 6),
@@ -47,9 +48,7 @@ def main() -> None:
         }
 
     def supervised(name: str, width: int) -> torch.nn.Module:
-        args = ClassifierConfig(
-            **arguments(name, preset["supervised_steps"]), learning_rate=3e-3, lr_scheduler_type="cosine"
-        )
+        args = ClassifierConfig(**arguments(name, preset["supervised_steps"]), learning_rate=3e-3)
         trainer = ClassifierTrainer(build(width), args, train_dataset=train_dataset, eval_dataset=test_dataset)
         model = results.train(name, trainer)
         trainer.save_model()

@@ -31,7 +31,7 @@ RUNS = {"white": {"noise": "white"}} | {
         "centred logits": {"loss_type": "centered_mse"},
         "learning rate 3e-3": {"learning_rate": 3e-3},
         "learning rate 2e-2": {"learning_rate": 2e-2},
-        "linear decay": {"lr_scheduler_type": "linear"},
+        "cosine decay": {"lr_scheduler_type": "cosine"},
         "batches of 128": {"per_device_train_batch_size": 128},
         "teacher on running statistics": {"batch_norm_fraction": 0.0},
         "one adversarial step": {"adversarial_steps": 1},

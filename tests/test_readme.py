@@ -81,7 +81,7 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         "half size for longer {},": "half size longer",
         "cutting and pasting {},": "cut and paste",
         "temperature 4 {},": "temperature 4",
-        "for its cosine, {}.": "linear decay",
+        "for its cosine, {}. So": "linear decay",
     }.items():
         assert len(seeds[run]) == 3
         assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
