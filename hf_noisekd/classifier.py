@@ -6,6 +6,7 @@ classification model, whose output carries `logits`.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -130,6 +131,33 @@ def training_memory_format(model: nn.Module, device: torch.device) -> torch.memo
         for module in model.modules()
     )
     return torch.contiguous_format if breaks_channels_last else torch.channels_last
+
+
+def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:
+    """Return the name of a convolution whose gradient a CPU computes wrongly in bfloat16, or None.
+
+    That is one whose maps, when the images are of `input_size`, have a side shorter than its stride or than half of its
+    kernel: the gradient of its weights holds memory that nobody wrote. Not so 1x1 and depthwise ones (seen with torch
+    2.15 and its oneDNN).
+    """
+    broken = []
+
+    def look(name: str, layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        for side, kernel, stride in zip(inputs[0].shape[-2:], layer.kernel_size, layer.stride, strict=True):
+            if kernel > 1 and side < max(stride, kernel // 2):
+                broken.append(name)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(look, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels
+    ]
+    try:
+        answer_to_blanks(model, input_size, "model")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return broken[0] if broken else None
 
 
 @contextmanager

@@ -28,7 +28,14 @@ from .checks import (
     last_whole_checkpoint,
     teacher_input_size,
 )
-from .classifier import answer_to_blanks, compute_logits, declared_input_size, training_memory_format
+from .classifier import (
+    answer_to_blanks,
+    by,
+    compute_logits,
+    declared_input_size,
+    layer_that_bfloat16_breaks,
+    training_memory_format,
+)
 from .config import NoiseKDConfig
 from .evaluation import collate_images
 from .hub import (
@@ -133,8 +140,11 @@ class NoiseKDTrainer(ClassifierTrainer):
         model = load_student(model, num_classes=num_classes, input_size=input_size)
         check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher_model, input_size, num_classes, explicit_size=args.input_size is not None)
+        image_sizes = {input_size[1:]}
         if isinstance(train_dataset, NoiseDataset):
             check_image_sizes(train_dataset, teacher_model, model)
+            image_sizes = {size for size, _ in train_dataset.image_sizes()}
+        args = _without_wrong_gradients(args, model, [(input_size[0], *size) for size in sorted(image_sizes)])
         if eval_dataset == {}:
             raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
@@ -537,6 +547,27 @@ def draw_balanced(answers: torch.Tensor) -> torch.Tensor:
     """Return `[B]` indices, drawn with replacement, under which all classes of `answers` `[B]` are equally likely."""
     frequency = (answers[:, None] == answers).sum(1)
     return torch.multinomial(1.0 / frequency, len(answers), replacement=True)
+
+
+def _without_wrong_gradients(
+    args: NoiseKDConfig, model: nn.Module, input_sizes: list[tuple[int, int, int]]
+) -> NoiseKDConfig:
+    """Return arguments that train in float32 where a CPU cannot train the student in bfloat16 on these images."""
+    if args.mixed_precision != "bf16" or args.device.type != "cpu":
+        return args
+    for input_size in input_sizes:
+        if layer := layer_that_bfloat16_breaks(model, input_size):
+            logger.warning(
+                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
+                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
+                "(resolutions='1'), may spare it that.",
+                layer,
+                by(input_size),
+            )
+            args = copy.copy(args)
+            args.bf16, args.mixed_precision = False, "no"
+            break
+    return args
 
 
 class _NoiseSteps(IterableDataset):

@@ -109,6 +109,25 @@ def test_step_is_algorithm_1(tiny_cnn, tmp_path):
         torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_student_that_a_cpu_trains_wrongly_in_bfloat16_is_trained_in_float32(tiny_cnn, tmp_path, caplog):
+    def shrinking():
+        torch.manual_seed(1)
+        convolutions = [nn.Conv2d(c, 16, 3, stride=2, padding=1) for c in (1, 16, 16, 16, 16)]
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(16, 3))
+
+    students = []
+    for bf16 in (True, False):
+        args = config(tmp_path, bf16=bf16, use_cpu=True, input_size=[1, 32, 32], resolutions="0.5:0.5,1:0.5")
+        trainer = NoiseKDTrainer(shrinking(), tiny_cnn, args)
+        trainer.train()
+        assert args.bf16 is bf16  # the caller's
+        students.append(digest(trainer.model))
+    assert students[0] == students[1]
+    assert "trained in float32: its layer 4 gets maps so small from images of 1x16x16" in caplog.text
+    at_full_size = config(tmp_path, bf16=True, use_cpu=True, input_size=[1, 32, 32], resolutions="1")
+    assert NoiseKDTrainer(shrinking(), tiny_cnn, at_full_size).accelerator.mixed_precision == "bf16"
+
+
 def test_the_student_computes_in_float32_after_training(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=True))
     pixels = torch.randn(4, 1, 8, 8)
