@@ -62,9 +62,10 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
 
 
 def test_the_default_taken_apart_is_that_of_the_results_files():
-    accuracies = {}
-    for row in results("noise_ablations_cpu")["measurements"]["accuracy"]:
-        accuracies[row["run"]] = row["accuracy, equal seconds"]
+    seeds = {}
+    for file in ("noise_ablations_cpu", "noise_ablations_cpu_seed1"):
+        for row in results(file)["measurements"]["accuracy"]:
+            seeds.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
     for words, run in {
         "it reaches {} %": "the default",
         "small at first {},": "white noise, half size first",
@@ -78,7 +79,16 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         "temperature 4 {},": "temperature 4",
         "that it had before {} (": "cosine decay",
     }.items():
-        assert words.format(f"{accuracies[run]:.2f}") in UNWRAPPED
+        assert words.format(f"{seeds[run][0]:.2f}") in UNWRAPPED
+    for words, run in {
+        "Over two seeds it has {},": "the default",
+        "half size for longer {},": "half size longer",
+        "cutting and pasting {},": "cut and paste",
+        "temperature 4 {},": "temperature 4",
+        "the cosine decay {}:": "cosine decay",
+    }.items():
+        assert len(seeds[run]) == 2
+        assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
 
 
 def test_the_rank_correlations_are_those_of_the_results_files():
