@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import timm
@@ -89,6 +90,9 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
     }.items():
         assert len(seeds[run]) == 2
         assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
+    default = mean(seeds["the default"])
+    leads = [mean(seeds[run]) - default for run in ("half size longer", "cut and paste", "temperature 4")]
+    assert f"three of its neighbours are {min(leads):.1f} to {max(leads):.1f} points better" in UNWRAPPED
 
 
 def test_the_rank_correlations_are_those_of_the_results_files():
