@@ -126,7 +126,6 @@ def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
         verdict += " But noise hardly reaches most of them: expect a poor student."
     elif answers["flatness"] > 0.9:
         verdict += (
-            " But each answer is nearly flat, and the default loss learns little from such: a --temperature below 1 or "
-            "--loss-type centered_mse may help."
+            " But each answer is nearly flat, and the default softens it further: a --temperature below 1 may help."
         )
     return verdict

@@ -35,6 +35,8 @@ def main() -> None:
     args = NoiseKDConfig(
         options.output_dir / "trainer",
         noise="white",
+        loss_type="soft_cross_entropy",
+        temperature=1.0,
         max_steps=steps,
         per_device_train_batch_size=preset["batch_size"],
         save_strategy="no",

@@ -66,6 +66,8 @@ def main() -> None:
         args = NoiseKDConfig(
             **arguments("student", preset["noise_steps"]),
             noise="white",
+            loss_type="soft_cross_entropy",
+            temperature=1.0,
             lr_scheduler_type="cosine",
             batch_norm_fraction=fraction,
             input_size=[2, 1, 1],

@@ -60,6 +60,8 @@ def main() -> None:
         args = NoiseKDConfig(
             **arguments("student", preset["noise_steps"]),
             noise="white",
+            loss_type="soft_cross_entropy",
+            temperature=1.0,
             learning_rate=3e-3,
             batch_norm_fraction=fraction,
             hub_model_id=options.push_to,

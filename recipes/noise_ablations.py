@@ -27,7 +27,7 @@ RUNS = {"white": {"noise": "white"}} | {
         "half size only": {"resolutions": "0.5"},
         "cut and paste": {"noise": "dead_leaves|cutmix:0.5", "resolutions": STRUCTURED_SIZES},
         "mixed images": {"noise": "dead_leaves|mixup:0.5", "resolutions": STRUCTURED_SIZES},
-        "temperature 4": {"loss_type": "kl", "temperature": 4.0},
+        "temperature 1": {"temperature": 1.0},
         "centred logits": {"loss_type": "centered_mse"},
         "learning rate 3e-3": {"learning_rate": 3e-3},
         "learning rate 2e-2": {"learning_rate": 2e-2},

@@ -198,7 +198,7 @@ def test_options_go_over_the_file_and_the_file_over_the_defaults(file):
     assert (config.learning_rate, config.temperature, config.bf16) == (1e-2, 2.0, False)
     assert (config.max_steps, config.input_size, config.skip_memory_metrics) == (9, [3, 8, 8], True)
     assert (config.lr_scheduler_kwargs, config.run_name, config.hub_model_id) == ({"num_cycles": 2}, None, "12")
-    assert config.loss_type == "soft_cross_entropy"
+    assert config.loss_type == "kl"
 
 
 def test_a_file_has_what_is_required_of_any_command(file):

@@ -143,7 +143,7 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert [row["of"] for row in correlations] == [f"all {len(accuracies)}", "the 5 without dead leaves"]
     assert all(-1 <= row["distance"] <= 1 for row in correlations)
     assert all((tmp_path / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
-    chosen = ("temperature 4", "teacher on running statistics", "one adversarial step")
+    chosen = ("temperature 1", "teacher on running statistics", "one adversarial step")
     record = run_here("noise_ablations", monkeypatch, *options, "--runs", *chosen)
     (rows,) = record["measurements"].values()
     runs = {run["name"]: run["noisekd"] for run in record["runs"][1:]}
@@ -151,8 +151,9 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert runs["white, equal steps"]["noise"]["image_sizes"] == [[[32, 32], 1.0]]
     assert runs["white, equal steps"]["learning_rate"] == 3e-3
     assert runs["the default, equal steps"]["learning_rate"] == 1e-2
-    assert runs["temperature 4, equal steps"]["temperature"] == 4
-    assert runs["temperature 4, equal steps"]["learning_rate"] == 1e-2
+    assert runs["the default, equal steps"]["temperature"] == 4
+    assert runs["temperature 1, equal steps"]["temperature"] == 1
+    assert runs["temperature 1, equal steps"]["learning_rate"] == 1e-2
     assert runs["teacher on running statistics, equal steps"]["teacher_batch_norm_fraction"] == 0
     assert runs["one adversarial step, equal steps"]["adversarial_steps"] == 1
     assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)

@@ -93,6 +93,8 @@ def test_step_is_algorithm_1(tiny_cnn, tmp_path):
     args = config(
         tmp_path,
         noise="white",
+        loss_type="soft_cross_entropy",
+        temperature=1.0,
         max_steps=1,
         seed=3,
         bf16=False,
