@@ -74,27 +74,26 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         "half size only {},": "half size only",
         "the teacher on running statistics {},": "teacher on running statistics",
         "balanced classes {},": "balanced classes",
-        "one adversarial step for each batch {};": "one adversarial step",
-        "half size for longer has {},": "half size longer",
-        "cutting and pasting {},": "cut and paste",
-        "temperature 4 {},": "temperature 4",
-        "that it had before {} (": "cosine decay",
+        "one adversarial step for each batch {} (": "one adversarial step",
+        "three sizes have {} ": "three sizes",
+        "and batches of 128 {},": "batches of 128",
     }.items():
         assert words.format(f"{seeds[run][0]:.2f}") in UNWRAPPED
     for words, run in {
         "Over three seeds it has {},": "the default",
         "half size for longer {},": "half size longer",
         "cutting and pasting {},": "cut and paste",
-        "temperature 4 {},": "temperature 4",
-        "the cosine decay {}:": "cosine decay",
+        "temperature 1 {},": "temperature 1",
+        "and a cosine decay {}:": "cosine decay",
     }.items():
         assert len(seeds[run]) == 3
         assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
-    default = mean(seeds["the default"])
-    better = ("half size longer", "cut and paste", "temperature 4")
-    leads = [mean(seeds[run]) - default for run in better]
-    assert f"three of its neighbours are {min(leads):.1f} to {max(leads):.1f} points better" in UNWRAPPED
-    assert all(other > own for run in better for own, other in zip(seeds["the default"], seeds[run], strict=True))
+    default = seeds["the default"]
+    for run in ("half size longer", "cut and paste", "temperature 1"):
+        leads = [other - own for own, other in zip(default, seeds[run], strict=True)]
+        assert abs(mean(leads)) < 0.3
+        assert min(leads) < 0 < max(leads)
+    assert "the first three are within 0.3 points of it, each ahead with one seed and behind with another" in UNWRAPPED
 
 
 def test_the_rank_correlations_are_those_of_the_results_files():
