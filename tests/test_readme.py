@@ -63,10 +63,14 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
 
 
 def test_the_default_taken_apart_is_that_of_the_results_files():
-    seeds = {}
-    for file in ("noise_ablations_cpu", "noise_ablations_cpu_seed1", "noise_ablations_cpu_seed2"):
-        for row in results(file)["measurements"]["accuracy"]:
-            seeds.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
+    def accuracies(*files: str) -> dict[str, list[float]]:
+        seeds = {}
+        for file in files:
+            for row in results(f"noise_ablations_{file}")["measurements"]["accuracy"]:
+                seeds.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
+        return seeds
+
+    seeds = accuracies("cpu", "cpu_seed1", "cpu_seed2")
     for words, run in {
         "it reaches {} %": "the default",
         "small at first {},": "white noise, half size first",
@@ -75,8 +79,6 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         "the teacher on running statistics {},": "teacher on running statistics",
         "balanced classes {},": "balanced classes",
         "one adversarial step for each batch {} (": "one adversarial step",
-        "three sizes have {} ": "three sizes",
-        "and batches of 128 {},": "batches of 128",
     }.items():
         assert words.format(f"{seeds[run][0]:.2f}") in UNWRAPPED
     for words, run in {
@@ -94,6 +96,15 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         assert abs(mean(leads)) < 0.3
         assert min(leads) < 0 < max(leads)
     assert "the first three are within 0.3 points of it, each ahead with one seed and behind with another" in UNWRAPPED
+    seeds = accuracies("cpu", "cpu_seed3", "cpu_seed4")
+    for words, run in {
+        "over the seeds 0, 3 and 4 it has {},": "the default",
+        "three sizes {},": "three sizes",
+        "and batches of 128, at twice the steps, {}, which is ahead with each": "batches of 128",
+    }.items():
+        assert len(seeds[run]) == 3
+        assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
+    assert all(other > own for own, other in zip(seeds["the default"], seeds["batches of 128"], strict=True))
 
 
 def test_the_rank_correlations_are_those_of_the_results_files():
