@@ -134,8 +134,8 @@ class NoiseKDConfig(ClassifierConfig):
         default=None,
         metadata={
             "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
-            "order, such as '0.5:0.6,1:0.4'; no side gets below 16 pixels. Default: that for structured noise, and "
-            "full size for any other."
+            "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
+            "noise, and full size for any other."
         },
     )
     adversarial_steps: int = field(

@@ -23,7 +23,7 @@ MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 MIN_SIDE = 16
 
 # The resolutions of `distribution="structured"`, unless others are asked for.
-STRUCTURED_RESOLUTIONS = {0.5: 0.6, 1.0: 0.4}
+STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
 
 
 class NoiseDataset(IterableDataset):
@@ -49,7 +49,7 @@ class NoiseDataset(IterableDataset):
         resolutions: Share of the steps for each size of the images, in this order; a size is relative to
             `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
             of a low resolution first and of full resolution last teaches more in the same time. Default:
-            `{0.5: 0.6, 1: 0.4}` for structured noise that is not held out, else full size throughout.
+            `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held out, else full size throughout.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
         dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.

@@ -20,10 +20,10 @@ RUNS = {"white": {"noise": "white"}} | {
     for name, change in {
         "the default": {},
         "white noise": {"noise": "white"},
-        "white noise, half size first": {"noise": "white", "resolutions": STRUCTURED_SIZES},
+        "white noise, small sizes first": {"noise": "white", "resolutions": STRUCTURED_SIZES},
         "full size throughout": {"resolutions": "1"},
-        "half size longer": {"resolutions": "0.5:0.8,1:0.2"},
-        "three sizes": {"resolutions": "0.5:0.6,0.75:0.25,1:0.15"},
+        "two sizes": {"resolutions": "0.5:0.6,1:0.4"},
+        "two sizes, half size longer": {"resolutions": "0.5:0.8,1:0.2"},
         "half size only": {"resolutions": "0.5"},
         "cut and paste": {"noise": "dead_leaves|cutmix:0.5", "resolutions": STRUCTURED_SIZES},
         "mixed images": {"noise": "dead_leaves|mixup:0.5", "resolutions": STRUCTURED_SIZES},

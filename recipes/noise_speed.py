@@ -8,8 +8,8 @@ Beyond the paper. White noise takes its steps, and the default of `noisekd disti
 seconds; the cost of a step is measured beforehand. Each is a training of its own, with its own schedule. In a third of
 the seconds of white noise's 1,800 steps the default is to be where white noise is at their end. White noise is taught
 with at the rate that it has in the paper's tables here, and once more as the default is but for the size of the images,
-which is full throughout. The default was chosen by the accuracy on these test images, with the ResNet-18 of `cpu`.
-`--preset cpu-wrn` has another teacher, a WRN-16-2, for which nothing was chosen.
+which is full throughout. The default was chosen by the accuracy on these test images: its sizes with both teachers,
+the ResNet-18 of `cpu` and the WRN-16-2 of `--preset cpu-wrn`, and all else with the first.
 """
 
 from hf_noisekd.experiment import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser

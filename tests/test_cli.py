@@ -446,7 +446,7 @@ def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
     first_words = [line.split()[0] for line in text.splitlines()[1:4]]
     assert first_words == [fit["noise"] for fit in fits["ranking"]]
     proposed = parse_args(shlex.split(text.splitlines()[-1])[1:])
-    assert (proposed.teacher, proposed.resolutions) == (teacher, "0.5:0.6,1:0.4")
+    assert (proposed.teacher, proposed.resolutions) == (teacher, "0.5:0.6,0.75:0.25,1:0.15")
     assert proposed.input_size == ["1", "24", "24"]
     assert float(proposed.noise_std) > 0
     assert proposed.noise == fits["choice"]["noise"]

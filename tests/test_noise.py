@@ -139,6 +139,9 @@ def test_resolutions_follow_from_the_full_size():
 
 
 def test_resolutions_of_structured_noise_are_on_by_default_and_can_be_turned_off():
+    noise = NoiseDataset((3, 32, 32), 2, distribution="structured", total_steps=20)
+    assert noise.image_sizes() == [((16, 16), 0.6), ((24, 24), 0.25), ((32, 32), 0.15)]
+    assert [noise.draw(step).shape[-1] for step in (0, 11, 12, 16, 17, 19)] == [16, 16, 24, 24, 32, 32]
     assert NoiseDataset((3, 32, 32), distribution="structured").resolutions == STRUCTURED_RESOLUTIONS
     assert NoiseDataset((3, 32, 32), distribution="structured", resolutions={1: 1}).resolutions == {1: 1}
     for other in ({"distribution": "white"}, {"distribution": "dead_leaves"}, {}):
@@ -155,7 +158,7 @@ def test_resolutions_need_the_length_of_the_training():
 def test_reads_resolutions():
     assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("1") == {1: 1}
-    assert resolutions_text(STRUCTURED_RESOLUTIONS) == "0.5:0.6,1:0.4"
+    assert resolutions_text({0.5: 0.6, 0.75: 0.25, 1.0: 0.15}) == "0.5:0.6,0.75:0.25,1:0.15"
     for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "1:1,0.5:1,1.0:1", "0.5:1:1"):
         with pytest.raises(ValueError, match=r"resolutions is .* such as '0.5:0.6,1:0.4'"):
             parse_resolutions(text)

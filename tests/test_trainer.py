@@ -423,14 +423,14 @@ def test_resolutions_are_shares_of_the_whole_training(tiny_cnn, tmp_path, option
 
 
 def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
-    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=[1, 32, 32]))
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, input_size=[1, 32, 32], max_steps=20))
     assert trainer.train_dataset.distribution.name == "structured"
     assert trainer.train_dataset.image_size(0) == (16, 16)
-    assert trainer.train_dataset.image_size(5) == (32, 32)
+    assert trainer.train_dataset.image_size(19) == (32, 32)
     assert trainer.eval_dataset.image_sizes() == [((32, 32), 1.0)]
     section = trainer.noisekd_section({"steps": 0, "evaluations": []})
     assert section["noise"]["distribution"].startswith("structured (")
-    assert section["noise"]["image_sizes"] == [[[16, 16], 0.6], [[32, 32], 0.4]]
+    assert section["noise"]["image_sizes"] == [[[16, 16], 0.6], [[24, 24], 0.25], [[32, 32], 0.15]]
 
 
 def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):
