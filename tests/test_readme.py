@@ -70,6 +70,11 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
                 seeds.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
         return seeds
 
+    def assert_means_are_in_readme(seeds: dict[str, list[float]], named: dict[str, str]) -> None:
+        for words, run in named.items():
+            assert len(seeds[run]) == 3
+            assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
+
     seeds = accuracies("cpu", "cpu_seed1", "cpu_seed2")
     for words, run in {
         "it reaches {} %": "the default",
@@ -81,15 +86,14 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         "one adversarial step for each batch {} (": "one adversarial step",
     }.items():
         assert words.format(f"{seeds[run][0]:.2f}") in UNWRAPPED
-    for words, run in {
+    named = {
         "Over three seeds it has {},": "the default",
         "half size for longer {},": "half size longer",
         "cutting and pasting {},": "cut and paste",
         "temperature 1 {},": "temperature 1",
         "and a cosine decay {}:": "cosine decay",
-    }.items():
-        assert len(seeds[run]) == 3
-        assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
+    }
+    assert_means_are_in_readme(seeds, named)
     default = seeds["the default"]
     for run in ("half size longer", "cut and paste", "temperature 1"):
         leads = [other - own for own, other in zip(default, seeds[run], strict=True)]
@@ -97,13 +101,12 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
         assert min(leads) < 0 < max(leads)
     assert "the first three are within 0.3 points of it, each ahead with one seed and behind with another" in UNWRAPPED
     seeds = accuracies("cpu", "cpu_seed3", "cpu_seed4")
-    for words, run in {
+    named = {
         "over the seeds 0, 3 and 4 it has {},": "the default",
         "three sizes {},": "three sizes",
         "and batches of 128, at twice the steps, {}, which is ahead with each": "batches of 128",
-    }.items():
-        assert len(seeds[run]) == 3
-        assert words.format(mean_and_spread(seeds[run])) in UNWRAPPED
+    }
+    assert_means_are_in_readme(seeds, named)
     assert all(other > own for own, other in zip(seeds["the default"], seeds["batches of 128"], strict=True))
 
 
