@@ -8,8 +8,7 @@ default but for what they name. "White noise" is at full size throughout, as whi
 those of 500 steps of the first row, in `cpu-long` of 1,800, and the steps those that the default takes in them; the
 cost of a step is measured beforehand. Where it is the same within 2 %, one run is both. The default was chosen in such
 runs, by the accuracy on the test images that is reported here, so a point between it and its neighbours may be chance.
-`--preset cpu-wrn` has another teacher, a WRN-16-2. Results at `afc894903d4f` are of the default as it was before, of
-two sizes; its row "three sizes" is the default now.
+`--preset cpu-wrn` has another teacher, a WRN-16-2.
 """
 
 from hf_noisekd.experiment import DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
