@@ -17,19 +17,16 @@ DEMO_TEACHER = "runs/digits/teacher"
 README = (ROOT / "README.md").read_text()
 UNWRAPPED = " ".join(README.split())
 RESULTS = ROOT / "recipes" / "results"
-# Those that the README has beside the ones that were repeated.
-ABLATIONS_OF_ONE_SEED = (
-    "white noise, small sizes first",
-    "full size throughout",
-    "half size only",
-    "teacher on running statistics",
-    "one adversarial step",
-    "balanced classes",
-)
 
 
 def results(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def accuracy_rows(recipe: str, preset: str) -> list[dict]:
+    """Return the rows of a recipe's table of accuracies, of one seed after the other."""
+    records = (results(file.stem) for file in sorted(RESULTS.glob(f"{recipe}_*.json")))
+    return [row for record in records if record["preset"] == preset for row in record["measurements"]["accuracy"]]
 
 
 def test_python_blocks_run_as_they_stand(tmp_path, monkeypatch):
@@ -58,11 +55,9 @@ def test_the_speed_of_the_default_is_that_of_the_results_files():
     lines = []
     for preset, teacher in {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}.items():
         accuracies = {}
-        for file in sorted(RESULTS.glob("noise_speed_*.json")):
-            record = results(file.stem)
-            for row in record["measurements"]["accuracy"] if record["preset"] == preset else ():
-                noises = accuracies.setdefault(row["in the time of white steps"], {})
-                noises.setdefault(row["noise"], []).append(row["accuracy"])
+        for row in accuracy_rows("noise_speed", preset):
+            noises = accuracies.setdefault(row["in the time of white steps"], {})
+            noises.setdefault(row["noise"], []).append(row["accuracy"])
         lines += [
             table_row([teacher, f"{steps:,}", *map(mean_and_spread, noises.values())])
             for steps, noises in accuracies.items()
@@ -76,22 +71,29 @@ def test_the_default_taken_apart_is_that_of_the_results_files():
     columns = []
     for preset in ("cpu", "cpu-wrn"):
         column = {}
-        for file in sorted(RESULTS.glob("noise_ablations_*.json")):
-            record = results(file.stem)
-            for row in record["measurements"]["accuracy"] if record["preset"] == preset else ():
-                column.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
+        for row in accuracy_rows("noise_ablations", preset):
+            column.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
         columns.append(column)
+    of_one_seed = (
+        "white noise, small sizes first",
+        "full size throughout",
+        "half size only",
+        "teacher on running statistics",
+        "one adversarial step",
+        "balanced classes",
+    )
     header = [table_row(["in the time of 500 white steps", "ResNet-18", "WRN-16-2"]), "|---|---:|---:|"]
     lines = [
         table_row([run, *(mean_and_spread(column[run]) for column in columns)])
         for run in columns[0]
-        if len(columns[0][run]) == 3 or run in ABLATIONS_OF_ONE_SEED
+        if len(columns[0][run]) == 3 or run in of_one_seed
     ]
     assert "\n".join([*header, *lines]) in README
     assert "within 0.4 points of it, each ahead with one seed and behind with another" in UNWRAPPED
     repeated, other_teacher = columns
     for run in ("two sizes", "cut and paste", "learning rate 2e-2", "batches of 128"):
         leads = [other - own for own, other in zip(repeated["the default"], repeated[run], strict=True)]
+        assert len(leads) == 3
         assert abs(mean(leads)) < 0.4
         assert min(leads) < 0 < max(leads)
         assert run == "two sizes" or other_teacher[run] > other_teacher["the default"]
