@@ -212,6 +212,21 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
         )
 
 
+def check_length(folder: str, steps: int) -> None:
+    """Check that the checkpoint in `folder` is of a training of `steps` steps.
+
+    Raises:
+        ValueError: It is not.
+    """
+    found = json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"]
+    if found != steps:
+        raise ValueError(
+            f"The checkpoint {folder!r} is of a training of {found:,} steps, and this one has {steps:,}: the sizes of "
+            f"its noise are shares of that number. Resume with max_steps={found}, or go on in full size with "
+            "resolutions='1'."
+        )
+
+
 def teacher_input_size(
     args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
 ) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from .checks import (
     check_checkpoint,
     check_eval_dataset,
     check_image_sizes,
+    check_length,
     check_models,
     check_train_noise,
     last_whole_checkpoint,
@@ -174,8 +175,11 @@ class NoiseKDTrainer(ClassifierTrainer):
         self._student_statistics = batch_statistics(self.model) if has_batch_norm(self.model) else nullcontext()
         self._loss_fn = LOSSES[self.args.loss_type]
         self.train_dataset = self._on_this_device(self.train_dataset)
-        if isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None:
-            self.train_dataset.total_steps = self._total_batches()
+        self._fills_total_steps = (
+            isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None
+        )
+        if self._fills_total_steps:
+            _, self.train_dataset.total_steps = self._training_length()
         self.eval_dataset = (
             {name: self._on_this_device(dataset, rank=0) for name, dataset in self.eval_dataset.items()}
             if isinstance(self.eval_dataset, dict)
@@ -194,12 +198,17 @@ class NoiseKDTrainer(ClassifierTrainer):
         before. The sizes of the noise and the learning rate go by the number of all steps, which must stay the same.
 
         Raises:
-            ValueError: The checkpoint is missing or damaged. Nothing has been changed then.
+            ValueError: The checkpoint is missing or damaged, or of a training of another length whose noise has several
+                sizes. Nothing has been changed then.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
+        if self._fills_total_steps:  # once more: the arguments may have been changed
+            updates, self.train_dataset.total_steps = self._training_length()
+            if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
+                check_length(resume_from_checkpoint, updates)
         self._forget_answers()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.model.noisekd = self.noisekd_section(self._progress())
@@ -264,7 +273,7 @@ class NoiseKDTrainer(ClassifierTrainer):
 
     def teacher_answers_for(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
-        if not isinstance(getattr(dataset, "noise", None), NoiseDataset):
+        if not isinstance(getattr(dataset, "noise", dataset), NoiseDataset):
             return lambda pixel_values: compute_logits(self.teacher_model, pixel_values)
 
         def answers(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -519,17 +528,20 @@ class NoiseKDTrainer(ClassifierTrainer):
             inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
         return super()._prepare_inputs(inputs)
 
-    def _total_batches(self) -> int:
-        """Return the number of batches of the whole training; the last update of an epoch may have fewer of them."""
-        accumulation = self.args.gradient_accumulation_steps
+    def _training_length(self) -> tuple[int, int]:
+        """Return the numbers of updates and of batches of the whole training.
+
+        The last update of an epoch may have fewer batches than the others.
+        """
+        updates, accumulation = self.args.max_steps, self.args.gradient_accumulation_steps
         if self.train_dataset.num_steps is None:
-            return self.args.max_steps * accumulation
+            return updates, updates * accumulation
         batches = len(self.train_dataset)
-        updates = math.ceil(batches / accumulation)
-        epochs, rest = divmod(
-            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * updates), updates
-        )
-        return epochs * batches + min(rest * accumulation, batches)
+        updates_per_epoch = math.ceil(batches / accumulation)
+        if updates <= 0:
+            updates = math.ceil(self.args.num_train_epochs * updates_per_epoch)
+        epochs, rest = divmod(updates, updates_per_epoch)
+        return updates, epochs * batches + min(rest * accumulation, batches)
 
     def _on_this_device(self, dataset: Dataset | None, rank: int | None = None) -> Dataset | None:
         """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""

@@ -332,6 +332,16 @@ def test_teacher_on_running_statistics_where_the_fraction_is_zero(tiny_cnn, tmp_
     torch.testing.assert_close(answers(noise), tiny_cnn(noise))
 
 
+def test_the_teacher_answers_noise_as_in_training_and_images_as_it_is_deployed(tiny_cnn, tmp_path):
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False))
+    noise = trainer.train_dataset.draw(0)
+    torch.testing.assert_close(trainer.teacher_answers_for(images())(noise), tiny_cnn(noise))
+    with batch_statistics(tiny_cnn):
+        expected = tiny_cnn(noise)
+    for dataset in (trainer.eval_dataset, trainer.get_eval_dataloader().dataset):
+        torch.testing.assert_close(trainer.teacher_answers_for(dataset)(noise), expected)
+
+
 def test_same_seed_same_student_and_another_seed_another(tiny_cnn, tmp_path):
     digests = []
     for seed in (0, 0, 1):
@@ -420,6 +430,31 @@ def test_resolutions_are_shares_of_the_whole_training(tiny_cnn, tmp_path, option
     NoiseKDTrainer(student(), tiny_cnn, args).train()
     small = math.ceil(0.6 * batches)
     assert recorder.sizes[-batches:] == [16] * small + [32] * (batches - small)
+
+
+def test_resolutions_follow_a_length_that_is_changed_before_training(tiny_cnn, tmp_path):
+    args = config(tmp_path, input_size=[1, 32, 32], noise="white", resolutions="0.5:1,1:1")
+    recorder = SizeRecorder(tiny_cnn)
+    trainer = NoiseKDTrainer(student(), tiny_cnn, args)
+    recorder.sizes.clear()
+    trainer.args.max_steps = 8
+    trainer.train()
+    assert recorder.sizes == [16] * 4 + [32] * 4
+
+
+def test_resuming_with_another_length_is_refused_where_the_noise_has_several_sizes(tiny_cnn, tmp_path):
+    def train(max_steps, resolutions, **resume):
+        options = {"max_steps": max_steps, "resolutions": resolutions, "save_strategy": "steps", "save_steps": 2}
+        args = config(tmp_path, input_size=[1, 32, 32], **options)
+        trainer = NoiseKDTrainer(student(), tiny_cnn, args)
+        trainer.train(**resume)
+        return trainer.state.global_step
+
+    assert train(4, "0.5:1,1:1") == 4
+    resume = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-4")}
+    with pytest.raises(ValueError, match=r"of 4 steps, and this one has 6: .*max_steps=4, or .*resolutions='1'"):
+        train(6, "0.5:1,1:1", **resume)
+    assert train(6, "1", **resume) == 6
 
 
 def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
