@@ -25,10 +25,8 @@ Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 # What `noise="structured"` stands for.
 STRUCTURED = "dead_leaves"
 
-DISTRIBUTIONS: dict[str, Distribution] = {
-    name: getattr(distributions, name)
-    for name in ("white", "low_resolution", "spectrum", "pyramid", "fractal", "dead_leaves")
-}
+BUILT_IN = ("white", "low_resolution", "spectrum", "pyramid", "fractal", "dead_leaves")
+DISTRIBUTIONS: dict[str, Distribution] = {name: getattr(distributions, name) for name in BUILT_IN}
 
 
 def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
@@ -202,11 +200,11 @@ def register_noise(name: str, distribution: Distribution) -> None:
     """Make a distribution known by `name` in this process, to be used in mixtures.
 
     Args:
-        name: A Python identifier that is not taken.
+        name: A Python identifier that none of this package's noises has. One that was registered before is replaced.
         distribution: A pure function of a generator and a shape; see [`hf_noisekd.distributions`].
 
     Raises:
-        ValueError: The name is taken or no identifier.
+        ValueError: The name is one of this package's or no identifier.
 
     Example:
         ```python
@@ -218,8 +216,8 @@ def register_noise(name: str, distribution: Distribution) -> None:
         noise = NoiseDataset((3, 32, 32), distribution="stripes:1,white:1")
         ```
     """
-    if name in DISTRIBUTIONS or name in AUGMENTATIONS or name == "structured" or not name.isidentifier():
-        raise ValueError(f"{name!r} is taken or no identifier: choose another name.")
+    if name in (*BUILT_IN, *AUGMENTATIONS, "structured") or not name.isidentifier():
+        raise ValueError(f"{name!r} is one of this package's names, or no identifier: choose another one.")
     DISTRIBUTIONS[name] = distribution
 
 
