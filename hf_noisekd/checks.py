@@ -17,7 +17,7 @@ from .config import NoiseKDConfig
 from .evaluation import check_labels, collate_images, evaluation_loader
 from .hub import WEIGHTS_NAME, check_config_can_be_saved, differing
 from .mixture import noise_name, parse_noise
-from .noise import NoiseDataset, parse_resolutions
+from .noise import NoiseDataset, parse_resolutions, resolutions_text
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,10 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
     if args.noise_std is not None:
         said["noise_std"] = (args.noise_std, dataset.std)
     if args.resolutions is not None:
-        said["resolutions"] = (parse_resolutions(args.resolutions), dataset.resolutions)
+        said["resolutions"] = tuple(
+            resolutions_text(resolutions)  # their order counts
+            for resolutions in (parse_resolutions(args.resolutions), dataset.resolutions)
+        )
     for name, (wanted, found) in said.items():
         if wanted != found:
             raise ValueError(

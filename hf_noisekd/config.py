@@ -1,5 +1,6 @@
 """Training arguments: what transformers' `TrainingArguments` has, with defaults and checks for this method."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -185,18 +186,25 @@ class NoiseKDConfig(ClassifierConfig):
         super().__post_init__()
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}: use one of {', '.join(sorted(LOSSES))}.")
-        if self.temperature <= 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}: use a number above 0; the paper uses 1.")
         if not 0 <= self.batch_norm_fraction <= 1:
             raise ValueError(f"batch_norm_fraction is {self.batch_norm_fraction}: use a share between 0 and 1.")
+        if not isinstance(self.noise, str):
+            raise ValueError(
+                f"noise is {self.noise!r}: use a name, which a function of your own gets by register_noise, or give it "
+                "as train_dataset=NoiseDataset.for_model(teacher, distribution=...)."
+            )
         parse_noise(self.noise)
+        if not isinstance(self.resolutions, str | None):
+            raise ValueError(f"resolutions is {self.resolutions!r}: use a text here, such as '0.5:0.6,1:0.4'.")
         if self.resolutions is not None:
             parse_resolutions(self.resolutions)
-        if self.noise_std is not None and self.noise_std <= 0:
+        if self.noise_std is not None and not 0 < self.noise_std < math.inf:
             raise ValueError(f"noise_std is {self.noise_std}: use a number above 0.")
         if self.adversarial_steps < 0:
             raise ValueError(f"adversarial_steps is {self.adversarial_steps}: use 0 for none, or a positive number.")
-        if self.adversarial_step_size <= 0:
+        if not 0 < self.adversarial_step_size < math.inf:
             raise ValueError(f"adversarial_step_size is {self.adversarial_step_size}: use a number above 0.")
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:

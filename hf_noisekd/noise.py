@@ -4,6 +4,8 @@
 the rank and the step alone, so a resumed run, a second rank and a held-out evaluation need no stored state.
 """
 
+import math
+import operator
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -12,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .classifier import declared_input_size, pretrained_cfg_of
 from .distributions import Distribution
-from .mixture import Mixture, parse_noise, parse_weights
+from .mixture import Mixture, noise_name, parse_noise, parse_weights
 
 # Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
@@ -48,15 +50,17 @@ class NoiseDataset(IterableDataset):
             [`hf_noisekd.mixture`], or a function, see [`hf_noisekd.distributions`].
         resolutions: Share of the steps for each size of the images, in this order; a size is relative to
             `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
-            of a low resolution first and of full resolution last teaches more in the same time. Default:
-            `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held out, else full size throughout.
+            of a low resolution first and of full resolution last teaches more in the same time. A mapping, or a text
+            such as "0.5:0.6,1:0.4". Default: `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held
+            out, else full size throughout.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
         dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
         memory_format: Memory format of a batch.
 
     Raises:
-        ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range.
+        ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range; when
+            drawing, the distribution gave another shape than it was asked for.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class NoiseDataset(IterableDataset):
         mean: float = 0.0,
         std: float = 1.0,
         distribution: Distribution | str = "white",
-        resolutions: Mapping[float, float] | None = None,
+        resolutions: Mapping[float, float] | str | None = None,
         total_steps: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -82,8 +86,9 @@ class NoiseDataset(IterableDataset):
             raise ValueError(f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}.")
         if batch_size < 1 or (num_steps is not None and num_steps < 1):
             raise ValueError(f"batch_size and num_steps must be positive, got {batch_size} and {num_steps}.")
-        if std <= 0:
-            raise ValueError(f"std must be positive, got {std}.")
+        if not 0 < std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {std}.")
+        seed = operator.index(seed)  # NumPy's integers overflow
         draw_seed(seed, rank, 0, held_out)  # checks the rank
         self.input_size = tuple(input_size)
         self.batch_size = batch_size
@@ -96,7 +101,9 @@ class NoiseDataset(IterableDataset):
         self.distribution = parse_noise(distribution) if isinstance(distribution, str) else distribution
         structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
         self.resolutions = (
-            check_resolutions(resolutions)
+            parse_resolutions(resolutions)
+            if isinstance(resolutions, str)
+            else check_resolutions(resolutions)
             if resolutions is not None
             else STRUCTURED_RESOLUTIONS
             if structured and not held_out
@@ -142,6 +149,11 @@ class NoiseDataset(IterableDataset):
         shape = (self.batch_size, self.input_size[0], *self.image_size(step))
         with torch.autocast(self.device.type, enabled=False):  # that of the caller, which would round products
             noise = self.distribution(generator, shape)
+        if noise.shape != shape:
+            raise ValueError(
+                f"The noise {noise_name(self.distribution)!r} gave the shape {tuple(noise.shape)} where {shape} was "
+                "asked for: a distribution takes a generator and a shape, and returns a tensor of that shape."
+            )
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
         return noise.to(dtype=self.dtype, memory_format=self.memory_format)
@@ -232,7 +244,7 @@ def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
     Raises:
         ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
     """
-    if not resolutions or not all(0 < scale <= 1 and share > 0 for scale, share in resolutions.items()):
+    if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
         raise ValueError(
             f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
         )

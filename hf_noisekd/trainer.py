@@ -50,7 +50,7 @@ from .losses import LOSSES, kl_divergence
 from .mixed import MixedDataset
 from .mixture import noise_name
 from .model_card import write_model_card
-from .noise import NoiseDataset, parse_resolutions
+from .noise import NoiseDataset
 from .push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
 from .record import command_line, versions
 from .supervised import ClassifierTrainer
@@ -122,7 +122,7 @@ class NoiseKDTrainer(ClassifierTrainer):
                 teacher_model,
                 batch_size=args.per_device_train_batch_size,
                 num_steps=args.steps_per_epoch,
-                resolutions=args.resolutions and parse_resolutions(args.resolutions),
+                resolutions=args.resolutions,
                 **noise,
             )
         elif isinstance(train_dataset, NoiseDataset):

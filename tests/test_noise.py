@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import timm
 import torch
@@ -30,6 +31,7 @@ def test_a_step_is_a_function_of_seed_rank_and_step():
     list(first)
     torch.randn(3)
     assert torch.equal(first.draw(7), second.draw(7))
+    assert torch.equal(first.draw(7), NoiseDataset((3, 8, 8), 4, 10, seed=np.int64(5), rank=2).draw(7))
     assert torch.equal(list(second)[7]["pixel_values"], first.draw(7))
 
 
@@ -156,6 +158,7 @@ def test_resolutions_need_the_length_of_the_training():
 
 
 def test_reads_resolutions():
+    assert NoiseDataset((3, 32, 32), resolutions="0.5:0.6,1:0.4").resolutions == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("0.5:0.6,1:0.4") == {0.5: 0.6, 1: 0.4}
     assert parse_resolutions("1") == {1: 1}
     assert resolutions_text({0.5: 0.6, 0.75: 0.25, 1.0: 0.15}) == "0.5:0.6,0.75:0.25,1:0.15"
@@ -172,6 +175,9 @@ def test_reads_resolutions():
         ({"batch_size": 0}, "batch_size"),
         ({"num_steps": 0}, "num_steps"),
         ({"std": 0.0}, "std"),
+        ({"std": float("nan")}, "std"),
+        ({"resolutions": {0.5: 1, 1: float("inf")}}, "sizes in"),
+        ({"resolutions": "2:1"}, "resolutions is '2:1'"),
         ({"resolutions": {}}, "sizes in"),
         ({"resolutions": {1.5: 1}}, "sizes in"),
         ({"resolutions": {1: 0}}, "sizes in"),
@@ -183,6 +189,14 @@ def test_reads_resolutions():
 def test_refuses_arguments_out_of_range(kwargs, message):
     with pytest.raises(ValueError, match=message):
         NoiseDataset(**{"input_size": (1, 2, 2)} | kwargs)
+
+
+def test_refuses_a_distribution_that_gives_another_shape():
+    def half(generator, shape):
+        return torch.zeros((*shape[:-1], shape[-1] // 2))
+
+    with pytest.raises(ValueError, match=r"'half' gave the shape \(2, 1, 4, 2\) where \(2, 1, 4, 4\) was asked for"):
+        NoiseDataset((1, 4, 4), 2, distribution=half).draw(0)
 
 
 def test_refuses_a_step_out_of_range_and_a_model_without_size():

@@ -737,6 +737,11 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "has white and the argument noise says"),
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "has 1.0 and the argument noise_std"),
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "the argument resolutions says"),
+        (
+            {"train_dataset": NoiseDataset((1, 8, 8), 16, resolutions={0.5: 0.6, 1: 0.4})},
+            {"resolutions": "1:0.4,0.5:0.6"},
+            "has 0.5:0.6,1:0.4 and the argument resolutions says 1:0.4,0.5:0.6",
+        ),
         ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
         (
             {"eval_dataset": NoiseDataset((1, 32, 32), 16, 2, distribution="structured")},
