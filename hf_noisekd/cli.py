@@ -209,7 +209,7 @@ def _add_distill_options(parser: CommandParser) -> None:
 def distill(args: argparse.Namespace) -> int:
     """Train a student; see [`NoiseKDTrainer`]."""
     checkpoint = getattr(args, "resume_from_checkpoint", None)
-    resume = {"true": True, "false": None}.get(checkpoint, checkpoint)
+    resume = {"true": True, "false": None}.get(str(checkpoint).lower(), checkpoint)
     if not resume:
         _check_unused(args)
     config = noise_config(args)
@@ -435,6 +435,13 @@ def _add_fit_noise_options(parser: CommandParser) -> None:
 
 def fit_noise(args: argparse.Namespace) -> int:
     """Say which noise suits a teacher; see [`hf_noisekd.fit_noise`]."""
+    from .mixture import parse_noise
+
+    try:
+        for noise in args.noises or ():
+            parse_noise(noise)
+    except ValueError as error:
+        args.parser.error(in_one_line(error))
     model = _load_for_noise(args)
     from .fit_noise import fit_noise as fit
 

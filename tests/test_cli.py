@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -344,9 +345,11 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--save_steps", "1"]
     command += ["--per-device-eval-batch-size", "8", "--disable-tqdm", "--bf16", "false"]
-    assert main([*command, "--max-steps", "1"]) == 0
-    assert "is not empty" in usage_error(capsys, *command, "--max-steps", "2")
-    assert main([*command, "--max-steps", "2", "--resume-from-checkpoint"]) == 0
+    command += ["--max-steps", "2"]
+    assert main(command) == 0
+    assert "is not empty" in usage_error(capsys, *command)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    assert main([*command, "--resume-from-checkpoint", "True"]) == 0
     summary = capsys.readouterr().out.split("The student is in")[1]
     assert "agreement (%)" in summary
     assert "accuracy" not in summary
@@ -451,7 +454,7 @@ def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
     assert float(proposed.noise_std) > 0
     assert proposed.noise == fits["choice"]["noise"]
     parse_noise(proposed.noise)
-    assert "Did you mean 'white'?" in run_error(capsys, "fit-noise", "--teacher", teacher, "--noises", "wite")
+    assert "Did you mean 'white'?" in usage_error(capsys, "fit-noise", "--teacher", "no/such", "--noises", "wite")
 
 
 def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):
