@@ -18,6 +18,7 @@ __all__ = [
     "NoiseKDTrainer",
     "batch_statistics",
     "evaluate",
+    "fit_noise",
     "models",
     "recalibrate_batch_norm",
     "register_noise",
@@ -39,6 +40,7 @@ if TYPE_CHECKING or not _is_command_line():
     from .batch_norm import batch_statistics, recalibrate_batch_norm
     from .config import NoiseKDConfig
     from .evaluation import evaluate
+    from .fitting import fit_noise
     from .mixed import MixedDataset
     from .mixture import register_noise
     from .noise import NoiseDataset
@@ -51,6 +53,7 @@ else:
         "NoiseKDTrainer": "trainer",
         "batch_statistics": "batch_norm",
         "evaluate": "evaluation",
+        "fit_noise": "fitting",
         "recalibrate_batch_norm": "batch_norm",
         "register_noise": "mixture",
     }

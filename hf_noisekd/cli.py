@@ -443,7 +443,7 @@ def fit_noise(args: argparse.Namespace) -> int:
     except ValueError as error:
         args.parser.error(in_one_line(error))
     model = _load_for_noise(args)
-    from .fit_noise import fit_noise as fit
+    from .fitting import fit_noise as fit
 
     ranking, choice = fit(model, args.noises, input_size=args.input_size, batch_size=args.batch_size)
     if args.json:

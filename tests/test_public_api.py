@@ -18,6 +18,7 @@ def test_public_names():
         NoiseKDTrainer,
         batch_statistics,
         evaluate,
+        fit_noise,
         recalibrate_batch_norm,
     )
 
@@ -28,6 +29,7 @@ def test_public_names():
         "batch_statistics",
         "recalibrate_batch_norm",
         "evaluate",
+        "fit_noise",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", hf_noisekd.__version__)
 
@@ -65,7 +67,7 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("module", ["noise", "fit_noise", "losses", "batch_norm", "trainer"])
+@pytest.mark.parametrize("module", ["noise", "fitting", "losses", "batch_norm", "trainer"])
 def test_what_distils_reaches_no_real_image(module):
     assert not reached(module) & {"datasets", "torchvision", "PIL", "sklearn", ".image_data"}
 

@@ -5,7 +5,7 @@ import torch
 from conftest import digest
 from torch import nn
 
-from hf_noisekd.fit_noise import fit_noise, noise_fit
+from hf_noisekd.fitting import fit_noise, noise_fit
 from hf_noisekd.mixture import DISTRIBUTIONS, parse_noise
 
 
@@ -140,7 +140,7 @@ def test_says_what_cannot_be_measured(tiny_cnn):
 
 
 def test_all_registered_noises_are_candidates_by_default(tiny_cnn, monkeypatch):
-    monkeypatch.setattr("hf_noisekd.fit_noise.DISTRIBUTIONS", DISTRIBUTIONS)
+    monkeypatch.setattr("hf_noisekd.fitting.DISTRIBUTIONS", DISTRIBUTIONS)
     monkeypatch.setitem(DISTRIBUTIONS, "sevens", lambda generator, shape: torch.full(shape, 7.0))
     ranking, _ = fit_noise(tiny_cnn, batch_size=16, **SIZE)
     assert {fit["noise"] for fit in ranking} > set(DISTRIBUTIONS)
