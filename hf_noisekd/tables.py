@@ -32,7 +32,8 @@ teaches, for a GPU. `digits.py` and `circles.py` are small as they are. All take
 Accuracies are in percent on the test images. Students that noise taught are compared with the paper by the statistics
 of batches of 256 (its Algorithm 2), all others by their running statistics. Where our network is another one than the
 paper's, the paper's stands behind its value, and the difference says more about networks and steps than about us. Of
-several seeds (`n`) there are mean ± standard deviation; figures show seed 0. *Not yet run* means what it says.
+several seeds (`n`) there are mean ± standard deviation, which share a teacher unless it was trained for each; figures
+show seed 0. *Not yet run* means what it says.
 
 The authors' learning rate followed the test loss. In the recipes of the paper's tables and figures nothing looks at
 test images: students that a teacher teaches have a cosine decay to zero over the steps, with Adam at 1e-3,
@@ -42,8 +43,10 @@ training with labels is AdamW with a linear warm-up and decay, in `paper` over 1
 The results on CIFAR-10 here are of a copy of it compressed to JPEG (quality 75), which costs some accuracy against the
 lossless images. The processors had other work now and then, so the seconds of a run are a rough measure, in the paper's
 tables and figures none. What goes beyond the paper, noises with structure and what they give, is at the end; its times
-are numbers of steps by the cost of a step, which was measured in turns. These recipes take hours: `--resume` goes on
-where one was stopped. This page is made of the results files by `make tables`."""
+are numbers of steps by the cost of a step, which was measured in turns, for each seed anew: the seeds of a row have up
+to a tenth more or fewer steps. A run that is both of equal steps and of equal seconds stands under the first name, and
+counts for both in the table of accuracies. These recipes take hours: `--resume` goes on where one was stopped. This page
+is made of the results files by `make tables`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,6 +147,10 @@ def _comparison(
     header += ["paper", "difference"] if paper else []
     lines = [table_row(header), f"|---|---|{'---:|' * (len(header) - 2)}"]
     for (name, architecture), repeated in runs.items():
+        if not any(run["steps"] for run in repeated) and all(
+            run["evaluations"] == repeated[0]["evaluations"] for run in repeated
+        ):
+            repeated = repeated[:1]  # the same model was given to all, and evaluated again
         values = {key: [run["evaluations"][0][key]["accuracy"] for run in repeated] for key in ("running", "batch")}
         steps = [run["steps"] for run in repeated]
         cells = [

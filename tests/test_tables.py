@@ -83,6 +83,16 @@ def test_seeds_are_averaged_with_their_spread(recipes):
     assert "not yet run | 80.00" not in page
 
 
+def test_a_teacher_that_all_seeds_were_given_counts_once(recipes):
+    for seed in (0, 1):
+        runs = (run("given", 81.0) | {"steps": 0}, run("other", 81.0 + seed) | {"steps": 0}, run("trained", 81.0))
+        write(recipes, f"one_cpu_seed{seed}", record(seed, *runs))
+    page = render_page(recipes)
+    assert "| given | big, 1.23 M | 0 | 1 | 61.00 | 81.00 |" in page
+    assert "| other | big, 1.23 M | 0 | 2 | 61.50 ± 0.71 | 81.50 ± 0.71 |" in page
+    assert "| trained | big, 1.23 M | 1,500 | 2 | 61.00 ± 0.00 | 81.00 ± 0.00 |" in page
+
+
 def test_measurements_are_tables_unless_they_are_long(recipes):
     short = [{"images": 1024, "how": "so", "accuracy": 12.3456, "histogram": [1, 2]}]
     write(recipes, "one_cpu", record(0, measurements={"short": short, "long": short * 50}))
@@ -103,11 +113,13 @@ def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
     def rows(*accuracies):
         return [{"noise": name, "images": 256, "accuracy": accuracy} for name, accuracy in accuracies]
 
-    write(recipes, "one_cpu", record(0, measurements={"m": rows(("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 1.0))}))
-    other = {"m": rows(("d", 5.0), ("b", 22.0), ("b", 31.0), ("a", 10.0)), "another": rows(("e", 7.0))}
+    rows_of_seed_0 = rows(("a", 10.0), ("b", 20.0), ("b", 30.0), ("c", 1.0), ("f", None))
+    write(recipes, "one_cpu", record(0, measurements={"m": rows_of_seed_0}))
+    other = {"m": rows(("d", 5.0), ("b", 22.0), ("b", 31.0), ("a", 10.0), ("f", 6.0)), "another": rows(("e", 7.0))}
     write(recipes, "one_cpu_seed1", record(1, measurements=other))
     page = render_page(recipes)
-    lines = ["a | 256 | 10.00", "b | 256 | 21.00 ± 1.41", "b | 256 | 30.50 ± 0.71", "c | 256 | 1.00", "d | 256 | 5.00"]
+    lines = ["a | 256 | 10.00", "b | 256 | 21.00 ± 1.41", "b | 256 | 30.50 ± 0.71", "c | 256 | 1.00", "f | 256 | 6.00"]
+    lines.append("d | 256 | 5.00")
     assert "\n".join(f"| {line} |" for line in lines) in page
     assert "Another:\n\n| noise | images | accuracy |\n|---|---:|---:|\n| e | 256 | 7.00 |\n" in page
 
