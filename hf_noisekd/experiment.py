@@ -20,7 +20,7 @@ from .classifier import declared_input_size, declared_num_classes
 from .config import ClassifierConfig, NoiseKDConfig
 from .evaluation import collate_images, evaluate
 from .figures import plot_curves
-from .hub import image_processor_of, load_teacher, nearest_architecture, preprocessing_of
+from .hub import image_processor_of, load_teacher, nearest_architecture, preprocessing_of, teacher_identity
 from .image_data import load_image_datasets, load_photo_datasets
 from .recipe import Results, recipe_parser
 from .record import usable_cores
@@ -201,6 +201,15 @@ class Experiment:
                 "one that was trained on these classes, or none to have one trained."
             )
 
+    def _check_same_teacher(self) -> None:
+        identity = teacher_identity(self.teacher)
+        for run in self.results.record["runs"]:
+            if run.get("noisekd", {}).get("teacher", identity) != identity:
+                raise ValueError(
+                    f"Cannot go on in {self.options.output_dir}: the run {run['name']!r} has another teacher than "
+                    f"{self.options.teacher or self._folder('teacher')}. Give that one, or another --output-dir."
+                )
+
     def build(self, architecture: str, **kwargs) -> nn.Module:
         """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
 
@@ -216,9 +225,14 @@ class Experiment:
         return timm.create_model(architecture, num_classes=cfg["num_classes"], pretrained_cfg_overlay=overlay, **kwargs)
 
     def prepare_teacher(self) -> nn.Module:
-        """Train the teacher and save it, or evaluate the one that was given; return it."""
+        """Train the teacher and save it, or evaluate the one that was given; return it.
+
+        Raises:
+            ValueError: A recipe is resumed, and its students have another teacher.
+        """
         if self.results.find("teacher"):
             self.teacher = self.teacher or self.load(self._folder("teacher"))
+            self._check_same_teacher()
         elif self.teacher is not None:
             self.results.add("teacher", self.teacher, self.test_dataset, **self._workers())
         else:

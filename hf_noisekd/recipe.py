@@ -64,7 +64,8 @@ class Results:
         configuration: The constants of the preset.
 
     Raises:
-        ValueError: The results to go on with are not there, or of other options, or of another commit or machine.
+        ValueError: The results to go on with are not there, or of other options, or of another commit or machine; or
+            there are some, and nobody said to go on with them.
     """
 
     def __init__(self, recipe: str, options: argparse.Namespace, configuration: Mapping):
@@ -82,8 +83,14 @@ class Results:
             "runs": [],
             "measurements": {},
         }
-        if getattr(options, "resume", False):
+        resume = getattr(options, "resume", None)
+        if resume:
             self._resume()
+        elif resume is not None and (self.output_dir / "results.json").exists():
+            raise ValueError(
+                f"{self.output_dir / 'results.json'} holds results already: pass --resume to go on with them, or "
+                "another --output-dir."
+            )
 
     def _resume(self) -> None:
         path = self.output_dir / "results.json"
@@ -95,7 +102,7 @@ class Results:
             if found.get(key) != wanted[key]:
                 raise ValueError(
                     f"Cannot go on with {path}: its {key} is {found.get(key)}, and now it is {wanted[key]}. Make it "
-                    "the same, or leave --resume out to begin anew."
+                    "the same, or begin anew in another --output-dir."
                 )
         self.record = found
 
@@ -154,7 +161,9 @@ class Results:
 
     def _save(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
+        new = self.output_dir / "results.json.new"  # a kill while it is written leaves the old file whole
+        new.write_text(json.dumps(self.record, indent=1) + "\n")
+        new.replace(self.output_dir / "results.json")
 
     def plot(self, name: str, plot: Callable[[Sequence[Mapping], Path], None]) -> None:
         """Draw the runs into a file of the output folder, on process 0."""
@@ -236,7 +245,7 @@ def _is_small(value: float | str | None) -> bool:
 def _cell(values: Sequence[float | str | None], decimals: int) -> str:
     value, *others = values
     if any(other != value for other in others):
-        return mean_and_spread(values, decimals)
+        return mean_and_spread([value for value in values if value is not None], decimals)
     if value is None:
         return ""
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"

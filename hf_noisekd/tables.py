@@ -45,8 +45,8 @@ lossless images. The processors had other work now and then, so the seconds of a
 tables and figures none. What goes beyond the paper, noises with structure and what they give, is at the end; its times
 are numbers of steps by the cost of a step, which was measured in turns, for each seed anew: the seeds of a row have up
 to a tenth more or fewer steps. A run that is both of equal steps and of equal seconds stands under the first name, and
-counts for both in the table of accuracies. These recipes take hours: `--resume` goes on where one was stopped. This page
-is made of the results files by `make tables`."""
+counts for both in the table of accuracies. These recipes take hours: `--resume` goes on where one was stopped. This
+page is made of the results files by `make tables`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ def test_a_trained_teacher_is_saved_and_can_be_given_to_another_recipe(experimen
     first = experiment()
     teacher = first.prepare_teacher()
     assert first.results.record["runs"][0]["steps"] == 2
-    second = experiment("--teacher", tmp_path / "teacher")
+    second = experiment("--teacher", tmp_path / "teacher", "--output-dir", tmp_path / "second")
     assert digest(second.prepare_teacher()) == digest(teacher)
     assert second.results.record["runs"][0]["steps"] == 0
     assert second.results.record["configuration"]["teacher"] == "teacher"
@@ -121,7 +121,13 @@ def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatc
         key: first[key] for key in ("steps", "seconds", "evaluations")
     }
     assert again.results.find("fractal") is None
-    with pytest.raises(ValueError, match=r"its seed is 0, and now it is 1\. Make it the same, or leave --resume out"):
+    again.results.record["runs"].append({"name": "teacher"})
+    again.teacher = first_teacher = tiny.teacher
+    assert again.prepare_teacher() is first_teacher
+    again.teacher = again.build("resnet18_cifar").eval()
+    with pytest.raises(ValueError, match=r"the run 'white' has another teacher than .*teacher\. Give that one"):
+        again.prepare_teacher()
+    with pytest.raises(ValueError, match=r"its seed is 0, and now it is 1\. Make it the same, or begin anew"):
         experiment(*options, "--resume", "--seed", 1)
     with pytest.raises(ValueError, match=r"configuration is .* and now it is"):
         experiment(*options, "--resume", "--max-steps", 3)

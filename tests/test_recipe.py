@@ -64,6 +64,27 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
     assert (evaluation["dataset"], evaluation["images"], evaluation["step"]) == ("twenty", 20, 10)
 
 
+def test_results_that_could_be_gone_on_with_are_not_overwritten(results, tmp_path):
+    parser = recipe_parser("doc", "tiny", {"cpu": {}}, resumes=True)
+    with pytest.raises(ValueError, match=r"results.json holds results already: pass --resume .* or another --output"):
+        Results("tiny", parser.parse_args(["--output-dir", str(tmp_path)]), {})
+    Results("tiny", parser.parse_args(["--output-dir", str(tmp_path / "other")]), {})
+
+
+def test_a_kill_while_results_are_written_leaves_the_old_ones(results, tmp_path, monkeypatch):
+    before = (tmp_path / "results.json").read_text()
+
+    def write_half(path, text):
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tmp_path), "write_text", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        results.measure("more", [{"accuracy": 1.0}])
+    assert (tmp_path / "results.json").read_text() == before
+
+
 def test_table_has_a_row_for_each_run(results, capsys):
     results.print_table()
     lines = capsys.readouterr().out.splitlines()

@@ -129,9 +129,10 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
 
 
 def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatch):
-    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2)
+    folder = tmp_path / "noises"
     noises = ("white", "spectrum", "fractal", "low_resolution", "spectrum(1)", "dead_leaves")
-    record = run_here("noise_distributions", monkeypatch, *options, "--noises", *noises)
+    record = run_here("noise_distributions", monkeypatch, *options, "--output-dir", folder, "--noises", *noises)
     accuracies, fits, correlations = (
         record["measurements"][name]
         for name in ("accuracy", "what the teacher says", "rank correlation with the accuracy")
@@ -142,9 +143,11 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert {f"{row['noise']}, equal steps" for row in accuracies} <= {run["name"] for run in record["runs"]}
     assert [row["of"] for row in correlations] == [f"all {len(accuracies)}", "the 5 without dead leaves"]
     assert all(-1 <= row["distance"] <= 1 for row in correlations)
-    assert all((tmp_path / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
+    assert all((folder / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
     chosen = ("temperature 1", "teacher on running statistics", "one adversarial step")
-    record = run_here("noise_ablations", monkeypatch, *options, "--runs", *chosen)
+    record = run_here(
+        "noise_ablations", monkeypatch, *options, "--output-dir", tmp_path / "ablations", "--runs", *chosen
+    )
     (rows,) = record["measurements"].values()
     runs = {run["name"]: run["noisekd"] for run in record["runs"][1:]}
     assert runs["white, equal steps"]["noise"]["distribution"] == "white"
@@ -158,14 +161,15 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert runs["one adversarial step, equal steps"]["adversarial_steps"] == 1
     assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)
     for preset, times in {"cpu": (500, 600, 1800), "cpu-long": (5400,)}.items():
-        record = run_here("noise_speed", monkeypatch, *options, "--preset", preset)
+        options_of_preset = (*options, "--output-dir", tmp_path / preset, "--preset", preset)
+        record = run_here("noise_speed", monkeypatch, *options_of_preset)
         (rows,) = record["measurements"].values()
         assert [(row["noise"], row["in the time of white steps"], row["steps"]) for row in rows] == [
             (name, white_steps, 2)
             for white_steps in times
             for name in ("white", "white, as the default", "structured, the default")
         ]
-    assert run_here("noise_speed", monkeypatch, *options, "--preset", "cpu-long", "--resume") == record
+    assert run_here("noise_speed", monkeypatch, *options_of_preset, "--resume") == record
 
 
 def test_activations(cifar10, small_teacher, tmp_path, monkeypatch):
