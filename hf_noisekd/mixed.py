@@ -31,7 +31,7 @@ class MixedDataset(NoiseDataset):
 
     Example:
         ```python
-        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196)
+        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, distribution="dead_leaves")
         trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model=teacher, train_dataset=mixed)
         ```
     """
