@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from .config import ClassifierConfig
 from .evaluation import STATISTICS
+from .hub import replacing_files
 from .push import check_hub_access
 from .record import machine, versions, without_path
 from .supervised import ClassifierTrainer
@@ -83,17 +84,16 @@ class Results:
             "runs": [],
             "measurements": {},
         }
+        path = self.output_dir / "results.json"
         resume = getattr(options, "resume", None)
         if resume:
-            self._resume()
-        elif resume is not None and (self.output_dir / "results.json").exists():
+            self._resume(path)
+        elif resume is not None and path.exists():
             raise ValueError(
-                f"{self.output_dir / 'results.json'} holds results already: pass --resume to go on with them, or "
-                "another --output-dir."
+                f"{path} holds results already: pass --resume to go on with them, or another --output-dir."
             )
 
-    def _resume(self) -> None:
-        path = self.output_dir / "results.json"
+    def _resume(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"There is no {path} to go on with: leave --resume out.")
         found = json.loads(path.read_text())
@@ -160,10 +160,8 @@ class Results:
             self._save()
 
     def _save(self) -> None:
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        new = self.output_dir / "results.json.new"  # a kill while it is written leaves the old file whole
-        new.write_text(json.dumps(self.record, indent=1) + "\n")
-        new.replace(self.output_dir / "results.json")
+        with replacing_files(self.output_dir) as staging:
+            (staging / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
 
     def plot(self, name: str, plot: Callable[[Sequence[Mapping], Path], None]) -> None:
         """Draw the runs into a file of the output folder, on process 0."""
