@@ -99,16 +99,11 @@ class NoiseDataset(IterableDataset):
         self.mean = mean
         self.std = std
         self.distribution = parse_noise(distribution) if isinstance(distribution, str) else distribution
-        structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
-        self.resolutions = (
-            parse_resolutions(resolutions)
-            if isinstance(resolutions, str)
-            else check_resolutions(resolutions)
-            if resolutions is not None
-            else STRUCTURED_RESOLUTIONS
-            if structured and not held_out
-            else {1.0: 1.0}
-        )
+        if resolutions is None:
+            structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
+            resolutions = STRUCTURED_RESOLUTIONS if structured and not held_out else {1.0: 1.0}
+        read = parse_resolutions if isinstance(resolutions, str) else check_resolutions
+        self.resolutions = read(resolutions)
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.dtype = dtype
