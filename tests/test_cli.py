@@ -348,8 +348,9 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
     command += ["--max-steps", "2"]
     assert main(command) == 0
     assert "is not empty" in usage_error(capsys, *command)
-    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
-    assert main([*command, "--resume-from-checkpoint", "True"]) == 0
+    for spelling in (["True"], []):
+        shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+        assert main([*command, "--resume-from-checkpoint", *spelling]) == 0
     summary = capsys.readouterr().out.split("The student is in")[1]
     assert "agreement (%)" in summary
     assert "accuracy" not in summary
