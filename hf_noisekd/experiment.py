@@ -291,7 +291,7 @@ class Experiment:
     def distil_twice(self, name: str, steps: int, steps_in_same_seconds: int, **arguments) -> dict[str, float]:
         """Distil for a number of steps, and for the number that fits into the seconds of another run.
 
-        Where the two differ by less than 2 %, and the cost of a step does not repeat to that, one run is both.
+        Where the two differ by less than 2 %, which is within what the cost of a step varies by, one run is both.
 
         Args:
             name: Name of the runs.
