@@ -41,7 +41,7 @@ cards: $(VENV)/.installed
 
 # The page of all recipes, out of their results files.
 tables: $(VENV)/.installed
-	$(BIN)/python -m hf_noisekd.tables
+	PYTHONPATH=recipes $(BIN)/python -m harness.page
 
 # Reinstalled only when pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml

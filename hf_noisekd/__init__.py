@@ -19,7 +19,6 @@ __all__ = [
     "batch_statistics",
     "evaluate",
     "fit_noise",
-    "models",
     "recalibrate_batch_norm",
     "register_noise",
 ]
@@ -36,30 +35,31 @@ def _is_command_line() -> bool:
 # torch, timm and transformers take seconds to import. The command line, which answers `--help` and misspelt options at
 # once, imports them when it has something to run; for everybody else the models get registered here.
 if TYPE_CHECKING or not _is_command_line():
-    from . import models
-    from .batch_norm import batch_statistics, recalibrate_batch_norm
-    from .config import NoiseKDConfig
-    from .evaluation import evaluate
+    import hf_noisekd.models.cifar  # noqa: F401
+
     from .fitting import fit_noise
-    from .mixed import MixedDataset
-    from .mixture import register_noise
-    from .noise import NoiseDataset
-    from .trainer import NoiseKDTrainer
+    from .models.batch_norm import batch_statistics, recalibrate_batch_norm
+    from .noise.dataset import NoiseDataset
+    from .noise.mixed import MixedDataset
+    from .noise.spec import register_noise
+    from .training.config import NoiseKDConfig
+    from .training.evaluation import evaluate
+    from .training.noise_trainer import NoiseKDTrainer
 else:
     _MODULE_OF = {
-        "MixedDataset": "mixed",
-        "NoiseDataset": "noise",
-        "NoiseKDConfig": "config",
-        "NoiseKDTrainer": "trainer",
-        "batch_statistics": "batch_norm",
-        "evaluate": "evaluation",
+        "MixedDataset": "noise.mixed",
+        "NoiseDataset": "noise.dataset",
+        "NoiseKDConfig": "training.config",
+        "NoiseKDTrainer": "training.noise_trainer",
+        "batch_statistics": "models.batch_norm",
+        "evaluate": "training.evaluation",
         "fit_noise": "fitting",
-        "recalibrate_batch_norm": "batch_norm",
-        "register_noise": "mixture",
+        "recalibrate_batch_norm": "models.batch_norm",
+        "register_noise": "noise.spec",
     }
 
     def __getattr__(name: str):
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        models = import_module(".models", __name__)
-        return models if name == "models" else getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        import_module(".models.cifar", __name__)
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

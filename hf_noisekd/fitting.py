@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from .batch_norm import batch_statistics, find_batch_norm
-from .classifier import answer_to_blanks, check_finite
-from .mixture import AUGMENTATIONS, DISTRIBUTIONS, parse_noise
-from .teacher_check import answer_noise, describe_answers, full_size_noise
+from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
+from hf_noisekd.models.classifier import answer_to_blanks, check_finite
+from hf_noisekd.noise.spec import AUGMENTATIONS, DISTRIBUTIONS, parse_noise
+from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
 
 # What is compared beside every distribution as it is.
 OTHER_PARAMETERS = (
@@ -46,7 +46,7 @@ def noise_fit(
 
     Args:
         model: The teacher. It comes back unchanged.
-        noise: Text of the noise; see [`hf_noisekd.mixture`].
+        noise: Text of the noise; see [`hf_noisekd.noise.spec`].
         std: Its standard deviation. Default: as [`NoiseDataset.for_model`] chooses it.
         input_size: `(channels, height, width)` of the noise. Default: what the model declares.
         num_batches: Batches to measure on.

@@ -11,13 +11,13 @@ first.
 
 import torch
 from accelerate import PartialState
+from harness.activations import HIDDEN_EDGES, hidden_activations, pooled_features
+from harness.experiment import CIFAR10, Experiment, experiment_parser
+from harness.results import Results
 
 from hf_noisekd import NoiseDataset
-from hf_noisekd.activations import HIDDEN_EDGES, hidden_activations, pooled_features
-from hf_noisekd.classifier import device_of
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
-from hf_noisekd.figures import Panel, plot_panels
-from hf_noisekd.recipe import Results
+from hf_noisekd.models.classifier import device_of
+from hf_noisekd.release.figures import Panel, plot_panels
 
 BATCHES, BATCH_SIZE = 8, 256
 # By the name of its line: whether it is noise, and the statistics of the teacher.

@@ -10,8 +10,9 @@ figure shows the size of all together. Without `--teacher` one is trained first.
 
 from functools import partial
 
-from hf_noisekd.experiment import Experiment, experiment_parser, with_cpu_steps
-from hf_noisekd.figures import plot_accuracy
+from harness.experiment import Experiment, experiment_parser, with_cpu_steps
+
+from hf_noisekd.release.figures import plot_accuracy
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
 PRESETS = with_cpu_steps(500)

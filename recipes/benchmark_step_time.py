@@ -13,10 +13,10 @@ import time
 
 import timm
 import torch
+from harness.results import Results, recipe_parser
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
-from hf_noisekd.losses import soft_cross_entropy
-from hf_noisekd.recipe import Results, recipe_parser
+from hf_noisekd.training.losses import soft_cross_entropy
 
 PRESETS = {
     "cpu": {"width": 32, "stem_stride": 2, "batch_size": 256, "blocks": 8, "steps": 15},

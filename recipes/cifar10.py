@@ -10,7 +10,7 @@ reach 86 %, the `cpu` preset gives it 1,500. The authors lowered the learning ra
 which needs no test images, stands in for that. The most telling runs come first; results.json is written after each.
 """
 
-from hf_noisekd.experiment import CIFAR10, run_table
+from harness.experiment import CIFAR10, run_table
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ The classes are the 100 fine ones; `--label-column coarse_label` takes the 20 co
 `images-running`: the student learns from the answers to the images.
 """
 
-from hf_noisekd.experiment import CIFAR10, run_table
+from harness.experiment import CIFAR10, run_table
 
 CIFAR100 = {"dataset": "uoft-cs/cifar100", "label_column": "fine_label"}
 PRESETS = {

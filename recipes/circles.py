@@ -13,17 +13,17 @@ from itertools import pairwise
 
 import torch
 from accelerate import PartialState
+from harness.experiment import ROWS
+from harness.results import Results, recipe_parser
 from sklearn.datasets import make_circles
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
-from hf_noisekd.classifier import device_of
-from hf_noisekd.config import ClassifierConfig
-from hf_noisekd.experiment import ROWS
-from hf_noisekd.figures import plot_embeddings
-from hf_noisekd.recipe import Results, recipe_parser
-from hf_noisekd.supervised import ClassifierTrainer
+from hf_noisekd.models.classifier import device_of
+from hf_noisekd.release.figures import plot_embeddings
+from hf_noisekd.training.classifier_trainer import ClassifierTrainer
+from hf_noisekd.training.config import ClassifierConfig
 
 PRESETS = {"cpu": {"width": 64, "layers": 3, "noise": 0.05, "factor": 0.5, "teacher_steps": 500, "noise_steps": 2000}}
 

@@ -10,15 +10,15 @@ models to the output folder.
 
 import timm
 import torch
+from harness.results import Results, recipe_parser
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.config import ClassifierConfig
-from hf_noisekd.figures import plot_curves
-from hf_noisekd.image_data import ImageDataset, channel_statistics
-from hf_noisekd.recipe import Results, recipe_parser
-from hf_noisekd.supervised import ClassifierTrainer
+from hf_noisekd.images import ImageDataset, channel_statistics
+from hf_noisekd.release.figures import plot_curves
+from hf_noisekd.training.classifier_trainer import ClassifierTrainer
+from hf_noisekd.training.config import ClassifierConfig
 
 PRESETS = {"cpu": {"teacher_width": 32, "student_width": 16, "supervised_steps": 400, "noise_steps": 1500}}
 

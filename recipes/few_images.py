@@ -11,11 +11,11 @@ its few images, as someone who has them would.
 """
 
 from accelerate import PartialState
+from harness.experiment import Experiment, experiment_parser, with_cpu_steps
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
-from hf_noisekd.experiment import Experiment, experiment_parser, with_cpu_steps
-from hf_noisekd.figures import plot_curves
+from hf_noisekd.release.figures import plot_curves
 
 PRESETS = with_cpu_steps(750)
 

@@ -9,7 +9,7 @@ input. The paper's oracle is `images-running`: the student learns from the answe
 will do: `--dataset` takes a Hub id or a folder that holds a folder of images for each class in `train` and in `test`.
 """
 
-from hf_noisekd.experiment import run_table
+from harness.experiment import run_table
 
 PRESETS = {
     "cpu": {

@@ -12,11 +12,11 @@ equal seconds, for all noises and for those without dead leaves. If it makes a m
 
 import torch
 from accelerate.utils import broadcast_object_list
+from harness.experiment import NOISE_PAIRS, Experiment, experiment_parser, rank_correlation
 
 from hf_noisekd import fit_noise
-from hf_noisekd.experiment import NOISE_PAIRS, Experiment, experiment_parser, rank_correlation
-from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
-from hf_noisekd.mixture import parse_noise
+from hf_noisekd.noise.spec import parse_noise
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
 
 NOISES = (
     "white",

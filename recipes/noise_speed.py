@@ -12,8 +12,9 @@ which is full throughout. The default was chosen by the accuracy on these test i
 the ResNet-18 of `cpu` and the WRN-16-2 of `--preset cpu-wrn`, and all else with the first.
 """
 
-from hf_noisekd.experiment import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
-from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_panels
+from harness.experiment import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
+
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 WHITE_STEPS = {"white_steps": [500, 600, 1800]}
 PRESETS = {name: pair | WHITE_STEPS for name, pair in NOISE_PAIRS.items()} | {

@@ -11,10 +11,10 @@ the training images, several times for each number. Takes a trained student with
 import statistics
 
 from accelerate import PartialState
+from harness.experiment import CIFAR10, Experiment, experiment_parser
 
 from hf_noisekd import evaluate
-from hf_noisekd.experiment import CIFAR10, Experiment, experiment_parser
-from hf_noisekd.figures import ACCURACY_LABEL, Panel, plot_panels
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NUM_IMAGES = (4, 16, 64, 256, 1024, 4096)

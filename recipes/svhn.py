@@ -7,7 +7,7 @@ House numbers are not mirrored in training. The paper's oracle is `images-runnin
 to the images. Its student learns from the labels only in the row `supervised`, which Table 2 does not have.
 """
 
-from hf_noisekd.experiment import CIFAR10, run_table
+from harness.experiment import CIFAR10, run_table
 
 SVHN = {"dataset": "ufldl-stanford/svhn", "dataset_config": "cropped_digits", "flip": False}
 PRESETS = {

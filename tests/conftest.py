@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 
 import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
-from hf_noisekd.config import ClassifierConfig
-from hf_noisekd.hub import save_model
-from hf_noisekd.image_data import ImageDataset, channel_statistics
-from hf_noisekd.push import _api
-from hf_noisekd.supervised import ClassifierTrainer
+from hf_noisekd.images import ImageDataset, channel_statistics
+from hf_noisekd.models.hub import save_model
+from hf_noisekd.release.push import _api
+from hf_noisekd.training.classifier_trainer import ClassifierTrainer
+from hf_noisekd.training.config import ClassifierConfig
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

@@ -2,9 +2,9 @@ import pytest
 import timm
 import torch
 from conftest import TinyCNN, digest
+from harness.activations import HIDDEN_EDGES, hidden_activations, pooled_features
 
 from hf_noisekd import batch_statistics
-from hf_noisekd.activations import HIDDEN_EDGES, hidden_activations, pooled_features
 
 
 def test_batch_statistics_bring_hidden_activations_back_to_zero_and_one(tiny_cnn):

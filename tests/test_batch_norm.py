@@ -9,8 +9,8 @@ from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 
 from hf_noisekd import batch_statistics, recalibrate_batch_norm
-from hf_noisekd.batch_norm import find_batch_norm
-from hf_noisekd.classifier import noisekd_section
+from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.classifier import noisekd_section
 
 
 def snapshot(model):

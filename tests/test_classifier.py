@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_noisekd.classifier import (
+from hf_noisekd.models.classifier import (
     compute_logits,
     declared_input_size,
     evaluation_mode,

@@ -19,10 +19,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
-from hf_noisekd.classifier import noisekd_section
 from hf_noisekd.cli import main, parse_args
-from hf_noisekd.hub import load_teacher, save_model
-from hf_noisekd.mixture import parse_noise
+from hf_noisekd.models.classifier import noisekd_section
+from hf_noisekd.models.hub import load_teacher, save_model
+from hf_noisekd.noise.spec import parse_noise
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 
@@ -279,7 +279,7 @@ def test_only_what_is_not_expected_has_a_traceback(capsys, monkeypatch, tmp_path
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_noisekd.model_card.write_model_card", fail)
+    monkeypatch.setattr("hf_noisekd.release.card.write_model_card", fail)
     if explained:
         line = " ".join(str(error).split()) or "ConnectionError"
         assert run_error(capsys, "card", tmp_path) == f"noisekd card: error: {line}"

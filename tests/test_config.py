@@ -3,7 +3,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_noisekd import NoiseKDConfig
-from hf_noisekd.config import ClassifierConfig, _cpu_has_bf16
+from hf_noisekd.training.config import ClassifierConfig, _cpu_has_bf16
 
 
 def test_paper_preset_is_the_authors_setting(tmp_path):

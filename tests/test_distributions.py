@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from hf_noisekd.mixture import DISTRIBUTIONS
+from hf_noisekd.noise.spec import DISTRIBUTIONS
 
 SHAPES = [(64, 3, 32, 32), (64, 1, 28, 28), (8, 3, 224, 224), (9, 2, 7, 33), (2, 4, 1, 5)]
 

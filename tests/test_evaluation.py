@@ -6,7 +6,13 @@ from conftest import TinyCNN
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hf_noisekd import NoiseDataset, batch_statistics, evaluate
-from hf_noisekd.evaluation import FullBatchSampler, collate_images, counts_of, evaluate_loader, evaluation_loader
+from hf_noisekd.training.evaluation import (
+    FullBatchSampler,
+    collate_images,
+    counts_of,
+    evaluate_loader,
+    evaluation_loader,
+)
 
 
 @pytest.fixture

@@ -7,12 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import digest, write_images
-from safetensors.torch import save_file
-from timm.models._registry import _model_pretrained_cfgs
-from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
-
-from hf_noisekd import NoiseKDConfig
-from hf_noisekd.experiment import (
+from harness.experiment import (
     CIFAR10,
     DISTILL_DEFAULTS,
     Experiment,
@@ -20,7 +15,12 @@ from hf_noisekd.experiment import (
     rank_correlation,
     run_table,
 )
-from hf_noisekd.hub import load_teacher, save_model
+from safetensors.torch import save_file
+from timm.models._registry import _model_pretrained_cfgs
+from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
+
+from hf_noisekd import NoiseKDConfig
+from hf_noisekd.models.hub import load_teacher, save_model
 
 PRESET = CIFAR10["cpu"] | {"model_args": {"width": 8, "stem_stride": 2}}
 

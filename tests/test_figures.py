@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from hf_noisekd.figures import Panel, plot_accuracy, plot_contact_sheet, plot_embeddings, plot_panels
+from hf_noisekd.release.figures import Panel, plot_accuracy, plot_contact_sheet, plot_embeddings, plot_panels
 
 POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 

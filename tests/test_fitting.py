@@ -6,7 +6,7 @@ from conftest import digest
 from torch import nn
 
 from hf_noisekd.fitting import fit_noise, noise_fit
-from hf_noisekd.mixture import DISTRIBUTIONS, parse_noise
+from hf_noisekd.noise.spec import DISTRIBUTIONS, parse_noise
 
 
 @pytest.fixture

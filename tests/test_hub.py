@@ -28,7 +28,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from hf_noisekd.hub import class_names, load_student, load_teacher, replacing_files, save_model, teacher_identity
+from hf_noisekd.models.hub import class_names, load_student, load_teacher, replacing_files, save_model, teacher_identity
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_a_transformers_teacher_that_declares_no_size_gives_its_processor_on(tmp
 
 SAVES = """
 import sys, timm, torch, hf_noisekd
-from hf_noisekd.hub import save_model
+from hf_noisekd.models.hub import save_model
 model = timm.create_model("resnet18", num_classes=10)
 for number in range(1_000_000):
     with torch.no_grad():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_noisekd.losses import LOSSES, centered_mse, kl_divergence, soft_cross_entropy
+from hf_noisekd.training.losses import LOSSES, centered_mse, kl_divergence, soft_cross_entropy
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import MixedDataset, NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.image_data import ImageDataset
-from hf_noisekd.model_card import render_model_card
+from hf_noisekd.images import ImageDataset
+from hf_noisekd.release.card import render_model_card
 
 SIZE = (1, 8, 8)
 

@@ -4,7 +4,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from hf_noisekd import NoiseKDConfig
-from hf_noisekd.options import _as_text, config_options
+from hf_noisekd.cli.options import _as_text, config_options
 
 
 def test_options_read_off_the_source_are_the_fields():

@@ -15,11 +15,11 @@ from torch.utils.data import TensorDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.config import ClassifierConfig
-from hf_noisekd.hub import load_student, load_teacher, save_model
-from hf_noisekd.model_card import read_record
-from hf_noisekd.push import HubError, check_hub_access, push_model
-from hf_noisekd.supervised import ClassifierTrainer
+from hf_noisekd.models.hub import load_student, load_teacher, save_model
+from hf_noisekd.release.card import read_record
+from hf_noisekd.release.push import HubError, check_hub_access, push_model
+from hf_noisekd.training.classifier_trainer import ClassifierTrainer
+from hf_noisekd.training.config import ClassifierConfig
 
 FILES = {"config.json", "model.safetensors", "README.md", "noisekd.json", "curves.png", "class_balance.png"}
 
@@ -234,7 +234,7 @@ def test_training_goes_on_when_a_push_cannot_even_start(hub, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_noisekd.trainer.upload_later", full)
+    monkeypatch.setattr("hf_noisekd.training.noise_trainer.upload_later", full)
     run.train()
     assert run.state.global_step == 2
     warning = next(record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage())

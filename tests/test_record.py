@@ -4,7 +4,14 @@ from conftest import TinyCNN
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.record import command_line, current_evaluations, describe_machine, machine, usable_cores, versions
+from hf_noisekd.release.record import (
+    command_line,
+    current_evaluations,
+    describe_machine,
+    machine,
+    usable_cores,
+    versions,
+)
 
 
 def config(tmp_path, **options):
@@ -30,7 +37,10 @@ def test_a_command_is_fit_to_be_published(tmp_path):
     secret = "hf_" + "a" * 30
     argv = ["/home/mia/bin/noisekd", "distill", "--teacher", str(tmp_path / "teacher"), f"--hub-token={secret}"]
     assert command_line(argv) == "noisekd distill --teacher teacher --hub-token=REDACTED"
-    assert command_line(["/x/hf_noisekd/cli.py", "push", "--hub-token", "abc"]) == "noisekd push --hub-token REDACTED"
+    assert (
+        command_line(["/x/hf_noisekd/cli/__main__.py", "push", "--hub-token", "abc"])
+        == "noisekd push --hub-token REDACTED"
+    )
     assert command_line(["recipes/digits.py", "--seed", "1", secret]) == "python recipes/digits.py --seed 1 REDACTED"
     assert command_line(["/home/mia/train.py", "--output-dir=/home/mia/my runs/a b"]) == (
         "python train.py '--output-dir=a b'"

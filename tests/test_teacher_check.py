@@ -4,7 +4,7 @@ import torch
 from conftest import TinyCNN
 
 from hf_noisekd import NoiseDataset, batch_statistics
-from hf_noisekd.teacher_check import describe_teacher
+from hf_noisekd.training.teacher_check import describe_teacher
 
 
 def test_measures_what_the_teacher_answers_under_either_statistics(digits_teacher):

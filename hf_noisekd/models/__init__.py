@@ -1,0 +1,1 @@
+"""What answers: classifiers, where they are kept, and their BatchNorm statistics."""

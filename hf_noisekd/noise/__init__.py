@@ -1,0 +1,1 @@
+"""What is drawn: distributions, what their names mean, and the data sets that serve them."""

@@ -1,0 +1,276 @@
+"""The data set of noise.
+
+[`NoiseDataset`] makes training batches of a distribution (see [`hf_noisekd.noise.distributions`]) that depend on the
+seed, the rank and the step alone, so a resumed run, a second rank and a held-out evaluation need no stored state.
+"""
+
+import math
+import operator
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, get_worker_info
+
+from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
+from hf_noisekd.noise.distributions import Distribution
+from hf_noisekd.noise.spec import Mixture, noise_name, parse_noise, parse_weights
+
+# Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
+_STEP_BITS, _RANK_BITS = 23, 8
+MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
+
+
+# Small noise images are no smaller than this, unless the full ones are.
+MIN_SIDE = 16
+
+# The resolutions of `distribution="structured"`, unless others are asked for.
+STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
+
+
+class NoiseDataset(IterableDataset):
+    """Batches of noise, drawn on the device that trains on them.
+
+    Iterating gives mappings `{"pixel_values": [B, C, H, W]}`: whole batches, so a `DataLoader` over it needs
+    `batch_size=None`, and no worker processes. With worker processes each draws its share; the batches are the same.
+
+    Step `k` of a rank is a function of `(seed, rank, k)` alone. Under one seed no two steps or ranks, nor the held-out
+    noise, ever share a batch. Two kinds of device give different numbers for the same step.
+
+    Args:
+        input_size: `(channels, height, width)` of one image.
+        batch_size: Images in a batch.
+        num_steps: Batches in an epoch, which is then the length. None for an unbounded data set without length.
+        seed: Any integer.
+        rank: Process that this copy serves, in [0, 255].
+        held_out: Draw from a stream apart from the training noise of this seed, whatever its rank and step.
+        mean: Mean of the noise, in the units of the network's input.
+        std: Standard deviation of the noise, in the same units.
+        distribution: What to draw: a text such as "white", "structured" or "dead_leaves:3,spectrum:1", see
+            [`hf_noisekd.noise.spec`], or a function, see [`hf_noisekd.noise.distributions`].
+        resolutions: Share of the steps for each size of the images, in this order; a size is relative to
+            `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
+            of a low resolution first and of full resolution last teaches more in the same time. A mapping, or a text
+            such as "0.5:0.6,1:0.4". Default: `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held
+            out, else full size throughout.
+        total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
+        device: Where to draw.
+        dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
+        memory_format: Memory format of a batch.
+
+    Raises:
+        ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range; when
+            drawing, the distribution gave another shape than it was asked for.
+    """
+
+    def __init__(
+        self,
+        input_size: tuple[int, int, int],
+        batch_size: int = 256,
+        num_steps: int | None = None,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        held_out: bool = False,
+        mean: float = 0.0,
+        std: float = 1.0,
+        distribution: Distribution | str = "white",
+        resolutions: Mapping[float, float] | str | None = None,
+        total_steps: int | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last,
+    ):
+        super().__init__()
+        if len(input_size) != 3 or min(input_size) < 1:
+            raise ValueError(f"input_size must be (channels, height, width), all positive, got {tuple(input_size)}.")
+        if batch_size < 1 or (num_steps is not None and num_steps < 1):
+            raise ValueError(f"batch_size and num_steps must be positive, got {batch_size} and {num_steps}.")
+        if not 0 < std < math.inf:
+            raise ValueError(f"std must be positive and finite, got {std}.")
+        seed = operator.index(seed)  # NumPy's integers overflow
+        draw_seed(seed, rank, 0, held_out)  # checks the rank
+        self.input_size = tuple(input_size)
+        self.batch_size = batch_size
+        self.num_steps = num_steps
+        self.seed = seed
+        self.rank = rank
+        self.held_out = held_out
+        self.mean = mean
+        self.std = std
+        self.distribution = parse_noise(distribution) if isinstance(distribution, str) else distribution
+        if resolutions is None:
+            structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
+            resolutions = STRUCTURED_RESOLUTIONS if structured and not held_out else {1.0: 1.0}
+        read = parse_resolutions if isinstance(resolutions, str) else check_resolutions
+        self.resolutions = read(resolutions)
+        self.total_steps = total_steps
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.memory_format = memory_format
+        self.epoch = 0
+
+    @classmethod
+    def for_model(cls, model: nn.Module, **kwargs) -> "NoiseDataset":
+        """Build the noise that suits the input of `model`, usually the teacher.
+
+        The size is the one the model declares (timm's `pretrained_cfg["input_size"]`, transformers'
+        `config.image_size`). The paper's N(0, 1) fits inputs that were standardised. A model whose `pretrained_cfg`
+        says that it takes raw pixels in [0, 1] (mean 0, standard deviation 1) gets mean 0.5 and standard deviation
+        0.25, which is about what photos have.
+
+        Args:
+            model: The classifier that will answer the noise.
+            **kwargs: Anything the constructor takes, and overrides of what was read off the model.
+
+        Raises:
+            ValueError: The model does not declare an input size and none was given.
+        """
+        if kwargs.get("input_size") is None:
+            kwargs["input_size"] = declared_input_size(model)
+            if kwargs["input_size"] is None:
+                raise ValueError(
+                    f"{type(model).__name__} does not say what input size it takes (no `pretrained_cfg`, no "
+                    "`config.image_size`): pass input_size=(channels, height, width)."
+                )
+        cfg = pretrained_cfg_of(model)
+        if cfg and set(cfg.get("mean", (0.5,))) == {0.0} and set(cfg.get("std", (0.5,))) == {1.0}:
+            kwargs = {"mean": 0.5, "std": 0.25} | kwargs
+        return cls(**kwargs)
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
+        generator = torch.Generator(self.device).manual_seed(draw_seed(self.seed, self.rank, step, self.held_out))
+        shape = (self.batch_size, self.input_size[0], *self.image_size(step))
+        with torch.autocast(self.device.type, enabled=False):  # that of the caller, which would round products
+            noise = self.distribution(generator, shape)
+        if noise.shape != shape:
+            raise ValueError(
+                f"The noise {noise_name(self.distribution)!r} gave the shape {tuple(noise.shape)} where {shape} was "
+                "asked for: a distribution takes a generator and a shape, and returns a tensor of that shape."
+            )
+        if (self.mean, self.std) != (0.0, 1.0):
+            noise = noise * self.std + self.mean
+        return noise.to(dtype=self.dtype, memory_format=self.memory_format)
+
+    def image_size(self, step: int) -> tuple[int, int]:
+        """Return height and width of the images of training step `step`.
+
+        Raises:
+            ValueError: They change in the course of the training, and the data set does not know how long that is.
+        """
+        *others, (last, _) = self.image_sizes()
+        if not others:
+            return last
+        if self.total_steps is None:
+            raise ValueError(
+                f"The noise has several resolutions, {self.resolutions}, which are shares of the steps, but the number "
+                "of all steps is not known: pass total_steps, or resolutions={1: 1} for full size throughout."
+            )
+        end = 0.0
+        for size, share in others:
+            end += share
+            if step < end * self.total_steps:
+                return size
+        return last
+
+    def image_sizes(self) -> list[tuple[tuple[int, int], float]]:
+        """Return the sizes `(height, width)` in their order, each with its share of the steps; together 1."""
+        sizes = []
+        for scale, share in self.resolutions.items():
+            size = tuple(max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            share /= sum(self.resolutions.values())
+            if sizes and sizes[-1][0] == size:
+                share += sizes.pop()[1]
+            sizes.append((size, share))
+        return sizes
+
+    def set_epoch(self, epoch: int) -> None:
+        """Continue with the steps of `epoch`, counted from 0. Accelerate's data loaders call it."""
+        self.epoch = epoch
+
+    def steps(self) -> Iterator[int]:
+        """Yield the step numbers of this epoch, without drawing anything."""
+        step = self.epoch * (self.num_steps or 0)
+        end = None if self.num_steps is None else step + self.num_steps
+        while end is None or step < end:
+            yield step
+            step += 1
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        # A DataLoader takes from its workers in turn, so every n-th step from each keeps the order.
+        worker = get_worker_info()
+        for index, step in enumerate(self.steps()):
+            if worker is None or index % worker.num_workers == worker.id:
+                yield {"pixel_values": self.draw(step)}
+
+    def __len__(self) -> int:
+        if self.num_steps is None:
+            raise TypeError("This NoiseDataset is unbounded: it has no length. Pass num_steps for one that has.")
+        return self.num_steps
+
+
+def parse_resolutions(text: str) -> dict[float, float]:
+    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`].
+
+    Raises:
+        ValueError: The text cannot be read, or a number is out of range.
+    """
+    try:
+        shares = parse_weights(text)
+        resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
+        if len(resolutions) < len(shares):
+            raise ValueError("a size is there twice")
+        return resolutions
+    except ValueError as error:
+        raise ValueError(
+            f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
+        ) from error
+
+
+def resolutions_text(resolutions: Mapping[float, float]) -> str:
+    """Return the text that [`parse_resolutions`] reads as `resolutions`."""
+    return ",".join(f"{scale:g}:{share:g}" for scale, share in resolutions.items())
+
+
+def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
+    """Return resolutions as a new mapping, or say what is wrong with them.
+
+    Raises:
+        ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
+    """
+    if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
+        raise ValueError(
+            f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
+        )
+    return {float(scale): float(share) for scale, share in resolutions.items()}
+
+
+def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:
+    """Return the generator's seed for one draw.
+
+    torch's CPU generator looks at the low 32 bits of its seed only, too few for a hash: 300,000 draws would collide
+    about ten times. So the low half is a bijection of (held_out, rank, step), and the high half the seed's hash.
+    """
+    if not 0 <= step < MAX_STEPS:
+        raise ValueError(f"step must be in [0, {MAX_STEPS - 1}], got {step}.")
+    if not 0 <= rank < MAX_RANKS:
+        raise ValueError(f"rank must be in [0, {MAX_RANKS - 1}], got {rank}.")
+    key = _mix64(seed)
+    index = (held_out << (_RANK_BITS + _STEP_BITS)) | (rank << _STEP_BITS) | step
+    return (key >> 32 << 32) | _mix32(index ^ (key & 0xFFFFFFFF))
+
+
+def _mix32(x: int) -> int:
+    """The 32-bit finaliser of MurmurHash3: a bijection in which every input bit changes half the output bits."""
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _mix64(x: int) -> int:
+    """The finaliser of SplitMix64, likewise on 64 bits, so that neighbouring seeds give unrelated keys."""
+    x = (x + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return x ^ (x >> 31)

@@ -1,0 +1,81 @@
+"""Noise together with a few real images, for those who kept some."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
+from hf_noisekd.release.record import dataset_name
+from hf_noisekd.training.evaluation import collate_images
+
+
+class MixedDataset(NoiseDataset):
+    """Noise in the even steps and real images in the odd ones, for distillation with few images.
+
+    Batches are of one kind each, because a teacher on batch statistics would normalise the images by the noise and the
+    noise by the images. The images of a batch are drawn with replacement, so a few of them fill a batch of any size;
+    give them random augmentation. As for noise, step `k` of a rank is a function of `(seed, rank, k)` alone. Labels are
+    not used.
+
+    Args:
+        *args: As for [`NoiseDataset`].
+        images: Real images, preprocessed as for the teacher, in the forms that [`collate_images`] takes.
+        **kwargs: As for [`NoiseDataset`].
+
+    Raises:
+        ValueError: There are no images, or they have another size than the noise; or as [`NoiseDataset`].
+
+    Example:
+        ```python
+        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, distribution="dead_leaves")
+        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model=teacher, train_dataset=mixed)
+        ```
+    """
+
+    def __init__(self, *args, images: Dataset, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not len(images):
+            raise ValueError("images is empty: pass at least one, or use NoiseDataset.")
+        with _augmentation_seeded(0):
+            found = tuple(collate_images([images[0]])["pixel_values"].shape[1:])
+        if found != self.input_size:
+            raise ValueError(f"The images have the size {found} and the noise {self.input_size}: make them equal.")
+        self.real_images = images
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
+        if step % 2 == 0:
+            return super().draw(step)
+        with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
+            indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
+            samples = (
+                self.real_images.__getitems__(indices)
+                if hasattr(self.real_images, "__getitems__")
+                else [self.real_images[index] for index in indices]
+            )
+            pixel_values = collate_images(samples)["pixel_values"]
+        return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
+
+    def describe_images(self) -> dict[str, str | int]:
+        """Return what a record says of the images: their number, and their data set if it has a name."""
+        name = dataset_name(self.real_images, default=None)
+        return {"images": len(self.real_images)} | ({"dataset": name} if name else {})
+
+
+@contextmanager
+def _augmentation_seeded(seed: int) -> Iterator[None]:
+    """Context in which the global generators that augmentation draws from start at `seed`; they are restored after."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # not those of accelerators, which nobody would restore
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

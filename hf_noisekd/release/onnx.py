@@ -1,0 +1,171 @@
+"""Write a classifier as one ONNX file, for runtimes without torch.
+
+The file holds the classifier with its *running* statistics: an answer depends on its own image alone.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_noisekd.models.classifier import compute_logits, declared_input_size, noisekd_section, nonfinite_tensor
+from hf_noisekd.models.hub import architecture_of, class_names, load_teacher, preprocessing_of
+
+# torch puts the weights of a larger model into a second file.
+MAX_BYTES = 3 * 2**29
+# The answers are compared on batches of these sizes; 1 is the one that exporters take for a constant.
+CHECKED_BATCH_SIZES = (1, 2, 5)
+# Largest difference from torch's logits, relative to the largest of them. Rounding gives about 1e-6.
+TOLERANCE = 1e-3
+
+
+def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
+    """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
+
+    The input is `pixel_values`, float32 of shape `[B, C, H, W]` for any B, preprocessed as for the model; the output is
+    `logits`, float32 of shape `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is
+    known of the preprocessing: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+
+    Args:
+        model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
+        path: The file to write; its folder is made if missing, and a file of that name is replaced.
+
+    Raises:
+        ImportError: onnxscript or onnxruntime is not installed.
+        ValueError: The model needs batch statistics, does not say its input size, is too large for one file, or holds
+            a number that is not finite; or it cannot be loaded.
+        RuntimeError: The file would answer differently from torch. None is left.
+    """
+    _check_installed()
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    source, model = model, load_teacher(model)
+    _refuse_batch_statistics(model, "..." if source is model else source)
+    input_size = _check_exportable(model)
+
+    # A copy, so that the model keeps its mode, device, precision and memory format.
+    classifier = _Logits(copy.deepcopy(model)).float().cpu().to(memory_format=torch.contiguous_format).eval()
+    with warnings.catch_warnings():
+        # torch 2.13 warns of functions of its own.
+        warnings.simplefilter("ignore", FutureWarning)
+        program = torch.onnx.export(
+            classifier,
+            (torch.zeros(2, *input_size),),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    num_classes = program.model.graph.outputs[0].shape[1]
+    _describe(program.model, _metadata(model, input_size, num_classes))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        program.save(temporary)
+        _compare(temporary, classifier, input_size)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Logits(nn.Module):
+    """A classifier that returns the logits themselves."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return compute_logits(self.model, pixel_values)
+
+
+def _check_installed() -> None:
+    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f'Export to ONNX needs {" and ".join(missing)}: install with `pip install "hf-noisekd[export]"`.'
+        )
+
+
+def _refuse_batch_statistics(model: nn.Module, name: str | Path) -> None:
+    if noisekd_section(model).get("batch_norm") == "batch":
+        raise ValueError(
+            f"This {architecture_of(model)} is to be used with batch statistics: its running statistics are those of "
+            "noise, and an ONNX file would answer with them. Re-estimate them from some real images first, with "
+            f"`noisekd recalibrate --model {name} --dataset ... --output-dir ...`, and export the result."
+        )
+    for layer, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"BatchNorm layer {layer!r} keeps no running statistics, so an answer depends on the other images of "
+                "the batch: build the model with track_running_stats=True."
+            )
+
+
+def _check_exportable(model: nn.Module) -> tuple[int, int, int]:
+    """Return the input size of a model that one ONNX file can hold."""
+    input_size = declared_input_size(model)
+    if input_size is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say its input size: set "
+            '`model.pretrained_cfg = {"input_size": (channels, height, width)}`, or `model.config.image_size` of a '
+            "transformers model."
+        )
+    size = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"The model takes {size / 2**30:.1f} GiB in float32, and one ONNX file {MAX_BYTES / 2**30} GiB at most."
+        )
+    broken = nonfinite_tensor(model)
+    if broken:
+        raise ValueError(f"{broken!r} of the model holds a NaN or an infinity: export a checkpoint from before.")
+    return input_size
+
+
+def _metadata(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> dict[str, str]:
+    values = {"label_names": class_names(model, num_classes), "input_size": input_size} | preprocessing_of(model)
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def _describe(onnx_model, metadata: dict[str, str]) -> None:
+    """Put `metadata` into an ONNX model, in place of what torch notes on each node."""
+    from hf_noisekd import __version__
+
+    onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", __version__
+    onnx_model.metadata_props.update(metadata)
+    onnx_model.graph.metadata_props.clear()
+    for node in onnx_model.graph:
+        # Stack traces, with the paths of the machine that exports.
+        node.metadata_props.clear()
+
+
+@torch.no_grad()
+def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Check that onnxruntime answers like torch on random images, in batches of several sizes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    for batch_size in CHECKED_BATCH_SIZES:
+        pixel_values = torch.randn(batch_size, *input_size, generator=generator)
+        expected = classifier(pixel_values)
+        found = torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+        difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
+        # `not <=` rather than `>`, so that NaN is a difference too.
+        if not difference <= TOLERANCE * scale:
+            raise RuntimeError(
+                f"onnxruntime's logits differ by {difference:.3g} from torch's, which reach {scale:.3g}, on "
+                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. Does the model draw "
+                "random numbers, or is a newer onnxruntime or onnxscript to be had?"
+            )

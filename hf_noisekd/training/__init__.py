@@ -1,0 +1,1 @@
+"""What learns: configurations, losses, evaluation, and the trainers."""

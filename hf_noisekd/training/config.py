@@ -1,0 +1,246 @@
+"""Training arguments: what transformers' `TrainingArguments` has, with defaults and checks for this method."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available
+
+from hf_noisekd.noise.dataset import parse_resolutions
+from hf_noisekd.noise.spec import parse_noise
+from hf_noisekd.training.losses import LOSSES
+
+
+@dataclass
+class ClassifierConfig(TrainingArguments):
+    """Training arguments for an image classifier, with labels: teachers and supervised students.
+
+    It has the options of transformers' [`~transformers.TrainingArguments`]. What differs is the defaults: the fastest
+    correct precision of the device, batches of 256, which batch statistics need, and no wait for the device at each
+    step. A process trains on one GPU; `accelerate launch` takes several.
+
+    Raises:
+        ValueError: An option is out of range, or one that means nothing here: `label_smoothing_factor`,
+            `auto_find_batch_size`, `fp16_full_eval` or `bf16_full_eval`.
+    """
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Use bfloat16 autocast. Default: where the device has it in hardware, and `fp16` is off. False "
+            "trains in float32."
+        },
+    )
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images in a batch on each device."})
+    per_device_eval_batch_size: int = field(
+        default=256,
+        metadata={
+            "help": "Images in a batch in evaluation. Under batch statistics the accuracy depends on it, and grows up "
+            "to about 256."
+        },
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two log entries, or a share of all steps if below 1."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN and infinite losses in the log. Waits for the device at each step."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient at each step of distributed training."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns that the model's forward pass does not take."}
+    )
+
+    def __post_init__(self):
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
+        # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
+        self.use_cpu = on_cpu
+        # transformers would choose the loss, which is reported under both kinds of statistics here.
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ):
+            self.metric_for_best_model = self._default_metric
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
+        super().__post_init__()
+        for name, advice in {
+            "label_smoothing_factor": "the losses have none; leave it out",
+            "auto_find_batch_size": "batch statistics go by the size; lower per_device_train_batch_size until it fits",
+            "fp16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
+            "bf16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
+        }.items():
+            if getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name)}: {advice}.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: BatchNorm cannot take statistics of fewer than 2 images. Use "
+                    "256 where it fits, and at least 2."
+                )
+
+    _default_metric = "batch_accuracy"
+
+    @property
+    def n_gpu(self) -> int:
+        """The number of GPUs of this process, one at most: over several `nn.DataParallel` would split the batches."""
+        return min(super().n_gpu, 1)
+
+
+@dataclass
+class NoiseKDConfig(ClassifierConfig):
+    """Training arguments of [`NoiseKDTrainer`].
+
+    The options of transformers' [`~transformers.TrainingArguments`] hold, with the defaults of [`ClassifierConfig`].
+    The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. The
+    noise is structured and begins small, which teaches faster than the authors' white noise, and the temperature is 4;
+    [`NoiseKDConfig.paper`] gives their setting.
+
+    Raises:
+        ValueError: An option is out of range; the message says what to use instead.
+    """
+
+    loss_type: str = field(
+        default="kl",
+        metadata={
+            "help": "Distance between the student's and the teacher's answers: 'kl' (times the squared temperature), "
+            "'soft_cross_entropy' (the paper's) or 'centered_mse' (of logits without their mean over the classes).",
+            "choices": sorted(LOSSES),
+        },
+    )
+    temperature: float = field(
+        default=4.0,
+        metadata={"help": "Both models' logits are divided by it before the softmax. Above 0; the paper's is 1."},
+    )
+    noise: str = field(
+        default="structured",
+        metadata={
+            "help": "What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
+            "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
+            "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix, mixup, "
+            "flip and crop. 'structured' stands alone: dead_leaves, with sizes that begin small."
+        },
+    )
+    noise_std: float | None = field(
+        default=None,
+        metadata={
+            "help": "Standard deviation of the noise, in the units of the teacher's input. Default: 1, or 0.25 for a "
+            "teacher of pixels in [0, 1]."
+        },
+    )
+    resolutions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
+            "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
+            "noise, and full size for any other."
+        },
+    )
+    adversarial_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Steps that change each training image in the direction of the sign of the gradient of the "
+            "disagreement (KL divergence) of teacher and student. Each takes a pass forward and back through both."
+        },
+    )
+    adversarial_step_size: float = field(
+        default=0.05, metadata={"help": "Length of such a step in each pixel, in standard deviations of the noise."}
+    )
+    balance_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "Resample each batch for the student, so that it meets all classes which the teacher answered "
+            "equally often."
+        },
+    )
+    batch_norm_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the teacher's BatchNorm layers that normalise by the batch at hand, in [0, 1]. 0 is the "
+            "ordinary distillation that fails on noise."
+        },
+    )
+    steps_per_epoch: int = field(
+        default=196, metadata={"help": "Noise batches that count as one epoch. 196 x 256 is CIFAR-10's 50,000 images."}
+    )
+    input_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Channels, height and width of the noise images. Default: what the teacher declares."},
+    )
+    eval_noise_batches: int = field(
+        default=8, metadata={"help": "Held-out noise batches to evaluate on where there is no evaluation data set."}
+    )
+    num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train, of `steps_per_epoch` batches."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps of linear warm-up, or a share of all steps if below 1."}
+    )
+
+    _default_metric = "batch_agreement"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type not in LOSSES:
+            raise ValueError(f"loss_type is {self.loss_type!r}: use one of {', '.join(sorted(LOSSES))}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}: use a number above 0; the paper uses 1.")
+        if not 0 <= self.batch_norm_fraction <= 1:
+            raise ValueError(f"batch_norm_fraction is {self.batch_norm_fraction}: use a share between 0 and 1.")
+        if not isinstance(self.noise, str):
+            raise ValueError(
+                f"noise is {self.noise!r}: use a name, which a function of your own gets by register_noise, or give it "
+                "as train_dataset=NoiseDataset.for_model(teacher, distribution=...)."
+            )
+        parse_noise(self.noise)
+        if not isinstance(self.resolutions, str | None):
+            raise ValueError(f"resolutions is {self.resolutions!r}: use a text here, such as '0.5:0.6,1:0.4'.")
+        if self.resolutions is not None:
+            parse_resolutions(self.resolutions)
+        if self.noise_std is not None and not 0 < self.noise_std < math.inf:
+            raise ValueError(f"noise_std is {self.noise_std}: use a number above 0.")
+        if self.adversarial_steps < 0:
+            raise ValueError(f"adversarial_steps is {self.adversarial_steps}: use 0 for none, or a positive number.")
+        if not 0 < self.adversarial_step_size < math.inf:
+            raise ValueError(f"adversarial_step_size is {self.adversarial_step_size}: use a number above 0.")
+        for name in ("steps_per_epoch", "eval_noise_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
+        if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
+            raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as [3, 32, 32].")
+
+    @classmethod
+    def paper(cls, output_dir: str | None = None, **overrides) -> "NoiseKDConfig":
+        """Build the authors' setting: Adam at 1e-3, temperature 1, batches of 256, 200 epochs of 196 steps.
+
+        The authors lowered the learning rate when the test loss stalled, which takes labelled test images. A cosine
+        decay to zero stands in for that here.
+
+        Args:
+            output_dir: Where to write.
+            **overrides: Options to set otherwise.
+        """
+        setting = {
+            # AdamW without weight decay is Adam.
+            "optim": "adamw_torch_fused",
+            "weight_decay": 0.0,
+            "max_grad_norm": 0.0,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0,
+            "noise": "white",
+            "loss_type": "soft_cross_entropy",
+            "temperature": 1.0,
+            "per_device_train_batch_size": 256,
+            "steps_per_epoch": 196,
+            "num_train_epochs": 200.0,
+        }
+        return cls(output_dir, **setting | overrides)
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; elsewhere they are emulated and slow."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

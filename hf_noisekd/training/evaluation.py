@@ -1,0 +1,262 @@
+"""Evaluation: accuracy under running and under batch statistics, and agreement with the teacher.
+
+A student that learnt from noise can be read in two ways (Raikwar & Mishra 2022, Algorithm 2 and section 4): with its
+BatchNorm layers on their *running* statistics, as any network is deployed, or on those of the *batch* at hand. Both are
+always measured and named. No evaluation changes a buffer of any model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers.trainer_utils import has_length
+
+from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
+from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
+from hf_noisekd.noise.dataset import NoiseDataset
+
+STATISTICS = ("running", "batch")
+METRICS = ("accuracy", "top5_accuracy", "loss", "agreement", "kl")
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    teacher_model: nn.Module | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Evaluate a classifier under running and under batch statistics.
+
+    Under batch statistics an answer depends on the other images of its batch, so batches are of equal size: the last
+    one is filled up with images from the start of the data set, which are not counted again. The order of the images
+    matters in no other way.
+
+    Args:
+        model: The classifier. It is evaluated where it is, and comes back unchanged.
+        dataset: Images with labels, as `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`, preprocessed
+            as for the model; or a [`NoiseDataset`] with a length, on which only the agreement can be measured.
+        teacher_model: Teacher to compare with. It answers images with running statistics, as it is deployed, and noise
+            with batch statistics, as in training.
+        batch_size: Images in a batch. A `NoiseDataset` brings its own.
+        num_workers: Processes that load the images.
+
+    Returns:
+        One mapping for `"running"` and one for `"batch"` statistics. With labels it holds `accuracy`, `top5_accuracy`
+        (where there are more than five classes), both in percent, and `loss`, the cross-entropy in nats; with a
+        teacher `agreement`, the share of equal top-1 answers in percent, and `kl`, `KL(teacher || model)` in nats.
+
+    Raises:
+        ValueError: The data set is empty or without length, has a single image, or a label is out of range, or there is
+            neither a label nor a teacher.
+    """
+    loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
+    teacher_answers = None
+    if teacher_model is not None:
+        context = batch_statistics(teacher_model) if isinstance(dataset, NoiseDataset) else nullcontext()
+
+        def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
+            with evaluation_mode(teacher_model), context:
+                return compute_logits(teacher_model, to_device_of(teacher_model, pixel_values)).to(pixel_values.device)
+
+    return evaluate_loader(model, loader, teacher_answers)
+
+
+@torch.no_grad()
+def evaluate_loader(
+    model: nn.Module,
+    loader: DataLoader,
+    teacher_answers: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """Evaluate on the batches of [`evaluation_loader`]; see [`evaluate`] for the meaning and the result.
+
+    Args:
+        model: The classifier.
+        loader: What [`evaluation_loader`] made, in each of several processes with its own rank.
+        teacher_answers: From pixels to the teacher's logits.
+        reduce: Sum of a tensor over all processes.
+        on_batch: Called after each batch.
+    """
+    contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm(model) else nullcontext()}
+    # Sums over images, and in the last row the images for which each metric was measured.
+    totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
+    with evaluation_mode(model):
+        for batch, count in zip(loader, counts_of(loader), strict=True):
+            pixel_values = to_device_of(model, batch["pixel_values"])
+            labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
+            teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
+            for row, context in enumerate(contexts.values()):
+                with context:
+                    logits = compute_logits(model, pixel_values)[:count].float()
+                sums = _sums(logits, labels, teacher_logits)
+                for name, total in sums.items():
+                    totals[row, METRICS.index(name)] += total.item()
+            totals[-1, [METRICS.index(name) for name in sums]] += count
+            on_batch()
+    totals = reduce(totals)
+    measured = {name: totals[-1, column].item() for column, name in enumerate(METRICS)}
+    return {
+        statistics: {
+            name: (totals[row, METRICS.index(name)] / count).item() for name, count in measured.items() if count
+        }
+        for row, statistics in enumerate(STATISTICS)
+    }
+
+
+def evaluation_loader(
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    collate_fn: Callable | None = None,
+) -> DataLoader:
+    """Build the loader of this rank's share of the evaluation batches.
+
+    Whole batches go to the ranks in turn, so each image counts once and batch statistics are those of one process.
+
+    Raises:
+        ValueError: The data set is empty, without length, or of a single image.
+    """
+    if not has_length(dataset):
+        raise ValueError(
+            f"Cannot evaluate on {type(dataset).__name__}: it has no length. Pass a map-style data set; for a stream, "
+            "take a number of images and keep them in a list; for noise, pass num_steps."
+        )
+    size = len(dataset)
+    if isinstance(dataset, NoiseDataset):
+        return DataLoader(
+            _DrawnBatches(dataset), batch_size=None, sampler=range(rank, size, world_size), generator=torch.Generator()
+        )
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(f"Cannot evaluate on {type(dataset).__name__}: pass a map-style data set instead of a stream.")
+    return DataLoader(
+        dataset,
+        batch_sampler=FullBatchSampler(size, batch_size, rank=rank, world_size=world_size),
+        num_workers=num_workers,
+        collate_fn=collate_fn or collate_images,
+        # A loader takes a number off its generator for its workers; the global one must go on as without evaluation.
+        generator=torch.Generator(),
+    )
+
+
+def counts_of(loader: DataLoader) -> list[int]:
+    """Return how many images of each batch of an [`evaluation_loader`] count."""
+    if isinstance(loader.batch_sampler, FullBatchSampler):
+        return loader.batch_sampler.counts
+    return [loader.dataset.noise.batch_size] * len(loader)
+
+
+class FullBatchSampler(Sampler[list[int]]):
+    """Batches of equal size over a data set in order; the last one is filled up from its start.
+
+    Args:
+        size: Images in the data set.
+        batch_size: Images in a batch. A smaller data set is one batch.
+        rank: Process that this sampler serves; it gets every `world_size`-th batch.
+        world_size: Number of processes.
+
+    Attributes:
+        counts: Images of each batch that are not filling.
+
+    Raises:
+        ValueError: There are fewer than 2 images, so batch statistics do not exist.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        if size < 2:
+            raise ValueError(
+                f"The evaluation data set has {size} image{'' if size == 1 else 's'}: it needs at least 2, and about "
+                "256 for batch statistics that mean something."
+            )
+        batch_size = min(batch_size, size)
+        starts = range(rank * batch_size, size, world_size * batch_size)
+        self.counts = [min(batch_size, size - start) for start in starts]
+        self._batches = [[index % size for index in range(start, start + batch_size)] for start in starts]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
+    """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
+
+    `label` counts as `labels`. A data set that already gave a whole batch from `__getitems__` passes unchanged.
+
+    Raises:
+        ValueError: The samples have no pixel tensor; the message says what was found.
+    """
+    if isinstance(samples, dict):
+        return samples
+    if isinstance(samples[0], tuple | list) and len(samples[0]) == 2:
+        samples = [{"pixel_values": pixels, "labels": label} for pixels, label in samples]
+    first = samples[0]
+    if not isinstance(first, dict) or not isinstance(first.get("pixel_values"), torch.Tensor):
+        found = sorted(first) if isinstance(first, dict) else type(first).__name__
+        raise ValueError(
+            'Images must come as {"pixel_values": tensor [C, H, W], "labels": int} or as (tensor, label), found '
+            f"{found}. Apply the model's preprocessing, for example with `dataset.with_transform(...)`."
+        )
+    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    label = next((key for key in ("labels", "label") if key in first), None)
+    if label is not None:
+        batch["labels"] = torch.as_tensor([int(sample[label]) for sample in samples])
+    return batch
+
+
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Check that `labels` lie in [0, num_classes - 1].
+
+    Raises:
+        ValueError: Some do not; the message names the first.
+    """
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"Found label {wrong[0].item()}, but the model has {num_classes} classes: labels must lie in "
+            f"[0, {num_classes - 1}]. Is this the data set of another teacher?"
+        )
+
+
+def _sums(
+    logits: torch.Tensor, labels: torch.Tensor | None, teacher_logits: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Return each metric of a batch, summed over its images."""
+    sums = {}
+    if labels is None and teacher_logits is None:
+        raise ValueError("Nothing to evaluate: the data set has no labels and there is no teacher_model.")
+    if labels is not None:
+        check_labels(labels, logits.shape[-1])
+        sums["accuracy"] = 100 * (logits.argmax(-1) == labels).sum()
+        if logits.shape[-1] > 5:
+            sums["top5_accuracy"] = 100 * (logits.topk(5).indices == labels[:, None]).sum()
+        sums["loss"] = F.cross_entropy(logits, labels, reduction="sum")
+    if teacher_logits is not None:
+        sums["agreement"] = 100 * (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
+        sums["kl"] = F.kl_div(
+            F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1), reduction="sum", log_target=True
+        )
+    return sums
+
+
+class _DrawnBatches(Dataset):
+    """A bounded NoiseDataset as a map from step to batch."""
+
+    def __init__(self, noise: NoiseDataset):
+        self.noise = noise
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.noise.draw(step)}
+
+    def __len__(self) -> int:
+        return len(self.noise)

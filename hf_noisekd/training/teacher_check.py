@@ -1,0 +1,131 @@
+"""Whether a model can be a teacher, and how its answers to noise spread over the classes."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
+from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, device_of, evaluation_mode, nonfinite_tensor
+from hf_noisekd.models.hub import architecture_of, class_names
+from hf_noisekd.noise.dataset import NoiseDataset
+
+NUM_BATCHES = 2
+
+
+def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, *, batch_size: int = 256) -> dict:
+    """Return what decides whether a model can be a teacher.
+
+    Its answers are measured on two batches of the default noise in full size, once with running and once with batch
+    statistics.
+
+    Args:
+        model: The classifier. It comes back unchanged.
+        input_size: `(channels, height, width)` of the noise. Default: what the model declares.
+        batch_size: Noise images in a batch.
+
+    Returns:
+        `architecture`; `parameters`, their number; `input_size`; `num_classes`; `class_names`, the first of them;
+        `batch_norm`, the number of BatchNorm layers by kind; `noise_images`, their number; `answers` to them, under
+        `running` and, where there are BatchNorm layers, `batch`, see below; `can_teach`; and `verdict`, a sentence.
+
+        The answers have `class_balance`, the entropy of the mean answer, and `flatness`, the mean entropy of an answer,
+        both relative to that of all classes equally likely; `top_class_share`, of the class that was answered most
+        often, in percent; and `classes_answered`, the number of different answers. With a weight that is not finite
+        there are none.
+
+    Raises:
+        ValueError: The model does not declare its input size and none was given, or it takes images of another one.
+    """
+    noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
+    answer_to_blanks(model, noise.input_size, "model")
+    running = answer_noise(model, noise)
+    num_classes = running.shape[-1]
+    try:
+        layers, no_layers = find_batch_norm(model), None
+    except ValueError as error:
+        layers, no_layers = {}, str(error)
+    nonfinite = nonfinite_tensor(model)
+    answers = {}
+    if nonfinite is None:
+        answers["running"] = describe_answers(running)
+        if layers:
+            answers["batch"] = describe_answers(answer_noise(model, noise, batch_statistics(model)))
+    if nonfinite is not None:
+        obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
+    elif num_classes < 2:
+        obstacle = "it has one class, and nothing to tell about it."
+    else:
+        obstacle = no_layers
+    return {
+        "architecture": architecture_of(model),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "input_size": list(noise.input_size),
+        "num_classes": num_classes,
+        "class_names": class_names(model, num_classes)[:5],
+        "batch_norm": dict(Counter(type(layer).__name__ for layer in layers.values())),
+        "noise_images": NUM_BATCHES * batch_size,
+        "answers": answers,
+        "can_teach": obstacle is None,
+        "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers["batch"], num_classes),
+    }
+
+
+def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDataset:
+    """Return noise in the full size that suits `model`, to be drawn where that is; see [`NoiseDataset.for_model`]."""
+    return NoiseDataset.for_model(
+        model,
+        distribution=distribution,
+        resolutions={1.0: 1.0},
+        device=device_of(model),
+        dtype=next(model.parameters()).dtype,
+        **kwargs,
+    )
+
+
+@torch.no_grad()
+def answer_noise(
+    model: nn.Module, noise: NoiseDataset, statistics: AbstractContextManager | None = None
+) -> torch.Tensor:
+    """Return the answers `[N, num_classes]` of `model` in evaluation mode to all batches of `noise`, in float32.
+
+    Args:
+        model: The classifier. It comes back unchanged.
+        noise: Noise of a limited number of steps.
+        statistics: [`batch_statistics`] of the model, or none for its running statistics.
+    """
+    with evaluation_mode(model), statistics or nullcontext():
+        return torch.cat([compute_logits(model, noise.draw(step)).float() for step in noise.steps()]).softmax(-1)
+
+
+def describe_answers(probs: torch.Tensor) -> dict[str, float]:
+    """Return how answers `[N, num_classes]` spread over the classes; see [`describe_teacher`]."""
+    num_classes = probs.shape[-1]
+    most = math.log(max(num_classes, 2))
+    counts = probs.argmax(-1).bincount(minlength=num_classes)
+    return {
+        "class_balance": probs.mean(0).xlogy(probs.mean(0)).sum().neg().item() / most,
+        "flatness": probs.xlogy(probs).sum(-1).mean().neg().item() / most,
+        "top_class_share": 100 * counts.max().item() / len(probs),
+        "classes_answered": counts.count_nonzero().item(),
+    }
+
+
+def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
+    """Return a sentence on a teacher that answers noise under batch statistics with `answers`."""
+    verdict = (
+        "can be a teacher: with batch statistics it answers noise with "
+        f"{answers['classes_answered']:,} of its {num_classes:,} classes."
+    )
+    # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet
+    # 1.00 and 0.91.
+    if answers["class_balance"] < 0.5:
+        verdict += " But noise hardly reaches most of them: expect a poor student."
+    elif answers["flatness"] > 0.9:
+        verdict += (
+            " But each answer is nearly flat, and the default softens it further: a --temperature below 1 may help."
+        )
+    return verdict

@@ -1,0 +1,438 @@
+"""What the recipes on images share: their data, their teacher, and training runs that end in one results file."""
+
+import argparse
+import copy
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from harness.results import Results, recipe_parser
+from hf_noisekd.images import load_image_datasets, load_photo_datasets
+from hf_noisekd.models.batch_norm import recalibrate_batch_norm
+from hf_noisekd.models.classifier import declared_input_size, declared_num_classes
+from hf_noisekd.models.hub import (
+    image_processor_of,
+    load_teacher,
+    nearest_architecture,
+    preprocessing_of,
+    teacher_identity,
+)
+from hf_noisekd.release.figures import plot_curves
+from hf_noisekd.release.record import usable_cores
+from hf_noisekd.training.classifier_trainer import ClassifierTrainer
+from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
+from hf_noisekd.training.evaluation import collate_images, evaluate
+from hf_noisekd.training.noise_trainer import NoiseKDTrainer
+
+# The five rows of the paper's Table 1: how the student is taught, the most telling first.
+ROWS = {
+    "noise-batch": "noise, batch-statistics teacher",
+    "noise-running": "noise, running-statistics teacher",
+    "supervised": "images and labels, no teacher",
+    "images-running": "images, running-statistics teacher",
+    "images-batch": "images, batch-statistics teacher",
+}
+
+# The row whose first student a recipe pushes to the Hub.
+RELEASED_ROW = "noise-batch"
+
+# Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: small networks, and 1,500 steps
+# of noise at a higher rate. `paper` has the authors' networks and, for students that a teacher teaches, their steps.
+CIFAR10 = {
+    "cpu": {
+        "dataset": "uoft-cs/cifar10",
+        "teacher": "resnet18_cifar",
+        "students": ["resnet10_cifar"],
+        "model_args": {"width": 32, "stem_stride": 2},
+        "supervised": {"num_train_epochs": 10},
+        "distillation": {"max_steps": 1500, "learning_rate": 3e-3, "warmup_steps": 0.1},
+    },
+    "paper": {
+        "dataset": "uoft-cs/cifar10",
+        "teacher": "resnet34_cifar",
+        "students": ["resnet18_cifar", "mobilenetv2_cifar", "resnet34_cifar"],
+        "supervised": {"num_train_epochs": 100},
+        "distillation": {"max_steps": 39_200},
+    },
+}
+
+
+# Teachers and students on which noises are compared.
+NOISE_PAIRS = {
+    "cpu": CIFAR10["cpu"],
+    "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
+}
+
+# What `noisekd distill` does by itself, where it differs from the paper's setting.
+DISTILL_DEFAULTS = {
+    name: NoiseKDConfig.__dataclass_fields__[name].default
+    for name in (
+        "noise",
+        "loss_type",
+        "temperature",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+    )
+}
+
+
+def with_cpu_steps(max_steps: int) -> dict[str, dict]:
+    """Return [`CIFAR10`] with another number of distillation steps in `cpu`, for recipes of many runs."""
+    cpu = CIFAR10["cpu"]
+    return CIFAR10 | {"cpu": cpu | {"distillation": cpu["distillation"] | {"max_steps": max_steps}}}
+
+
+# Training with labels: AdamW with a linear warm-up and decay, on crops and mirror images. Nothing looks at the test
+# images, as the authors' own learning-rate schedule did.
+SUPERVISED = {
+    "learning_rate": 3e-3,
+    "weight_decay": 0.05,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0.2,
+}
+
+
+def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
+    """Run a recipe whose table has the rows of [`ROWS`] and a column for each student.
+
+    Args:
+        recipe: The recipe's name.
+        doc: Its docstring, for `--help`.
+        presets: Its constants by preset; see [`Experiment`].
+    """
+    parser = experiment_parser(doc, recipe, presets, pushes=True)
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows of the table to run")
+    parser.add_argument("--students", nargs="+", metavar="NAME", help="timm names; default: the preset's")
+    options = parser.parse_args()
+    if options.push_to and RELEASED_ROW not in options.rows:
+        parser.error(f"--push-to pushes the first student of the row {RELEASED_ROW}: add it to --rows.")
+    preset = presets[options.preset] | ({"students": options.students} if options.students else {})
+    experiment = Experiment(recipe, options, preset)
+    experiment.prepare_teacher()
+    released = None
+    for row in options.rows:
+        for student in preset["students"]:
+            if options.push_to and row == RELEASED_ROW and released is None:
+                released = experiment.run_row(row, student, hub_model_id=options.push_to)
+            else:
+                experiment.run_row(row, student)
+    experiment.results.plot("curves.png", plot_curves)
+    experiment.results.print_table()
+    if released is not None:
+        released.push_to_hub()
+
+
+def experiment_parser(doc: str, name: str, presets: Mapping[str, Mapping], **kwargs) -> argparse.ArgumentParser:
+    """Return a parser with the options of every recipe on images; see [`recipe_parser`]."""
+    parser = recipe_parser(doc, name, presets, **kwargs)
+    parser.add_argument("--dataset", help="Hub id or local folder of the images; default: the preset's, from the Hub")
+    parser.add_argument("--dataset-config", help="its configuration, where it has several; default: the preset's")
+    parser.add_argument("--image-column", help="column of the images; default: the only one of type Image")
+    parser.add_argument("--label-column", help="column of the classes; default: the preset's, or the only ClassLabel")
+    parser.add_argument("--teacher", help="trained teacher: folder, Hub id or timm name; default: train one first")
+    parser.add_argument("--teacher-checkpoint", help="file of weights for the timm name --teacher")
+    return parser
+
+
+class Experiment:
+    """The data, the teacher and the runs of a recipe.
+
+    A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; the timm names `teacher`
+    and `students`, and `model_args` for those of this package's ResNets; `supervised` and `distillation`, training
+    arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any size it has `photos`, and
+    where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained, and `pretrained`, whether
+    that starts from timm's weights.
+
+    Args:
+        recipe: The recipe's name.
+        options: Its parsed options, from [`experiment_parser`].
+        preset: The constants of the experiment.
+
+    Attributes:
+        train_dataset: Training images with labels, augmented.
+        test_dataset: Test images with labels.
+        results: The results file.
+        teacher: The teacher, once there is one.
+
+    Raises:
+        ValueError: A model or the data set cannot be loaded, or a given teacher has other classes than the data set.
+    """
+
+    def __init__(self, recipe: str, options: argparse.Namespace, preset: Mapping):
+        self.options = options
+        self.preset = preset
+        for architecture in (preset["teacher"], *preset["students"]):
+            if not timm.is_model(architecture):
+                raise ValueError(f"timm knows no architecture {architecture!r}.{nearest_architecture(architecture)}")
+        self.teacher = self.load(options.teacher, options.teacher_checkpoint) if options.teacher else None
+        name = options.dataset or preset["dataset"]
+        choice = {
+            "config": options.dataset_config or (preset.get("dataset_config") if name == preset["dataset"] else None),
+            "image_column": options.image_column,
+            "label_column": options.label_column or preset.get("label_column"),
+        }
+        if preset.get("photos"):
+            self.train_dataset, self.test_dataset = load_photo_datasets(name, self._photo_cfg(), **choice)
+        else:
+            self.train_dataset, self.test_dataset = load_image_datasets(name, flip=preset.get("flip", True), **choice)
+            cfg = preprocessing_of(self.teacher) if self.teacher else {}  # a student sees images as its teacher does
+            for dataset in (self.train_dataset, self.test_dataset):
+                dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
+        self._check_teacher()
+        facts = {"dataset": self.train_dataset.name, "dataset_config": choice["config"]}
+        facts |= {"label_column": choice["label_column"], "supervised": SUPERVISED | preset.get("supervised", {})}
+        self.results = Results(recipe, options, preset | facts)
+
+    def load(self, source: str, checkpoint: str | None = None) -> nn.Module:
+        """Load a trained classifier, as [`load_teacher`] does, to the device that trains."""
+        return load_teacher(source, checkpoint=checkpoint).to(PartialState().device)
+
+    def _check_teacher(self) -> None:
+        classes = self.train_dataset.pretrained_cfg["num_classes"]
+        found = classes if self.teacher is None else declared_num_classes(self.teacher)
+        if found not in (None, classes):
+            raise ValueError(
+                f"The teacher {self.options.teacher} has {found} classes and {self.train_dataset.name} {classes}: give "
+                "one that was trained on these classes, or none to have one trained."
+            )
+
+    def _check_same_teacher(self) -> None:
+        identity = teacher_identity(self.teacher)
+        for run in self.results.record["runs"]:
+            if run.get("noisekd", {}).get("teacher", identity) != identity:
+                raise ValueError(
+                    f"Cannot go on in {self.options.output_dir}: the run {run['name']!r} has another teacher than "
+                    f"{self.options.teacher or self._folder('teacher')}. Give that one, or another --output-dir."
+                )
+
+    def build(self, architecture: str, **kwargs) -> nn.Module:
+        """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
+
+        Args:
+            architecture: timm's name.
+            **kwargs: Anything else that `timm.create_model` takes.
+        """
+        torch.manual_seed(self.options.seed)
+        cfg = self.train_dataset.pretrained_cfg
+        if architecture.startswith("resnet") and architecture.endswith("_cifar"):
+            kwargs |= self.preset.get("model_args", {})
+        overlay = {key: value for key, value in cfg.items() if key != "num_classes" or not kwargs.get("pretrained")}
+        return timm.create_model(architecture, num_classes=cfg["num_classes"], pretrained_cfg_overlay=overlay, **kwargs)
+
+    def prepare_teacher(self) -> nn.Module:
+        """Train the teacher and save it, or evaluate the one that was given; return it.
+
+        Raises:
+            ValueError: A recipe is resumed, and its students have another teacher.
+        """
+        if self.results.find("teacher"):
+            self.teacher = self.teacher or self.load(self._folder("teacher"))
+            self._check_same_teacher()
+        elif self.teacher is not None:
+            self.results.add("teacher", self.teacher, self.test_dataset, **self._workers())
+        else:
+            model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
+            self.teacher = self.train_supervised("teacher", model).model
+        return self.teacher
+
+    def run_row(self, row: str, student: str, **arguments) -> ClassifierTrainer:
+        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distil`].
+
+        A student that the teacher taught gets a card.
+        """
+        if row == "supervised":
+            return self.train_supervised(ROWS[row], self.build(student))
+        taught_with, statistics = row.split("-")
+        trainer = self.distil(
+            ROWS[row],
+            student,
+            train_dataset=self.train_dataset if taught_with == "images" else None,
+            batch_norm_fraction=float(statistics == "batch"),
+            **arguments,
+        )
+        trainer.create_model_card()
+        return trainer
+
+    def train_supervised(self, name: str, model: nn.Module) -> ClassifierTrainer:
+        """Train a classifier on the images and their labels, record the run as `name`, and return its trainer."""
+        arguments = SUPERVISED | self.preset["supervised"]
+        if self.options.max_steps:
+            batch_size = ClassifierConfig.per_device_train_batch_size * PartialState().num_processes
+            steps_per_epoch = math.ceil(len(self.train_dataset) / batch_size)
+            arguments["max_steps"] = min(self.options.max_steps, arguments.pop("num_train_epochs") * steps_per_epoch)
+        args = ClassifierConfig(self._folder(name, model), **(self._shared() | arguments))
+        trainer = ClassifierTrainer(model, args, train_dataset=self.train_dataset, eval_dataset=self.test_dataset)
+        self.results.train(name, trainer)
+        trainer.save_model()
+        return trainer
+
+    def distil(self, name: str, student: str | None = None, **arguments) -> NoiseKDTrainer:
+        """Distil the teacher into a new student, record the run as `name`, save the student and return its trainer.
+
+        Args:
+            name: Name of the run.
+            student: timm name of the student. Default: the preset's first.
+            **arguments: As for [`distillation_trainer`].
+        """
+        trainer = self.distillation_trainer(name, student, **arguments)
+        self.results.train(name, trainer)
+        trainer.save_model()
+        return trainer
+
+    def distilled(self, name: str, **arguments) -> dict:
+        """Return the record of a run, a finished one if the recipe is resumed, else a new one; see [`distil`]."""
+        return self.results.find(name) or self.distil(name, eval_strategy="no", **arguments).record()
+
+    def distil_twice(self, name: str, steps: int, steps_in_same_seconds: int, **arguments) -> dict[str, float]:
+        """Distil for a number of steps, and for the number that fits into the seconds of another run.
+
+        Where the two differ by less than 2 %, which is within what the cost of a step varies by, one run is both.
+
+        Args:
+            name: Name of the runs.
+            steps: The first number.
+            steps_in_same_seconds: The second one.
+            **arguments: As for [`distillation_trainer`].
+
+        Returns:
+            Steps, seconds and accuracy in percent (batch statistics) of both.
+        """
+        row, record = {}, None
+        for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
+            count = min(count, self.options.max_steps or count)
+            if record is None or abs(count / record["steps"] - 1) > 0.02:
+                record = self.distilled(f"{name}, equal {kind}", max_steps=count, **arguments)
+            row |= {
+                f"steps, equal {kind}": record["steps"],
+                f"seconds, equal {kind}": record["seconds"],
+                f"accuracy, equal {kind}": record["evaluations"][0]["batch"]["accuracy"],
+            }
+        return row
+
+    def distillation_trainer(
+        self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
+    ) -> NoiseKDTrainer:
+        """Return the trainer of a new student, ready to train; see [`distil`].
+
+        Args:
+            name: Name of the run.
+            student: timm name of the student.
+            train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
+            **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
+        """
+        model = self.build(student or self.preset["students"][0])
+        arguments = self.preset["distillation"] | arguments
+        arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
+        folder = self._folder(name, model)
+        input_size = list(self.train_dataset.pretrained_cfg["input_size"])
+        args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
+        return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
+
+    def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
+        """Return the seconds of an average training step of each row, relative to the first one.
+
+        Each row takes turns with the first one, and all rows have had a turn before any has the next. A row's figure is
+        the median of its ratios, which neither some slow minutes of the machine move nor a slow hour. Resolutions count
+        with their shares. All processes get those of process 0. They are recorded, and not measured again if the recipe
+        is resumed.
+
+        Args:
+            rows: Arguments of [`distil`] by name.
+        """
+        if costs := self.results.record.get("step_costs"):
+            return costs
+        # A GPU's steps take milliseconds, among which the beginning of a training would count.
+        steps = 20 if PartialState().device.type == "cpu" else 200
+        trainers = {
+            name: self.distillation_trainer(
+                name, **arguments | {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True}
+            )
+            for name, arguments in rows.items()
+        }
+        first, *others = rows
+
+        def seconds(name: str) -> float:
+            return trainers[name].train().metrics["train_runtime"]
+
+        seconds(first)  # warms up
+        ratios = {name: [] for name in others}
+        for _ in range(1 if self.options.max_steps else 5):
+            for name in others:
+                reference = seconds(first)
+                ratios[name].append(seconds(name) / reference)
+        costs = {first: 1.0} | {name: round(statistics.median(values), 4) for name, values in ratios.items()}
+        (costs,) = broadcast_object_list([costs])
+        self.results.record_step_costs(costs)
+        return costs
+
+    def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
+        """Return the test accuracy in percent under running statistics re-estimated from training images.
+
+        Args:
+            model: The classifier. It comes back unchanged.
+            num_images: Number of images, without augmentation.
+            seed: Seed of their draw.
+        """
+        model = copy.deepcopy(model)
+        images = self.train_dataset.subset(num_images, seed)
+        recalibrate_batch_norm(model, DataLoader(images, batch_size=256, collate_fn=collate_images))
+        return evaluate(model, self.test_dataset)["running"]["accuracy"]
+
+    def _photo_cfg(self) -> dict:
+        """Return how the teacher, the given one or the one to be trained, wants its images."""
+        if self.teacher is None:
+            return timm.get_pretrained_cfg(self.preset["teacher"]).to_dict() | self.preset.get("cfg", {})
+        cfg, size = preprocessing_of(self.teacher), declared_input_size(self.teacher)
+        if not cfg:
+            raise ValueError(
+                f"The teacher {self.options.teacher} does not say how it wants its images: save an image processor "
+                "into its folder, with AutoImageProcessor's save_pretrained."
+            )
+        if size is None:  # transformers' ResNets say it in their image processor
+            processor = image_processor_of(self.teacher).to_dict()
+            crop = processor.get("crop_size") or processor["size"]
+            edges = (crop.get("height") or crop["shortest_edge"], crop.get("width") or crop["shortest_edge"])
+            size = (getattr(self.teacher.config, "num_channels", 3), *edges)
+        return cfg | {"input_size": size}
+
+    def _shared(self) -> dict:
+        shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
+        return shared | self._workers()
+
+    def _workers(self) -> dict:
+        """Return the number of processes that decode photos; small images are in memory."""
+        cores = usable_cores() // PartialState().num_processes
+        return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
+
+    def _folder(self, name: str, model: nn.Module | None = None) -> Path:
+        if name == "teacher":
+            return self.options.output_dir / name
+        return self.options.output_dir / re.sub(
+            r"[^a-z0-9]+", "-", f"{name} {model.pretrained_cfg['architecture']}".lower()
+        )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation of two series, in [-1, 1].
+
+    Equal values share the mean of their ranks. None for fewer than three pairs, or where all values of a series are
+    equal.
+    """
+    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return statistics.correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from conftest import DEVICES
+
+from hf_noisekd import NoiseDataset, register_noise
+from hf_noisekd.noise.spec import AUGMENTATIONS, DISTRIBUTIONS, noise_name, parse_noise
+
+
+def generator(seed: int = 0, device: str = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+@pytest.fixture
+def constants(monkeypatch):
+    """Distributions of images that are 0, 1 and 2 throughout."""
+    for value, name in enumerate(("zeros", "ones", "twos")):
+        monkeypatch.setitem(DISTRIBUTIONS, name, lambda generator, shape, value=value: torch.full(shape, float(value)))
+
+
+def test_one_distribution_is_drawn_as_by_itself():
+    shape = (8, 3, 16, 16)
+    assert torch.equal(parse_noise("white")(generator(), shape), DISTRIBUTIONS["white"](generator(), shape))
+
+
+def test_weights_are_shares_of_the_images(constants):
+    x = parse_noise("zeros:3,ones,twos:4")(generator(), (80, 1, 2, 2))
+    assert x[:, 0, 0, 0].long().bincount().tolist() == [30, 10, 40]
+
+
+def test_a_number_in_brackets_is_the_parameter():
+    shape = (8, 3, 16, 16)
+    steep, flat = (parse_noise(f"spectrum({a})")(generator(), shape) for a in ("2", "0.0"))
+    assert torch.equal(steep, DISTRIBUTIONS["spectrum"](generator(), shape, 2.0))
+    assert not torch.equal(steep, flat)
+
+
+def test_small_batches_meet_every_distribution_in_proportion(constants):
+    mixture = parse_noise("zeros:1,ones:1,twos:6")
+    counts = sum(mixture(generator(seed), (2, 1, 1, 1)).flatten().long().bincount(minlength=3) for seed in range(400))
+    assert counts.sum() == 800
+    assert torch.allclose(counts / 800, torch.tensor([1, 1, 6]) / 8, atol=0.04)
+
+
+def test_augmentations_are_applied_with_their_probability(constants):
+    for probability in (0.2, 0.8):
+        x = parse_noise(f"zeros,ones|cutmix:{probability}")(generator(), (2000, 1, 8, 8))
+        # A pasted rectangle shows if it comes from the other half of the images; few are empty or hide all.
+        assert (x.flatten(1).std(1) > 0).float().mean() == pytest.approx(probability / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_keep_mean_and_variance(name, device):
+    x = DISTRIBUTIONS["white"](generator(device=device), (256, 3, 16, 16))
+    y = AUGMENTATIONS[name](generator(1, device), x, 1.0)
+    assert y.shape == x.shape
+    assert not torch.equal(x, y)
+    assert abs(y.mean()) < 0.02
+    assert y.std().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(AUGMENTATIONS[name](generator(1, device), x, 0.0), x)
+
+
+def test_flip_mirrors_left_and_right():
+    x = DISTRIBUTIONS["white"](generator(), (8, 3, 4, 6))
+    assert torch.equal(AUGMENTATIONS["flip"](generator(), x, 1.0), x.flip(-1))
+
+
+def test_cutmix_pastes_pixels_of_one_other_image():
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 1, 16, 16)
+    y = AUGMENTATIONS["cutmix"](generator(), x, 1.0)
+    for index, image in enumerate(y):
+        values = set(image.unique().tolist())
+        assert len(values) <= 2
+        assert len(values - {index}) <= 1
+
+
+def test_crop_enlarges_a_part_of_the_image():
+    x = torch.arange(32.0).expand(64, 1, 32, 32)
+    y = AUGMENTATIONS["crop"](generator(), x, 1.0)
+    widths = y[:, 0, 0, -1] - y[:, 0, 0, 0] + 1
+    assert widths.min() >= 15
+    assert widths.min() < 18 < 30 < widths.max() <= 32
+    assert (y.diff(dim=-1) >= 0).all()
+    assert set(y.unique().tolist()) == set(range(32))
+    assert len({row[0].item() for row in y[:, 0, 0]}) > 8  # taken from many places
+
+
+def test_text_of_a_mixture_reads_back():
+    text = "dead_leaves:3,spectrum|cutmix:0.5,mixup"
+    assert str(parse_noise(text)) == text
+    assert parse_noise(str(parse_noise("structured"))).weights == parse_noise("structured").weights
+    assert noise_name(parse_noise("white:1")) == "white"
+    assert noise_name(parse_noise("structured")).startswith("structured (")
+    assert noise_name(DISTRIBUTIONS["white"]) == "white"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("wite", "Did you mean 'white'"),
+        ("", "must be names"),
+        ("white:-1", "above 0"),
+        ("white:nan", "above 0"),
+        ("white:inf", "above 0"),
+        ("white:x", "above 0"),
+        ("white,white", "each once"),
+        ("white|cutmix:2", r"\(0, 1\]"),
+        ("white|dead_leaves", "none of crop"),
+        ("white|", "must be names"),
+        ("white|cutmix(2)", "none of crop"),
+        ("white(2)", "white takes no parameter, found 2"),
+        ("low_resolution(0.5)", "at least 1"),
+        ("fractal(0)", "at least 1"),
+        ("fractal(1000000000)", "at most 20"),
+        ("dead_leaves(2.7)", "must be whole"),
+        ("dead_leaves(0)", "at least 1"),
+        ("spectrum(11)", r"\[0, 10\]"),
+        ("spectrum(x)", "plain number, such as"),
+        ("spectrum(-1)", "plain number, such as"),
+        ("spectrum(1.2.3)", "plain number, such as"),
+        ("wite(x)", "none of"),
+        ("white|mixup|flip", "one '|'"),
+        ("structured,white", "stands alone"),
+        ("structured|cutmix", "stands alone"),
+    ],
+)
+def test_refuses_a_text_that_means_nothing(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_noise(text)
+
+
+def test_a_registered_distribution_is_known_by_its_name(monkeypatch):
+    monkeypatch.setattr("hf_noisekd.noise.spec.DISTRIBUTIONS", dict(DISTRIBUTIONS))
+    register_noise("sevens", lambda generator, shape: torch.full(shape, 7.0))
+    noise = NoiseDataset((1, 2, 2), 4, distribution="sevens,white")
+    assert (noise.draw(0).flatten(1) == 7).all(1).sum() == 2
+    register_noise("sevens", lambda generator, shape: torch.full(shape, 8.0))  # as a notebook's cell that is run again
+    assert (noise.draw(0).flatten(1) == 8).all(1).sum() == 2
+    for name in ("white", "structured", "cutmix", "a:b", ""):
+        with pytest.raises(ValueError, match="one of this package's names, or no identifier"):
+            register_noise(name, lambda generator, shape: torch.zeros(shape))
