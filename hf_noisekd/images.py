@@ -1,107 +1,22 @@
 """Real images, for training a teacher and for evaluation. Nothing that distils with noise imports this module."""
 
-import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-import numpy as np
 import PIL.Image
 import torch
-import torch.nn.functional as F
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, pretrained_cfg_of
-from hf_noisekd.models.hub import image_processor_of
+from hf_noisekd.models.preprocessing import image_processor_of
 
 # Pillow's name for what a model of so many channels sees.
 IMAGE_MODES = {1: "L", 3: "RGB"}
-
-
-class ImageDataset(Dataset):
-    """Small images held in memory, served in whole batches `{"pixel_values": [B, C, H, W], "labels": [B]}`.
-
-    Args:
-        images: uint8 images of shape `[N, C, H, W]`.
-        labels: Classes of shape `[N]`, in [0, num_classes - 1].
-        mean: Mean of each channel of pixels in [0, 1], subtracted from them.
-        std: Standard deviation of each channel, by which they are then divided.
-        label_names: Name of each class.
-        crop_padding: Pixels of reflected border for random crops; 0 for none. For training.
-        flip: Mirror half of the images. For training.
-        name: Name of the data set, for results and model cards.
-    """
-
-    def __init__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        *,
-        mean: Sequence[float],
-        std: Sequence[float],
-        label_names: Sequence[str],
-        crop_padding: int = 0,
-        flip: bool = False,
-        name: str | None = None,
-    ):
-        self.images = images
-        self.labels = labels
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.label_names = list(label_names)
-        self.crop_padding = crop_padding
-        self.flip = flip
-        self.name = name
-
-    @property
-    def pretrained_cfg(self) -> dict:
-        """What a timm model trained on these images should say about them in its `pretrained_cfg`."""
-        return {
-            "input_size": tuple(self.images.shape[1:]),
-            "mean": self.mean,
-            "std": self.std,
-            "crop_pct": 1.0,
-            "num_classes": len(self.label_names),
-            "label_names": self.label_names,
-        }
-
-    def subset(self, num_images: int, seed: int = 0, *, augmented: bool = False) -> "ImageDataset":
-        """Return a random part of the images, as they are or with this data set's augmentation.
-
-        With the same seed a smaller part lies in a larger one.
-
-        Args:
-            num_images: Number of images, in [1, N].
-            seed: Seed of the draw.
-            augmented: Whether to crop and mirror them as here.
-        """
-        indices = torch.tensor(_drawn(len(self), num_images, seed, self.name))
-        part = copy.copy(self)
-        part.images, part.labels = self.images[indices], self.labels[indices]
-        if not augmented:
-            part.crop_padding, part.flip = 0, False
-        return part
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        indices = torch.as_tensor(indices)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
-        pixel_values = (self.images[indices].float() / 255 - mean) / std
-        if self.flip:
-            mirrored = torch.rand(len(indices), 1, 1, 1) < 0.5
-            pixel_values = torch.where(mirrored, pixel_values.flip(-1), pixel_values)
-        if self.crop_padding:
-            pixel_values = _random_crops(pixel_values, self.crop_padding)
-        return {"pixel_values": pixel_values, "labels": self.labels[indices]}
 
 
 class Images(Dataset):
@@ -143,87 +58,10 @@ class Images(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, torch.Tensor | int]:
         index = self.indices[position]
-        with _reading(index, self.name):
-            image = _converted(self.images[index], self.mode)
+        with naming_the_image(index, self.name):
+            image = convert_image(self.images[index], self.mode)
         sample = {"pixel_values": self.transform(image)}
         return sample if self.labels is None else sample | {"labels": self.labels[index]}
-
-
-def load_image_datasets(
-    name: str,
-    *,
-    config: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    crop_padding: int = 4,
-    flip: bool = True,
-) -> tuple[ImageDataset, ImageDataset]:
-    """Load the training images, with augmentation, and the test images of a data set of small images of one size.
-
-    Args:
-        name: Id on the Hugging Face Hub (`uoft-cs/cifar10`) or a local folder that `datasets.load_dataset` reads. The
-            test images are those of its split `test`, or where there is none `validation`.
-        config: Configuration of a data set that has several, such as `cropped_digits` of SVHN.
-        image_column: Name of the column of images. Default: the only one of type `Image`.
-        label_column: Name of the column of classes. Default: the only one of type `ClassLabel`.
-        crop_padding: As in [`ImageDataset`], for the training images.
-        flip: Likewise.
-
-    Raises:
-        ValueError: There is no such data set, split or column, or an image cannot be read, is of another size than the
-            first or has no label; the message names what was found.
-    """
-    images, labels = {}, {}
-    for split, dataset in _train_and_test(name, config).items():
-        described = f"the {split} split of {name}"
-        column = _column(dataset.features, datasets.Image, image_column, name)
-        label_names, labels[split] = _labels(dataset, label_column, described)
-        images[split] = _stacked(dataset.select_columns(column), column, described)
-    mean, std = channel_statistics(images["train"])
-    shared = {"mean": mean, "std": std, "label_names": label_names, "name": _short_name(name)}
-    return (
-        ImageDataset(images["train"], torch.tensor(labels["train"]), crop_padding=crop_padding, flip=flip, **shared),
-        ImageDataset(images["test"], torch.tensor(labels["test"]), **shared),
-    )
-
-
-def load_photo_datasets(
-    name: str,
-    cfg: Mapping,
-    *,
-    config: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-) -> tuple[Images, Images]:
-    """Load the training images, with timm's augmentation, and the test images of a data set of photos of any size.
-
-    Args:
-        name: As in [`load_image_datasets`].
-        cfg: timm's `pretrained_cfg` of the model that will see the images, which says how it wants them.
-        config: As in [`load_image_datasets`].
-        image_column: Likewise.
-        label_column: Likewise.
-
-    Raises:
-        ValueError: There is no such data set, split or column, or an image has no label; the message names what was
-            found. An image that cannot be read is named when it is asked for.
-    """
-    preprocessing = resolve_data_config(pretrained_cfg=dict(cfg))
-    loaded = []
-    for split, dataset in _train_and_test(name, config).items():
-        label_names, labels = _labels(dataset, label_column, f"the {split} split of {name}")
-        loaded.append(
-            Images(
-                dataset[_column(dataset.features, datasets.Image, image_column, name)],
-                labels,
-                transform=create_transform(**preprocessing, is_training=split == "train"),
-                mode=_mode(preprocessing["input_size"][0]),
-                indices=range(len(dataset)),
-                name=_short_name(name),
-                pretrained_cfg=preprocessing | {"num_classes": len(label_names), "label_names": label_names},
-            )
-        )
-    return tuple(loaded)
 
 
 def load_images(
@@ -256,28 +94,20 @@ def load_images(
             the model; some images have no label; or it is not known how the model wants its images.
     """
     mode, transform = _preprocessing(model)
-    dataset = _load_splits(name, split)[split]
+    dataset = load_splits(name, split)[split]
     return Images(
-        dataset[_column(dataset.features, datasets.Image, image_column, name)],
+        dataset[find_column(dataset.features, datasets.Image, image_column, name)],
         _labels_for(model, dataset, label_column, f"the {split} split of {name}") if labels else None,
         transform=transform,
         mode=mode,
-        indices=_drawn(len(dataset), num_images, seed, name),
-        name=_short_name(name),
+        indices=draw_indices(len(dataset), num_images, seed, name),
+        name=short_name(name),
     )
 
 
-def channel_statistics(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of uint8 images `[N, C, H, W]`, in units of 255."""
-    std, mean = zip(
-        *(torch.std_mean(images[:, channel].float() / 255) for channel in range(images.shape[1])), strict=True
-    )
-    return tuple(round(m.item(), 4) for m in mean), tuple(round(s.item(), 4) for s in std)
-
-
-def _labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[list[str], list[int]]:
+def read_labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[list[str], list[int]]:
     """Return the names of the classes, and the class of each image."""
-    column = _column(dataset.features, datasets.ClassLabel, column, name)
+    column = find_column(dataset.features, datasets.ClassLabel, column, name)
     labels = dataset[column][:]
     unlabelled = next((index for index, label in enumerate(labels) if label is None or label < 0), None)
     if unlabelled is not None:
@@ -287,7 +117,7 @@ def _labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[l
 
 def _labels_for(model: nn.Module, dataset: datasets.Dataset, column: str | None, name: str) -> list[int]:
     """Return the class of each image, after a check that the model has as many."""
-    label_names, labels = _labels(dataset, column, name)
+    label_names, labels = read_labels(dataset, column, name)
     num_classes = declared_num_classes(model)
     if num_classes is not None and len(label_names) > num_classes:
         raise ValueError(
@@ -297,24 +127,8 @@ def _labels_for(model: nn.Module, dataset: datasets.Dataset, column: str | None,
     return labels
 
 
-def _stacked(dataset: datasets.Dataset, column: str, name: str) -> torch.Tensor:
-    """Return images of one size as uint8 `[N, 3, H, W]`."""
-    arrays = []
-    rows = iter(dataset)
-    for index in range(len(dataset)):
-        with _reading(index, name):
-            arrays.append(np.asarray(_converted(next(rows)[column], "RGB")))
-        if arrays[index].shape != arrays[0].shape:
-            (height, width), (first_height, first_width) = arrays[index].shape[:2], arrays[0].shape[:2]
-            raise ValueError(
-                f"Image {index} of {name} has {height}x{width} pixels and the first {first_height}x{first_width}: this "
-                "needs images of one size. See recipes/food101.py for photos of any size."
-            )
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-
-
 @contextmanager
-def _reading(index: int, name: str) -> Iterator[None]:
+def naming_the_image(index: int, name: str) -> Iterator[None]:
     """Context that says which image could not be read."""
     try:
         yield
@@ -322,18 +136,7 @@ def _reading(index: int, name: str) -> Iterator[None]:
         raise ValueError(f"Image {index} of {name} cannot be read: {error}. Replace or remove it.") from error
 
 
-def _train_and_test(name: str, config: str | None) -> dict[str, datasets.Dataset]:
-    splits = _load_splits(name, "train", config=config)
-    test = splits.get("test", splits.get("validation"))
-    if test is None:
-        raise ValueError(
-            f"{name} has no test and no validation split, only {', '.join(splits)}: give a data set that has one, or a "
-            "folder with both."
-        )
-    return {"train": splits["train"], "test": test}
-
-
-def _load_splits(name: str, required: str, config: str | None = None) -> datasets.DatasetDict:
+def load_splits(name: str, required: str, config: str | None = None) -> datasets.DatasetDict:
     """Load a data set that must have the split `required`, for which a single parquet file is taken."""
     path = Path(name).expanduser()
     try:
@@ -348,12 +151,14 @@ def _load_splits(name: str, required: str, config: str | None = None) -> dataset
     return splits
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
+    """Return what a data set is called in results: the last part of a path, or its id."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
 
 
-def _drawn(size: int, num_images: int | None, seed: int, name: str) -> Sequence[int]:
+def draw_indices(size: int, num_images: int | None, seed: int, name: str) -> Sequence[int]:
+    """Return `num_images` of `size` indices in order, drawn with `seed`; a smaller draw is a part of a larger one."""
     if num_images is None:
         return range(size)
     if not 1 <= num_images <= size:
@@ -374,7 +179,7 @@ def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], t
             f"{type(model).__name__} does not say how it wants its images: save an image processor into its folder, "
             "with AutoImageProcessor's save_pretrained, or pass a data set that is preprocessed already."
         )
-    return _mode(getattr(model.config, "num_channels", 3)), _Processed(processor)
+    return image_mode(getattr(model.config, "num_channels", 3)), _Processed(processor)
 
 
 def _timm_preprocessing(model: nn.Module, cfg: dict) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
@@ -387,7 +192,7 @@ def _timm_preprocessing(model: nn.Module, cfg: dict) -> tuple[str, Callable[[PIL
                 f"for {len(config[key])}, {tuple(config[key])}: build it with "
                 f'`pretrained_cfg_overlay={{"mean": ..., "std": ...}}`.'
             )
-    return _mode(channels), create_transform(**config, is_training=False)
+    return image_mode(channels), create_transform(**config, is_training=False)
 
 
 class _Processed:
@@ -400,13 +205,14 @@ class _Processed:
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-def _mode(channels: int) -> str:
+def image_mode(channels: int) -> str:
+    """Return the Pillow mode of the images that a model of so many input channels sees."""
     if channels not in IMAGE_MODES:
         raise ValueError(f"The model takes {channels} channels; images can be read for 1 (gray) or 3 (RGB).")
     return IMAGE_MODES[channels]
 
 
-def _converted(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
+def convert_image(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
     """Return an image in a Pillow mode of 8 bits a channel. Its EXIF orientation was applied by `datasets`."""
     if image is None:
         raise ValueError("there is none")
@@ -418,18 +224,7 @@ def _converted(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
     return image.convert(mode)
 
 
-def _random_crops(pixel_values: torch.Tensor, padding: int) -> torch.Tensor:
-    """Cut an image of the same size out of each reflected one, at a place of its own."""
-    batch, _, height, width = pixel_values.shape
-    padded = F.pad(pixel_values, (padding,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1))
-    rows = (top + torch.arange(height))[:, None, :, None]
-    columns = (left + torch.arange(width))[:, None, None, :]
-    images = torch.arange(batch)[:, None, None, None]
-    return padded[images, torch.arange(padded.shape[1])[None, :, None, None], rows, columns]
-
-
-def _column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
+def find_column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
     """Return `column` after a check of its type, or the only one of type `kind`."""
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
     if column in found:

@@ -10,12 +10,12 @@ models to the output folder.
 
 import timm
 import torch
+from harness.datasets import ImageDataset, channel_statistics
 from harness.results import Results, recipe_parser
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.images import ImageDataset, channel_statistics
 from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig

@@ -13,7 +13,7 @@ runs, by the accuracy on the test images that is reported here, so a point betwe
 
 from harness.experiment import DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
 
-from hf_noisekd.noise.dataset import STRUCTURED_RESOLUTIONS, resolutions_text
+from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
 
 PRESETS = {name: pair | {"white_steps": 500} for name, pair in NOISE_PAIRS.items()} | {
     "cpu-long": NOISE_PAIRS["cpu"] | {"white_steps": 1800},

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from harness.datasets import ImageDataset, channel_statistics
 from hub_server import HubServer
 from PIL import Image
 from torch import nn
 
 import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
-from hf_noisekd.images import ImageDataset, channel_statistics
-from hf_noisekd.models.hub import save_model
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.push import _api
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
@@ -76,6 +76,32 @@ def write_images(folder, columns, *, test_split="test", photos=False, copies=13)
         data = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
         data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+def pictures(folder) -> dict[str, Image.Image]:
+    """Write a picture of each kind, 40x30 pixels, to `folder/<class>/`; return them as Pillow opens them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 4)).astype(np.uint8)
+    rgb = Image.fromarray(pixels[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    kinds = {
+        "rgb.png": (rgb, {}),
+        "rgba.png": (Image.fromarray(pixels), {}),
+        "gray.png": (rgb.convert("L"), {}),
+        "palette.png": (rgb.quantize(16), {"transparency": bytes([0, 128] + [255] * 14)}),
+        "cmyk.jpg": (Image.fromarray(pixels, "CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": exif}),
+    }
+    for index, (name, (image, options)) in enumerate(sorted(kinds.items())):
+        path = folder / "ab"[index % 2] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    return {path.name: Image.open(path) for path in sorted(folder.glob("*/*"))}
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    picture = picture.transpose(Image.Transpose.ROTATE_270) if picture.getexif().get(0x0112) == 6 else picture
+    return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
 from hf_noisekd.cli import main, parse_args
 from hf_noisekd.models.classifier import noisekd_section
-from hf_noisekd.models.hub import load_teacher, save_model
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.spec import parse_noise
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]

@@ -6,13 +6,7 @@ from conftest import TinyCNN
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from hf_noisekd import NoiseDataset, batch_statistics, evaluate
-from hf_noisekd.training.evaluation import (
-    FullBatchSampler,
-    collate_images,
-    counts_of,
-    evaluate_loader,
-    evaluation_loader,
-)
+from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluation_loader
 
 
 @pytest.fixture
@@ -114,27 +108,6 @@ def test_a_rank_without_a_batch_reports_nothing_of_its_own(tiny_cnn, images):
     loader = evaluation_loader(images, 50, rank=1, world_size=2)
     assert len(loader) == 0
     assert evaluate_loader(tiny_cnn, loader) == {"running": {}, "batch": {}}
-
-
-def test_full_batch_sampler():
-    sampler = FullBatchSampler(10, 4)
-    assert list(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
-    assert sampler.counts == [4, 4, 2]
-    assert list(FullBatchSampler(10, 4, rank=1, world_size=2)) == [[4, 5, 6, 7]]
-    assert len(FullBatchSampler(3, 4)) == 1
-
-
-def test_collates_mappings_pairs_and_whole_batches():
-    pixels = torch.randn(1, 8, 8)
-    for sample in ({"pixel_values": pixels, "labels": 2}, {"pixel_values": pixels, "label": 2}, (pixels, 2)):
-        batch = collate_images([sample, sample])
-        assert batch["pixel_values"].shape == (2, 1, 8, 8)
-        assert batch["labels"].tolist() == [2, 2]
-    assert collate_images([{"pixel_values": pixels}]).keys() == {"pixel_values"}
-    whole = {"pixel_values": pixels[None]}
-    assert collate_images(whole) is whole
-    with pytest.raises(ValueError, match=r"found \['image', 'label'\].*preprocessing"):
-        collate_images([{"image": "a PIL image", "label": 1}])
 
 
 def test_a_model_without_batch_norm_reads_the_same_both_ways(images):

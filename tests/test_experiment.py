@@ -20,7 +20,8 @@ from timm.models._registry import _model_pretrained_cfgs
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import NoiseKDConfig
-from hf_noisekd.models.hub import load_teacher, save_model
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.saving import save_model
 
 PRESET = CIFAR10["cpu"] | {"model_args": {"width": 8, "stem_stride": 2}}
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TinyCNN
+from harness.datasets import ImageDataset
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import MixedDataset, NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.images import ImageDataset
 from hf_noisekd.release.card import render_model_card
 
 SIZE = (1, 8, 8)

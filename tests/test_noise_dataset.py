@@ -6,15 +6,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd import NoiseDataset
-from hf_noisekd.noise.dataset import (
-    MAX_RANKS,
-    MAX_STEPS,
-    STRUCTURED_RESOLUTIONS,
-    draw_seed,
-    parse_resolutions,
-    resolutions_text,
-)
+from hf_noisekd.noise.dataset import MAX_RANKS, MAX_STEPS, draw_seed
 from hf_noisekd.noise.distributions import white
+from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, parse_resolutions, resolutions_text
 
 
 def test_white_noise_has_zero_mean_and_unit_variance():

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
-from hf_noisekd.models.hub import load_teacher
+from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.training.losses import kl_divergence
 from hf_noisekd.training.noise_trainer import draw_balanced
 

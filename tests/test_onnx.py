@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.models.classifier import compute_logits
-from hf_noisekd.models.hub import save_model
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.onnx import export_onnx
 
 onnx = pytest.importorskip("onnx")

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.models.hub import load_student, load_teacher, save_model
+from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.card import read_record
 from hf_noisekd.release.push import HubError, check_hub_access, push_model
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer

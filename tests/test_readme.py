@@ -10,7 +10,7 @@ import timm
 from harness.experiment import rank_correlation
 from harness.results import mean_and_spread, results_table, table_row
 
-from hf_noisekd.models.hub import save_model
+from hf_noisekd.models.saving import save_model
 
 ROOT = Path(__file__).parents[1]
 DEMO_TEACHER = "runs/digits/teacher"

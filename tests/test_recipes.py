@@ -12,7 +12,7 @@ import timm
 import torch
 from conftest import digest, write_images
 
-from hf_noisekd.models.hub import load_teacher
+from hf_noisekd.models.loading import load_teacher
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / "shared" / "data" / "cifar10"

@@ -215,7 +215,7 @@ def distill(args: argparse.Namespace) -> int:
     config = noise_config(args)
 
     import hf_noisekd.models.cifar  # noqa: F401 - registers architectures
-    from hf_noisekd.models.hub import load_teacher
+    from hf_noisekd.models.loading import load_teacher
     from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
     teacher = load_teacher(args.teacher, checkpoint=args.teacher_checkpoint, trust_remote_code=args.trust_remote_code)
@@ -326,11 +326,13 @@ def recalibrate(args: argparse.Namespace) -> int:
     _check_unused(args)
     from torch.utils.data import DataLoader
 
+    from hf_noisekd.batches import collate_images
+    from hf_noisekd.files import RECORD_NAME
     from hf_noisekd.models.batch_norm import recalibrate_batch_norm
     from hf_noisekd.models.classifier import noisekd_section
-    from hf_noisekd.models.hub import RECORD_NAME, has_weights, model_folder, save_model
+    from hf_noisekd.models.loading import has_weights, model_folder
+    from hf_noisekd.models.saving import save_model
     from hf_noisekd.release.card import read_record, write_model_card
-    from hf_noisekd.training.evaluation import collate_images
 
     model = _load(args.model, args)
     images = _load_dataset(args, model, labels=False)
@@ -586,7 +588,7 @@ def _summary(config, scores: Mapping[str, Mapping[str, float]], eval_dataset: st
 
 
 def _teacher_text(facts: Mapping) -> str:
-    from hf_noisekd.models.classifier import by
+    from hf_noisekd.models.classifier import format_size
 
     names = ", ".join(facts["class_names"]) + (", ..." if len(facts["class_names"]) < facts["num_classes"] else "")
     layers = ", ".join(f"{count} {kind}" for kind, count in facts["batch_norm"].items()) or "none"
@@ -603,7 +605,7 @@ def _teacher_text(facts: Mapping) -> str:
     ]
     return (
         f"{facts['teacher']}: {facts['architecture']}, {facts['parameters']:,} parameters, input "
-        f"{by(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
+        f"{format_size(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
         f"BatchNorm layers: {layers}\n\n"
         f"Answers to {facts['noise_images']:,} noise images:\n"
         f"{_table(header, rows)}\n"
@@ -631,7 +633,7 @@ def _fit_text(args: argparse.Namespace, ranking: Sequence[Mapping], choice: Mapp
 
 def _distill_command(args: argparse.Namespace, choice: Mapping) -> str:
     """Return the command that distils the teacher of the options with the noise that was chosen."""
-    from hf_noisekd.noise.dataset import STRUCTURED_RESOLUTIONS, resolutions_text
+    from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
 
     words = ["noisekd", "distill", "--teacher", args.teacher]
     words += ["--teacher-checkpoint", args.teacher_checkpoint] if args.teacher_checkpoint else []
@@ -678,7 +680,7 @@ def _load(source: str, args: argparse.Namespace, **kwargs):
     import torch
 
     import hf_noisekd.models.cifar  # noqa: F401 - registers architectures
-    from hf_noisekd.models.hub import load_teacher
+    from hf_noisekd.models.loading import load_teacher
 
     model = load_teacher(source, trust_remote_code=args.trust_remote_code, **kwargs).eval()
     return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model

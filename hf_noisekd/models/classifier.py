@@ -4,9 +4,9 @@ A classifier is an `nn.Module` from pixels `[B, C, H, W]` to logits `[B, num_cla
 classification model, whose output carries `logits`.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import nn
@@ -30,14 +30,16 @@ def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: s
         with torch.no_grad(), evaluation_mode(model):
             logits = compute_logits(model, pixel_values)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(f"The {role} does not take images of {by(input_size)}: {error}. Give another size.") from error
+        raise ValueError(
+            f"The {role} does not take images of {format_size(input_size)}: {error}. Give another size."
+        ) from error
     if not torch.is_tensor(logits) or logits.ndim != 2:
         found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
     return logits
 
 
-def by(sizes: Iterable[int]) -> str:
+def format_size(sizes: Iterable[int]) -> str:
     """Return a size as people write it, such as 3x32x32."""
     return "x".join(map(str, sizes))
 
@@ -116,50 +118,6 @@ def check_finite(model: nn.Module, role: str) -> None:
         raise ValueError(f"The {role}'s {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again.")
 
 
-def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Return the memory format in which `model` trains fastest and correctly on `device`.
-
-    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels:
-    its backward pass in channels last writes outside its workspace and corrupts the heap (oneDNN issue 6035, seen with
-    torch 2.15).
-    """
-    breaks_channels_last = device.type == "cpu" and any(
-        isinstance(module, nn.Conv2d)
-        and module.kernel_size == (1, 1)
-        and max(module.stride) > 1
-        and module.in_channels // module.groups < 16
-        for module in model.modules()
-    )
-    return torch.contiguous_format if breaks_channels_last else torch.channels_last
-
-
-def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:
-    """Return the name of a convolution whose gradient a CPU computes wrongly in bfloat16, or None.
-
-    That is one whose maps, when the images are of `input_size`, have a side shorter than its stride or than half of its
-    kernel: the gradient of its weights holds memory that nobody wrote. Not so 1x1 and depthwise ones (seen with torch
-    2.15 and its oneDNN).
-    """
-    broken = []
-
-    def look(name: str, layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        for side, kernel, stride in zip(inputs[0].shape[-2:], layer.kernel_size, layer.stride, strict=True):
-            if kernel > 1 and side < max(stride, kernel // 2):
-                broken.append(name)
-
-    hooks = [
-        layer.register_forward_pre_hook(partial(look, name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels
-    ]
-    try:
-        answer_to_blanks(model, input_size, "model")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return broken[0] if broken else None
-
-
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     """Context under which all modules of `models` are in evaluation mode; each gets its own mode back afterwards."""
@@ -171,3 +129,43 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def architecture_of(model: nn.Module) -> str:
+    """Return timm's name of the architecture, or the name of the class."""
+    return pretrained_cfg_of(model).get("architecture") or type(model).__name__
+
+
+def class_names(model: nn.Module, num_classes: int) -> list[str]:
+    """Return the class names a model carries, or their numbers where it carries none.
+
+    They have to be written, else transformers guesses those of ImageNet.
+    """
+    names = pretrained_cfg_of(model).get("label_names")
+    id2label = getattr(getattr(model, "config", None), "id2label", None)
+    if names is None and id2label:
+        names = [id2label[index] for index in sorted(id2label)]
+    if names is None or len(names) != num_classes:
+        return [str(index) for index in range(num_classes)]
+    return list(names)
+
+
+def teacher_identity(teacher_model: nn.Module) -> dict:
+    """Return what identifies a teacher: its architecture and size, and its Hub id and revision, or else a hash.
+
+    The hash is SHA-256 over the names, types, shapes and bytes of all parameters and buffers.
+    """
+    identity = {
+        "architecture": architecture_of(teacher_model),
+        "parameters": sum(parameter.numel() for parameter in teacher_model.parameters()),
+    }
+    origin = getattr(teacher_model, "origin", {})
+    identity |= {key: origin[key] for key in ("id", "revision", "license") if origin.get(key)}
+    if "revision" not in identity:
+        state = hashlib.sha256()
+        for name, tensor in sorted(teacher_model.state_dict().items()):
+            array = tensor.detach().cpu().contiguous()
+            state.update(f"{name} {array.dtype} {tuple(array.shape)}".encode())
+            state.update(array.flatten().view(torch.uint8).numpy().tobytes())
+        identity["sha256"] = state.hexdigest()
+    return identity

@@ -14,7 +14,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
 from hf_noisekd.noise.distributions import Distribution
-from hf_noisekd.noise.spec import Mixture, noise_name, parse_noise, parse_weights
+from hf_noisekd.noise.spec import (
+    STRUCTURED_RESOLUTIONS,
+    Mixture,
+    check_resolutions,
+    noise_name,
+    parse_noise,
+    parse_resolutions,
+)
 
 # Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
@@ -23,9 +30,6 @@ MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 
 # Small noise images are no smaller than this, unless the full ones are.
 MIN_SIDE = 16
-
-# The resolutions of `distribution="structured"`, unless others are asked for.
-STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
 
 
 class NoiseDataset(IterableDataset):
@@ -208,42 +212,6 @@ class NoiseDataset(IterableDataset):
         if self.num_steps is None:
             raise TypeError("This NoiseDataset is unbounded: it has no length. Pass num_steps for one that has.")
         return self.num_steps
-
-
-def parse_resolutions(text: str) -> dict[float, float]:
-    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`].
-
-    Raises:
-        ValueError: The text cannot be read, or a number is out of range.
-    """
-    try:
-        shares = parse_weights(text)
-        resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
-        if len(resolutions) < len(shares):
-            raise ValueError("a size is there twice")
-        return resolutions
-    except ValueError as error:
-        raise ValueError(
-            f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
-        ) from error
-
-
-def resolutions_text(resolutions: Mapping[float, float]) -> str:
-    """Return the text that [`parse_resolutions`] reads as `resolutions`."""
-    return ",".join(f"{scale:g}:{share:g}" for scale, share in resolutions.items())
-
-
-def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
-    """Return resolutions as a new mapping, or say what is wrong with them.
-
-    Raises:
-        ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
-    """
-    if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
-        raise ValueError(
-            f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
-        )
-    return {float(scale): float(share) for scale, share in resolutions.items()}
 
 
 def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:

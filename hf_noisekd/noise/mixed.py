@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from hf_noisekd.batches import collate_images, dataset_name
 from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
-from hf_noisekd.release.record import dataset_name
-from hf_noisekd.training.evaluation import collate_images
 
 
 class MixedDataset(NoiseDataset):

@@ -25,6 +25,9 @@ Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 # What `noise="structured"` stands for.
 STRUCTURED = "dead_leaves"
 
+# The resolutions of `distribution="structured"`, unless others are asked for.
+STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
+
 BUILT_IN = ("white", "low_resolution", "spectrum", "pyramid", "fractal", "dead_leaves")
 DISTRIBUTIONS: dict[str, Distribution] = {name: getattr(distributions, name) for name in BUILT_IN}
 
@@ -194,6 +197,42 @@ def parse_weights(text: str) -> dict[str, float]:
             raise ValueError(f"{text!r} must be names with numbers above 0, each once, such as 'white:3,spectrum:1'.")
         weights[name] = weight
     return weights
+
+
+def parse_resolutions(text: str) -> dict[float, float]:
+    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`].
+
+    Raises:
+        ValueError: The text cannot be read, or a number is out of range.
+    """
+    try:
+        shares = parse_weights(text)
+        resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
+        if len(resolutions) < len(shares):
+            raise ValueError("a size is there twice")
+        return resolutions
+    except ValueError as error:
+        raise ValueError(
+            f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
+        ) from error
+
+
+def resolutions_text(resolutions: Mapping[float, float]) -> str:
+    """Return the text that [`parse_resolutions`] reads as `resolutions`."""
+    return ",".join(f"{scale:g}:{share:g}" for scale, share in resolutions.items())
+
+
+def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
+    """Return resolutions as a new mapping, or say what is wrong with them.
+
+    Raises:
+        ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
+    """
+    if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
+        raise ValueError(
+            f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
+        )
+    return {float(scale): float(share) for scale, share in resolutions.items()}
 
 
 def register_noise(name: str, distribution: Distribution) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_noisekd.files import CARD_NAME, RECORD_NAME, replacing_files
 from hf_noisekd.models import cifar
-from hf_noisekd.models.hub import CARD_NAME, RECORD_NAME, model_folder, replacing_files
+from hf_noisekd.models.loading import model_folder
+from hf_noisekd.release.environment import describe_machine
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
-from hf_noisekd.release.record import describe_machine
 from hf_noisekd.training.evaluation import STATISTICS
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")

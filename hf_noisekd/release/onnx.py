@@ -14,8 +14,16 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_noisekd.models.classifier import compute_logits, declared_input_size, noisekd_section, nonfinite_tensor
-from hf_noisekd.models.hub import architecture_of, class_names, load_teacher, preprocessing_of
+from hf_noisekd.models.classifier import (
+    architecture_of,
+    class_names,
+    compute_logits,
+    declared_input_size,
+    noisekd_section,
+    nonfinite_tensor,
+)
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.preprocessing import preprocessing_of
 
 # torch puts the weights of a larger model into a second file.
 MAX_BYTES = 3 * 2**29

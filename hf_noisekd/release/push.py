@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 
-from hf_noisekd.models.hub import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
+from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
 from hf_noisekd.release.card import CLASS_BALANCE_NAME, CURVES_NAME, write_model_card
 
 # What belongs to a model on the Hub. Training arguments, which may hold a token, checkpoints and anything else that the

@@ -12,12 +12,21 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.models.classifier import answer_to_blanks, by, check_finite, declared_input_size, declared_num_classes
-from hf_noisekd.models.hub import WEIGHTS_NAME, check_config_can_be_saved, differing
-from hf_noisekd.noise.dataset import NoiseDataset, parse_resolutions, resolutions_text
-from hf_noisekd.noise.spec import noise_name, parse_noise
+from hf_noisekd.batches import check_labels, collate_images
+from hf_noisekd.files import WEIGHTS_NAME
+from hf_noisekd.models.classifier import (
+    answer_to_blanks,
+    check_finite,
+    declared_input_size,
+    declared_num_classes,
+    format_size,
+)
+from hf_noisekd.models.loading import differing
+from hf_noisekd.models.saving import check_config_can_be_saved
+from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.evaluation import check_labels, collate_images, evaluation_loader
+from hf_noisekd.training.evaluation import evaluation_loader
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +55,9 @@ def check_models(
             )
         if declared != tuple(input_size) and not explicit_size:
             raise ValueError(
-                f"The {role} takes images of {by(declared)} and the noise has {by(input_size)}: give the student by "
-                "its timm name to have it built to fit, or set input_size in the arguments to choose a size for both."
+                f"The {role} takes images of {format_size(declared)} and the noise has {format_size(input_size)}: give "
+                "the student by its timm name to have it built to fit, or set input_size in the arguments to choose a "
+                "size for both."
             )
         dtype = next(candidate.parameters()).dtype
         if dtype != torch.float32:
@@ -237,8 +247,8 @@ def teacher_input_size(
     if isinstance(train_dataset, NoiseDataset):
         if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
             raise ValueError(
-                f"The NoiseDataset has images of {by(train_dataset.input_size)} and the arguments say "
-                f"{by(args.input_size)}: leave input_size out."
+                f"The NoiseDataset has images of {format_size(train_dataset.input_size)} and the arguments say "
+                f"{format_size(args.input_size)}: leave input_size out."
             )
         return train_dataset.input_size
     if args.input_size is not None:

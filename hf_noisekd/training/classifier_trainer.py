@@ -10,13 +10,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_noisekd.models.classifier import compute_logits, training_memory_format
-from hf_noisekd.models.hub import load_student, replacing_files, save_model
+from hf_noisekd.batches import collate_images, dataset_name
+from hf_noisekd.files import replacing_files
+from hf_noisekd.models.classifier import compute_logits
+from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.loading import load_student
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.release.record import current_evaluations, dataset_name, describe_model, machine, versions
+from hf_noisekd.release.environment import machine, versions
+from hf_noisekd.release.record import current_evaluations, describe_model
 from hf_noisekd.training.checks import check_batch_norm_is_local
 from hf_noisekd.training.config import ClassifierConfig
-from hf_noisekd.training.evaluation import collate_images, counts_of, evaluate_loader, evaluation_loader
+from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluation_loader
 
 
 class ClassifierTrainer(Trainer):

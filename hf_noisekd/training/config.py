@@ -7,8 +7,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_bf16_gpu_available
 
-from hf_noisekd.noise.dataset import parse_resolutions
-from hf_noisekd.noise.spec import parse_noise
+from hf_noisekd.noise.spec import parse_noise, parse_resolutions
 from hf_noisekd.training.losses import LOSSES
 
 

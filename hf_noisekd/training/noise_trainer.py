@@ -17,28 +17,25 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
 from transformers.utils.hub import PushInProgress
 
+from hf_noisekd.batches import collate_images
+from hf_noisekd.files import replacing_files
 from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
-    by,
+    class_names,
     compute_logits,
     declared_input_size,
-    layer_that_bfloat16_breaks,
-    training_memory_format,
-)
-from hf_noisekd.models.hub import (
-    class_names,
-    load_student,
-    load_teacher,
-    replacing_files,
+    format_size,
     teacher_identity,
 )
+from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
+from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.release.card import write_model_card
+from hf_noisekd.release.environment import command_line, versions
 from hf_noisekd.release.push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
-from hf_noisekd.release.record import command_line, versions
 from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_checkpoint,
@@ -52,7 +49,6 @@ from hf_noisekd.training.checks import (
 )
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.evaluation import collate_images
 from hf_noisekd.training.losses import LOSSES, kl_divergence
 
 logger = logging.getLogger(__name__)
@@ -574,7 +570,7 @@ def _without_wrong_gradients(
                 "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
                 "(resolutions='1'), may spare it that.",
                 layer,
-                by(input_size),
+                format_size(input_size),
             )
             args = copy.copy(args)
             args.bf16, args.mixed_precision = False, "no"

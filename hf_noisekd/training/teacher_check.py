@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
-from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, device_of, evaluation_mode, nonfinite_tensor
-from hf_noisekd.models.hub import architecture_of, class_names
+from hf_noisekd.models.classifier import (
+    answer_to_blanks,
+    architecture_of,
+    class_names,
+    compute_logits,
+    device_of,
+    evaluation_mode,
+    nonfinite_tensor,
+)
 from hf_noisekd.noise.dataset import NoiseDataset
 
 NUM_BATCHES = 2

@@ -15,22 +15,18 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from harness.datasets import load_image_datasets, load_photo_datasets
 from harness.results import Results, recipe_parser
-from hf_noisekd.images import load_image_datasets, load_photo_datasets
+from hf_noisekd.batches import collate_images
 from hf_noisekd.models.batch_norm import recalibrate_batch_norm
-from hf_noisekd.models.classifier import declared_input_size, declared_num_classes
-from hf_noisekd.models.hub import (
-    image_processor_of,
-    load_teacher,
-    nearest_architecture,
-    preprocessing_of,
-    teacher_identity,
-)
+from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
+from hf_noisekd.models.loading import load_teacher, nearest_architecture
+from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
+from hf_noisekd.release.environment import usable_cores
 from hf_noisekd.release.figures import plot_curves
-from hf_noisekd.release.record import usable_cores
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
-from hf_noisekd.training.evaluation import collate_images, evaluate
+from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
 # The five rows of the paper's Table 1: how the student is taught, the most telling first.

@@ -17,7 +17,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness.results import mean_and_spread, measurements_table, model_cell, table_row
-from hf_noisekd.release.record import describe_machine
+from hf_noisekd.release.environment import describe_machine
 
 MAX_ROWS = 20
 PAGE_NAME = "README.md"

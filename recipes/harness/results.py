@@ -24,9 +24,9 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.models.hub import replacing_files
+from hf_noisekd.files import replacing_files
+from hf_noisekd.release.environment import machine, versions, without_path
 from hf_noisekd.release.push import check_hub_access
-from hf_noisekd.release.record import machine, versions, without_path
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.evaluation import STATISTICS

@@ -1,0 +1,88 @@
+"""Batches of images: collated from samples, all of one size, with labels that fit."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+
+class FullBatchSampler(Sampler[list[int]]):
+    """Batches of equal size over a data set in order; the last one is filled up from its start.
+
+    Args:
+        size: Images in the data set.
+        batch_size: Images in a batch. A smaller data set is one batch.
+        rank: Process that this sampler serves; it gets every `world_size`-th batch.
+        world_size: Number of processes.
+
+    Attributes:
+        counts: Images of each batch that are not filling.
+
+    Raises:
+        ValueError: There are fewer than 2 images, so batch statistics do not exist.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        if size < 2:
+            raise ValueError(
+                f"The evaluation data set has {size} image{'' if size == 1 else 's'}: it needs at least 2, and about "
+                "256 for batch statistics that mean something."
+            )
+        batch_size = min(batch_size, size)
+        starts = range(rank * batch_size, size, world_size * batch_size)
+        self.counts = [min(batch_size, size - start) for start in starts]
+        self._batches = [[index % size for index in range(start, start + batch_size)] for start in starts]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
+    """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
+
+    `label` counts as `labels`. A data set that already gave a whole batch from `__getitems__` passes unchanged.
+
+    Raises:
+        ValueError: The samples have no pixel tensor; the message says what was found.
+    """
+    if isinstance(samples, dict):
+        return samples
+    if isinstance(samples[0], tuple | list) and len(samples[0]) == 2:
+        samples = [{"pixel_values": pixels, "labels": label} for pixels, label in samples]
+    first = samples[0]
+    if not isinstance(first, dict) or not isinstance(first.get("pixel_values"), torch.Tensor):
+        found = sorted(first) if isinstance(first, dict) else type(first).__name__
+        raise ValueError(
+            'Images must come as {"pixel_values": tensor [C, H, W], "labels": int} or as (tensor, label), found '
+            f"{found}. Apply the model's preprocessing, for example with `dataset.with_transform(...)`."
+        )
+    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    label = next((key for key in ("labels", "label") if key in first), None)
+    if label is not None:
+        batch["labels"] = torch.as_tensor([int(sample[label]) for sample in samples])
+    return batch
+
+
+def check_labels(labels: torch.Tensor, num_classes: int) -> None:
+    """Check that `labels` lie in [0, num_classes - 1].
+
+    Raises:
+        ValueError: Some do not; the message names the first.
+    """
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"Found label {wrong[0].item()}, but the model has {num_classes} classes: labels must lie in "
+            f"[0, {num_classes - 1}]. Is this the data set of another teacher?"
+        )
+
+
+def dataset_name(dataset: Dataset, default: str | None = "evaluation images") -> str | None:
+    """Return the name that a data set has (`name`, or that of `datasets`), or else `default`."""
+    for name in (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None)):
+        if isinstance(name, str):
+            return name
+    return default

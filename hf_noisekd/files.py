@@ -1,0 +1,62 @@
+"""Files of a model folder: their names, and how they are written whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+RECORD_NAME = "noisekd.json"
+
+
+@contextlib.contextmanager
+def replacing_files(folder: str | Path) -> Iterator[Path]:
+    """Context that gives an empty folder to write files to, which go to `folder` once all of them are written.
+
+    If `folder` is not there yet it appears whole or, after an exception or a kill, not at all. Otherwise each file is
+    replaced whole, one after another; other files stay.
+    """
+    folder = Path(folder)
+    exists = folder.exists()
+    staging = folder / ".saving" if exists else folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for file in staging.iterdir():
+            file.chmod(staging.stat().st_mode & 0o666)  # as the user's umask has it; safetensors writes 0600
+            with open(file, "r+b") as written:  # Windows synchronises no file that is open for reading
+                os.fsync(written.fileno())
+        if not exists:
+            # Another process may have made the folder meanwhile, for its own files.
+            with contextlib.suppress(OSError):
+                staging.rename(folder)
+                return
+        # The configuration last: it tells what the weights are.
+        for file in sorted(staging.iterdir(), key=lambda file: file.name == CONFIG_NAME):
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Check that `folder` has the files of a model.
+
+    Raises:
+        ValueError: There is no such folder, or a file is missing; the message says what was found instead.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {str(folder)!r}.")
+    for name, pattern in ((CONFIG_NAME, "config.json"), (WEIGHTS_NAME, "model*.safetensors")):
+        if not any(folder.glob(pattern)):
+            pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
+            hint = (
+                f" It has {', '.join(pickles)}, which may run code when it is read: convert it to safetensors, or name "
+                "its timm architecture and pass it as checkpoint, to be read with weights_only=True."
+                if pickles
+                else ""
+            )
+            raise ValueError(f"{folder} is not a model folder: it has no {name}.{hint}")

@@ -1,0 +1,52 @@
+"""Work-arounds for what CPUs compute wrongly, each with the fault that it avoids."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from hf_noisekd.models.classifier import answer_to_blanks
+
+
+def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """Return the memory format in which `model` trains fastest and correctly on `device`.
+
+    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels:
+    its backward pass in channels last writes outside its workspace and corrupts the heap (oneDNN issue 6035, seen with
+    torch 2.15).
+    """
+    breaks_channels_last = device.type == "cpu" and any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+        for module in model.modules()
+    )
+    return torch.contiguous_format if breaks_channels_last else torch.channels_last
+
+
+def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:
+    """Return the name of a convolution whose gradient a CPU computes wrongly in bfloat16, or None.
+
+    That is one whose maps, when the images are of `input_size`, have a side shorter than its stride or than half of its
+    kernel: the gradient of its weights holds memory that nobody wrote. Not so 1x1 and depthwise ones (seen with torch
+    2.15 and its oneDNN).
+    """
+    broken = []
+
+    def look(name: str, layer: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        for side, kernel, stride in zip(inputs[0].shape[-2:], layer.kernel_size, layer.stride, strict=True):
+            if kernel > 1 and side < max(stride, kernel // 2):
+                broken.append(name)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(look, name))
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels
+    ]
+    try:
+        answer_to_blanks(model, input_size, "model")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return broken[0] if broken else None

@@ -1,0 +1,262 @@
+"""Load a teacher or a student from where people keep them: a name, the Hub, a folder, a file.
+
+Only weights in safetensors are read from a folder or the Hub, and a file that the user points at by `weights_only`; no
+pickled code runs. A model that was loaded remembers, in the attribute `origin`, its Hub id, revision and licence, as
+far as there are any, and in `noisekd` what a folder of this package says about how it was made.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from timm.models import load_state_dict
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
+from hf_noisekd.models.classifier import pretrained_cfg_of
+
+
+def load_teacher(
+    source: str | Path | nn.Module, *, checkpoint: str | Path | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load a trained classifier.
+
+    Args:
+        source: A module, returned as it is; a timm name with pretrained weights (`resnet34.a1_in1k`); a Hub id
+            (`org/repo`, `org/repo@revision`, either with `hf-hub:` before it); or a folder in timm's or transformers'
+            layout.
+        checkpoint: File of weights for the timm architecture that `source` names: safetensors, or what `torch.save`
+            wrote, read with `weights_only=True`. The numbers of classes and of input channels are read off it.
+        trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
+
+    Raises:
+        ValueError: There is no such model, or it is damaged; the message says what was found.
+    """
+    if checkpoint is not None:
+        return _load_checkpoint(source, Path(checkpoint).expanduser())
+    return _load(source, trust_remote_code, pretrained=True)
+
+
+def load_student(
+    source: str | Path | nn.Module,
+    *,
+    num_classes: int | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Build a student, or load one to train further.
+
+    Args:
+        source: A module, returned as it is; a timm name (`resnet18_cifar`), which gives random weights; or a Hub id or
+            folder as in [`load_teacher`], which gives the weights found there.
+        num_classes: Classes of a model built by name.
+        input_size: `(channels, height, width)` of a model built by name.
+        trust_remote_code: As in [`load_teacher`].
+
+    Raises:
+        ValueError: There is no such model, or it is damaged; the message says what was found.
+    """
+    kwargs = {}
+    if not isinstance(source, nn.Module) and not has_weights(str(source)):
+        kwargs["num_classes"] = num_classes
+        if input_size is not None:
+            kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
+    return _load(source, trust_remote_code, pretrained=False, **kwargs)
+
+
+def _load(source: str | Path | nn.Module, trust_remote_code: bool, **kwargs) -> nn.Module:
+    if isinstance(source, nn.Module):
+        return source
+    if not isinstance(source, str | Path):
+        raise ValueError(f"A model must be a name, a folder or an nn.Module, got {type(source).__name__}.")
+    source = str(source)
+    if has_weights(source):
+        return _load_with_weights(source, trust_remote_code)
+    model = _create_timm_model(source, **kwargs)
+    if kwargs.get("pretrained"):
+        cfg = pretrained_cfg_of(model)
+        model.origin = {"id": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+        weights = try_to_load_from_cache(cfg["hf_hub_id"], WEIGHTS_NAME) if cfg.get("hf_hub_id") else None
+        if isinstance(weights, str):
+            model.origin["revision"] = Path(weights).parent.name
+    return model
+
+
+def _create_timm_model(name: str, **kwargs) -> nn.Module:
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(
+            f"Unknown model {name!r}: it is no timm model, no folder, and no Hub id of the form 'org/repo'."
+            + nearest_architecture(architecture)
+        )
+    try:
+        return timm.create_model(name, **kwargs)
+    except (OSError, HFValidationError) as error:
+        raise ValueError(f"The weights of the timm model {name!r} could not be had: {_missing(error)}") from error
+    except RuntimeError as error:  # timm's answer to a weight tag it does not know
+        raise ValueError(f"Cannot build the timm model {name!r}: {error}") from error
+
+
+def nearest_architecture(architecture: str) -> str:
+    """Return a question that names timm's architectures of a similar name, or nothing, for an error message."""
+    nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    return f" Did you mean {', '.join(nearest)}?" if nearest else ""
+
+
+def has_weights(source: str) -> bool:
+    """Whether `source` points at saved weights, rather than naming an architecture."""
+    return "/" in source or ":" in source or Path(source).exists()
+
+
+def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
+    folder, origin = model_folder(source, trust_remote_code)
+    if origin and not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"{source} has no {WEIGHTS_NAME} on the Hub: ask for one there, or convert its weights.")
+    check_model_folder(folder)
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_NAME} holds no JSON object")
+        if "architecture" in config:
+            model = _load_timm_folder(folder, config)
+        else:
+            model = _load_transformers_folder(folder, trust_remote_code)
+    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
+    model.origin = origin | {"license": pretrained_cfg_of(model).get("license") or _card_license(folder)}
+    if config.get("noisekd"):
+        model.noisekd = config["noisekd"]
+    return model
+
+
+def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, dict]:
+    """Return the folder of a model, downloaded where `source` is no local one, and its Hub `id` and `revision`.
+
+    Raises:
+        ValueError: There is none, here or on the Hub.
+    """
+    folder = Path(source.removeprefix("local-dir:")).expanduser()
+    if folder.is_file():
+        raise ValueError(
+            f"{source} is a file: a model is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}. For a file of weights "
+            "name its timm architecture, and pass the file as checkpoint."
+        )
+    if folder.is_dir():
+        return folder, {}
+    if source.startswith(("/", ".", "~", "local-dir:")):
+        raise ValueError(f"There is no folder {str(folder)!r}.")
+    repo_id, _, revision = source.removeprefix("hf-hub:").partition("@")
+    patterns = [
+        CONFIG_NAME,
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "preprocessor_config.json",
+        CARD_NAME,
+        RECORD_NAME,
+    ]
+    try:
+        folder = Path(
+            snapshot_download(
+                repo_id,
+                revision=revision or None,
+                allow_patterns=patterns + ["*.py"] * trust_remote_code,
+                library_name="hf_noisekd",
+            )
+        )
+    except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
+        raise ValueError(
+            f"There is no folder {source!r}, and no such model could be had from the Hub: {_missing(error)}"
+        ) from error
+    return folder, {"id": repo_id, "revision": folder.name}
+
+
+def _missing(error: Exception) -> str:
+    if constants.HF_HUB_OFFLINE:
+        return (
+            "it is not in the local cache, and HF_HUB_OFFLINE=1 forbids requests. Fetch it once with `hf download`, or "
+            "unset HF_HUB_OFFLINE."
+        )
+    return str(error)
+
+
+def _load_timm_folder(folder: Path, config: Mapping) -> nn.Module:
+    if not timm.is_model(config["architecture"]):
+        raise ValueError(
+            f"timm {timm.__version__} knows no architecture {config['architecture']!r}."
+            + (nearest_architecture(config["architecture"]) or " Import the package that registers it, or update timm.")
+        )
+    model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    # By our own hand: timm would read whatever else lies in the folder, older versions by unpickling it.
+    _fit(model, safetensors.torch.load_file(folder / WEIGHTS_NAME))
+    return model
+
+
+def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    model, info = AutoModelForImageClassification.from_pretrained(
+        str(folder),
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        dtype=torch.float32,  # whatever it is stored in
+    )
+    # transformers would go on with random weights in place of those that are missing.
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    if wrong:
+        raise ValueError(f"the weights do not fit the architecture: {len(wrong)} are missing, first {wrong[0]!r}.")
+    return model
+
+
+def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
+    try:
+        state_dict = load_state_dict(str(checkpoint), weights_only=True)
+        cfg = pretrained_cfg_of(_create_timm_model(architecture, pretrained=False))
+        kwargs = {}
+        if f"{cfg.get('classifier')}.weight" in state_dict:
+            kwargs["num_classes"] = len(state_dict[f"{cfg['classifier']}.weight"])
+        if f"{cfg.get('first_conv')}.weight" in state_dict:
+            kwargs["in_chans"] = state_dict[f"{cfg['first_conv']}.weight"].shape[1]
+        model = _create_timm_model(architecture, pretrained=False, **kwargs)
+        _fit(model, state_dict)
+    except FileNotFoundError as error:
+        raise ValueError(f"There is no file {str(checkpoint)!r}.") from error
+    except (safetensors.SafetensorError, RuntimeError, OSError, AttributeError, EOFError) as error:
+        raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
+    return model
+
+
+def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load weights that must fit exactly.
+
+    Raises:
+        ValueError: Names or shapes differ; the message names the first.
+    """
+    expected, found = (
+        {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (model.state_dict(), state_dict)
+    )
+    if names := differing(expected, found):
+        raise ValueError(
+            f"the weights do not fit the architecture: {len(names)} tensors differ, first {names[0]!r}: the model has "
+            f"{expected.get(names[0], 'nothing')}, the file {found.get(names[0], 'nothing')}."
+        )
+    model.load_state_dict(state_dict)
+
+
+def differing(expected: Mapping, found: Mapping) -> list[str]:
+    """Return the names under which two mappings do not hold the same, in order."""
+    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+
+
+def _card_license(folder: Path) -> str | None:
+    """Return the licence that the card of a model folder names, or None."""
+    try:
+        return ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

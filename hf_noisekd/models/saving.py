@@ -1,0 +1,110 @@
+"""Save a classifier so that timm and transformers read it."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from timm.models._hub import save_config_for_hf
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_noisekd.files import CONFIG_NAME, WEIGHTS_NAME, replacing_files
+from hf_noisekd.models.classifier import class_names, declared_input_size, noisekd_section, pretrained_cfg_of
+from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
+
+logger = logging.getLogger(__name__)
+
+# What timm says about the published weights of an architecture, and does not hold for a student of that architecture.
+OF_OTHER_WEIGHTS = (
+    "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size",
+    "test_crop_pct",
+)  # fmt: skip
+
+
+def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module | None = None) -> None:
+    """Save a classifier: timm models in timm's Hub format, transformers models in theirs.
+
+    timm's format is `model.safetensors` with the bare timm names and a `config.json` that timm, transformers'
+    `AutoModelForImageClassification` and `AutoImageProcessor` all read. Of any other module only the weights can be
+    saved, with a warning. What stands in `model.noisekd` becomes the section `noisekd` of `config.json`.
+
+    A new folder appears whole or not at all. In a folder that is there each file is replaced whole.
+
+    Args:
+        model: The classifier.
+        folder: Where to write; made if missing.
+        teacher_model: The teacher whose preprocessing and class names the model shares.
+    """
+    bare = getattr(model, "timm_model", model)  # the timm model in transformers' wrapper
+    section = noisekd_section(model)
+    with replacing_files(folder) as staging:
+        if isinstance(bare, PreTrainedModel):
+            if section:
+                bare.config.noisekd = section
+            if teacher_model is not None:
+                names = class_names(teacher_model, bare.config.num_labels)
+                bare.config.id2label = dict(enumerate(names))
+                bare.config.label2id = {name: index for index, name in enumerate(names)}
+            if processor := image_processor_of(bare if teacher_model is None else teacher_model):
+                processor.save_pretrained(staging)
+            bare.save_pretrained(staging)
+            return
+        # Copies in the default memory format: safetensors stores contiguous tensors that share no memory.
+        state_dict = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in bare.state_dict().items()
+        }
+        safetensors.torch.save_file(state_dict, staging / WEIGHTS_NAME, metadata={"format": "pt"})
+        if pretrained_cfg_of(bare).get("architecture"):
+            like = model if teacher_model is None else teacher_model
+            _save_timm_config(bare, staging / CONFIG_NAME, like, section)
+        else:
+            logger.warning(
+                "%s is not a timm or transformers model: its weights were saved, without a %s to build it from.",
+                type(model).__name__,
+                CONFIG_NAME,
+            )
+
+
+def check_config_can_be_saved(model: nn.Module) -> None:
+    """Check that [`save_model`] can write the configuration of `model`.
+
+    Raises:
+        ValueError: It is a timm model that was built with an argument which a configuration cannot hold.
+    """
+    bare = getattr(model, "timm_model", model)
+    if pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                _save_timm_config(bare, Path(folder) / CONFIG_NAME, bare, {})
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, "
+                    "such as texts and numbers."
+                ) from error
+
+
+def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:
+    """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
+    preprocessing = preprocessing_of(like) | {"input_size": declared_input_size(like) or declared_input_size(model)}
+    label_names = class_names(like, model.num_classes)
+    save_config_for_hf(
+        model,
+        path,
+        model_config={"pretrained_cfg": preprocessing, "label_names": label_names}
+        | ({"noisekd": dict(section)} if section else {}),
+        model_args={"in_chans": declared_input_size(model)[0]} | getattr(model, "model_args", {}),
+    )
+    config = json.loads(path.read_text())
+    # transformers passes `num_classes` by itself and fails on a second one.
+    config["model_args"].pop("num_classes", None)
+    if getattr(like, "timm_model", like) is not model:
+        for key in OF_OTHER_WEIGHTS:
+            config["pretrained_cfg"].pop(key, None)
+        if license_ := getattr(like, "origin", {}).get("license"):
+            config["pretrained_cfg"]["license"] = license_
+    path.write_text(json.dumps(config, indent=2) + "\n")

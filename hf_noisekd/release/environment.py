@@ -1,0 +1,79 @@
+"""What a training ran on and how it was started, in a form that can be published."""
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
+
+
+def machine(device: torch.device) -> dict[str, str | int | None]:
+    """Return the processor, its cores usable here, the threads torch uses, and `device` unless it is the processor."""
+    processor = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux
+    accelerator = None if device.type == "cpu" else device.type
+    if device.type == "cuda":
+        accelerator = torch.cuda.get_device_name(device)
+    return {
+        "processor": processor,
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "accelerator": accelerator,
+    }
+
+
+def usable_cores() -> int | None:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def describe_machine(machine: Mapping) -> str | None:
+    """Return what trained, for people: the accelerator, or the processor with its cores. None where it is not known."""
+    if not machine.get("processor"):
+        return machine.get("accelerator")
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return machine["accelerator"] or f"{cores} of {machine['processor']}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def command_line(argv: Sequence[str] | None = None) -> str | None:
+    """Return the command that started this process, or None where it was no script, as in a notebook.
+
+    It is made to be published: folders are named without the path to them, and access tokens are left out.
+    """
+    script, *arguments = sys.argv if argv is None else argv
+    script = Path(script)
+    if script.name == "noisekd" or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):
+        words = ["noisekd"]
+    elif script.suffix == ".py" and script.name not in ("__main__.py", "ipykernel_launcher.py"):
+        words = ["python", script.name if script.is_absolute() or ".." in script.parts else str(script)]
+    else:
+        return None
+    option = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=") if argument.startswith("-") else (option, "", argument)
+        value = "REDACTED" if value and "token" in option else without_path(value)
+        words.append(option + equals + value if argument.startswith("-") else value)
+    return shlex.join(words).replace("`", "")
+
+
+def without_path(value: str) -> str:
+    """Return what of an option's value may be published: of a folder its name, and no access token."""
+    value = re.sub(r"hf_[A-Za-z0-9]{8,}", "REDACTED", value).removeprefix("local-dir:")
+    is_path = value.startswith(("/", "~", ".")) or "\\" in value or (os.sep in value and Path(value).exists())
+    return Path(value.replace("\\", "/")).name if is_path else value

@@ -1,0 +1,61 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hf_noisekd.files import replacing_files
+from hf_noisekd.models.loading import load_teacher
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    def fail(folder):
+        with replacing_files(folder) as staging:
+            (staging / "new").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path / "a" / "model")
+    assert list((tmp_path / "a").iterdir()) == []
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        fail(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "old"]
+
+
+def test_a_folder_that_another_process_makes_meanwhile_is_filled(tmp_path):
+    """As with the checkpoint of several processes, of which each writes a file of its own."""
+    with replacing_files(tmp_path / "checkpoint-1") as staging:
+        (staging / "model.safetensors").write_text("weights")
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "rng_state_1.pth").write_text("rank 1")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint-1", "model.safetensors", "rng_state_1.pth"]
+
+
+SAVES = """
+import sys, timm, torch, hf_noisekd
+from hf_noisekd.models.saving import save_model
+model = timm.create_model("resnet18", num_classes=10)
+for number in range(1_000_000):
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(number % 100)
+    save_model(model, sys.argv[1])
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
+    """All tensors of a version are equal, so a mixture would show."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", SAVES, str(tmp_path / "model")]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(random.random() / 5)
+        process.send_signal(signal.SIGKILL)
+    values = {tensor.flatten()[0].item() for tensor in load_teacher(tmp_path / "model").state_dict().values()}
+    assert len(values) == 1

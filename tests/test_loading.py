@@ -1,0 +1,126 @@
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+
+from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.saving import save_model
+
+
+@pytest.fixture
+def saved(digits_teacher, tmp_path):
+    save_model(digits_teacher, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
+def test_loads_a_folder_of_either_library(digits_teacher, saved, tmp_path, form):
+    again = load_teacher(form.format(saved)).eval()
+    pixels = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels), digits_teacher(pixels), rtol=1e-5, atol=1e-5)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4)
+    save_model(ResNetForImageClassification(config), tmp_path / "transformers")
+    assert isinstance(load_student(str(tmp_path / "transformers")), ResNetForImageClassification)
+
+
+def test_a_student_named_by_architecture_fits_the_teacher():
+    student = load_student("resnet10_cifar", num_classes=7, input_size=(1, 16, 16))
+    assert (student.num_classes, student.in_chans) == (7, 1)
+    assert student.pretrained_cfg["input_size"] == (1, 16, 16)
+
+
+@pytest.mark.network
+def test_pulls_a_teacher_from_the_hub():
+    assert load_teacher("timm/resnet10t.c3_in1k").num_classes == 1000
+    assert load_teacher("resnet10t.c3_in1k").num_classes == 1000
+    assert isinstance(load_teacher("microsoft/resnet-18"), ResNetForImageClassification)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("resnet18_cifra", "Unknown model 'resnet18_cifra'.*Did you mean resnet18_cifar"),
+        ("xyzzy", "Unknown model 'xyzzy'"),
+        ("./nowhere", "There is no folder"),
+        ("runs/nowhere", "no folder 'runs/nowhere', and no such model could be had from the Hub"),
+        ("runs/too/deep", "no folder 'runs/too/deep', and no such model could be had from the Hub"),
+        (7, "got int"),
+    ],
+)
+def test_refuses_what_is_no_model(source, message):
+    with pytest.raises(ValueError, match=message):
+        load_teacher(source)
+
+
+def test_refuses_folders_that_are_no_models(saved, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_teacher(str(tmp_path / "empty"))
+    config = saved / "config.json"
+    good = config.read_text()
+    for broken, message in (
+        ("{", "cannot be loaded"),
+        ("[]", "no JSON object"),
+        (json.dumps(json.loads(good) | {"architecture": "resnet10_cifra"}), "knows no architecture.*resnet10_cifar"),
+        (json.dumps(json.loads(good) | {"num_classes": 7}), r"do not fit.*'fc.bias'.*\[7\], the file \[10\]"),
+        (json.dumps({"hidden_sizes": [8]}), "cannot be loaded"),
+    ):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            load_teacher(saved)
+    config.write_text(good)
+    with open(saved / "model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_teacher(str(saved))
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        load_teacher(str(saved))
+
+
+class Malicious:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_no_pickled_code_runs(saved, digits_teacher, tmp_path):
+    trace = tmp_path / "trace"
+    for name in ("pytorch_model.bin", "model.pth"):
+        (saved / name).write_bytes(pickle.dumps(Malicious(trace)))
+    load_teacher(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors. It has model\.pth, pytorch_model\.bin"):
+        load_teacher(saved)
+    torch.save({"state_dict": Malicious(trace)}, tmp_path / "evil.pth")
+    for file in (saved / "model.pth", tmp_path / "evil.pth"):
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            load_teacher("resnet10_cifar", checkpoint=file)
+        with pytest.raises(ValueError, match="is a file"):
+            load_teacher(str(file))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def test_a_file_of_weights_is_read_where_the_user_points_at_one(tmp_path, wrapped):
+    model = timm.create_model("resnet18", num_classes=7, in_chans=1).eval()
+    torch.save(wrapped({f"module.{name}": tensor for name, tensor in model.state_dict().items()}), tmp_path / "w.pth")
+    again = load_teacher("resnet18", checkpoint=tmp_path / "w.pth").eval()
+    pixels = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again(pixels), model(pixels))
+    with pytest.raises(ValueError, match="do not fit"):
+        load_teacher("resnet34", checkpoint=tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="no file"):
+        load_teacher("resnet18", checkpoint=tmp_path / "nowhere.pth")
