@@ -18,7 +18,6 @@ __all__ = [
     "NoiseKDTrainer",
     "batch_statistics",
     "evaluate",
-    "fit_noise",
     "recalibrate_batch_norm",
     "register_noise",
 ]
@@ -37,7 +36,6 @@ def _is_command_line() -> bool:
 if TYPE_CHECKING or not _is_command_line():
     import hf_noisekd.models.cifar  # noqa: F401
 
-    from .fitting import fit_noise
     from .models.batch_norm import batch_statistics, recalibrate_batch_norm
     from .noise.dataset import NoiseDataset
     from .noise.mixed import MixedDataset
@@ -53,7 +51,6 @@ else:
         "NoiseKDTrainer": "training.noise_trainer",
         "batch_statistics": "models.batch_norm",
         "evaluate": "training.evaluation",
-        "fit_noise": "fitting",
         "recalibrate_batch_norm": "models.batch_norm",
         "register_noise": "noise.spec",
     }

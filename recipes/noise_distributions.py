@@ -4,17 +4,18 @@
 
 Beyond the paper. Students are taught with each noise at full size, for 500 steps and for as many as fit into the
 seconds of 500 steps of white noise. The cost of a step is measured beforehand, relative to white noise; where it is the
-same within 2 %, one run is both. Distance, class balance and information are what `noisekd fit-noise` says of a noise
-without any image, and the rank correlation (Spearman's, 1: alike, -1: reversed) says how that goes with the accuracy at
-equal seconds, for all noises and for those without dead leaves. If it makes a mixture of its own, that is a noise more.
-`--preset cpu-wrn` has another teacher, a WRN-16-2.
+same within 2 %, one run is both. Distance, class balance and information are what the teacher tells of a noise without
+any image, and the rank correlation (Spearman's, 1: alike, -1: reversed) says how that goes with the accuracy at equal
+seconds, for all noises and for those without dead leaves. `--preset cpu-wrn` has another teacher, a WRN-16-2.
 """
 
-import torch
-from accelerate.utils import broadcast_object_list
-from harness.experiment import NOISE_PAIRS, Experiment, experiment_parser, rank_correlation
+from collections.abc import Iterable, Mapping
 
-from hf_noisekd import fit_noise
+import torch
+from harness.experiment import NOISE_PAIRS, Experiment, experiment_parser
+from harness.noise_fit import noise_fit
+from scipy.stats import spearmanr
+
 from hf_noisekd.noise.spec import parse_noise
 from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
 
@@ -43,14 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     experiment = Experiment("noise_distributions", options, NOISE_PAIRS[options.preset])
     results, teacher = experiment.results, experiment.prepare_teacher()
-    # All processes get those of process 0, or rounding might have them train with different noises.
-    fits, choice = broadcast_object_list([*fit_noise(teacher, options.noises, seed=options.seed)])
+    fits = [noise_fit(teacher, noise, seed=options.seed) for noise in options.noises]
+    results.measure("what the teacher says", sorted(fits, key=lambda fit: fit["distance"]))
     arguments = {noise: {"noise": noise, "resolutions": "1"} for noise in options.noises}
-    if choice not in fits:
-        fitted = f"fitted: {choice['noise']}, standard deviation {choice['std']:g}"
-        fits.append(choice | {"noise": fitted})
-        arguments[fitted] = {"noise": choice["noise"], "noise_std": choice["std"], "resolutions": "1"}
-    results.measure("what the teacher says", fits)
     costs = experiment.step_cost(arguments)
     rows = []
     for noise, changed in arguments.items():
@@ -61,11 +57,7 @@ def main() -> None:
     accuracy_of = {row["noise"]: row["accuracy, equal seconds"] for row in rows}
     others = [noise for noise in arguments if "dead_leaves" not in noise]
     correlations = [
-        {"of": of}
-        | {
-            key: rank_correlation([fit_of[noise][key] for noise in noises], [accuracy_of[noise] for noise in noises])
-            for key in CRITERIA
-        }
+        {"of": of} | {key: rank_correlation(noises, fit_of, accuracy_of, key) for key in CRITERIA}
         for of, noises in ((f"all {len(rows)}", arguments), (f"the {len(others)} without dead leaves", others))
         if len(noises) >= 5  # fewer say nothing
     ]
@@ -78,6 +70,16 @@ def main() -> None:
     sheet = {noise: parse_noise(noise)(torch.Generator().manual_seed(options.seed), size) for noise in options.noises}
     results.plot("noises.png", lambda runs, path: plot_contact_sheet(sheet, path))
     results.print_table()
+
+
+def rank_correlation(
+    noises: Iterable[str], fit_of: Mapping[str, Mapping], accuracy_of: Mapping[str, float], key: str
+) -> float | None:
+    """Return how the order of the noises by a criterion goes with that by accuracy, or None where all are alike."""
+    pairs = [(fit_of[noise][key], accuracy_of[noise]) for noise in noises]
+    if any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return None
+    return float(spearmanr(pairs).statistic)
 
 
 if __name__ == "__main__":

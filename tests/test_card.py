@@ -120,16 +120,6 @@ def test_a_card_has_the_facts(folder):
     assert sum(record["class_frequencies"]) == pytest.approx(1, abs=1e-4)
 
 
-def test_a_card_says_what_was_done_to_the_noise(folder):
-    record = read_record(folder)
-    plain = render_model_card(record).content
-    record["noisekd"] |= {"adversarial_steps": 2, "adversarial_step_size": 0.25, "balance_classes": True}
-    card = render_model_card(record).content
-    for text in ("made harder by 2 steps of 0.25 standard deviations", "resampled"):
-        assert text in card
-        assert text not in plain
-
-
 def test_the_hubs_parser_accepts_the_card(folder):
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     data = card.data

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -19,11 +18,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
-from hf_noisekd.cli import main, parse_args
+from hf_noisekd.cli import main
 from hf_noisekd.models.classifier import noisekd_section
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.noise.spec import parse_noise
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 
@@ -116,7 +114,7 @@ def test_help_of_distill_begins_with_what_is_this_packages_own(capsys):
 def test_help_lists_the_commands_a_line_each(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("distill", "evaluate", "recalibrate", "push", "card", "info", "fit-noise", "export"):
+    for command in ("distill", "evaluate", "recalibrate", "push", "card", "info", "export"):
         assert len(re.findall(rf"^    {command} +\S.*$", text, flags=re.MULTILINE)) == 1
         assert command in {"recalibrate", "card", "export"} or f"noisekd {command} --" in text
 
@@ -161,7 +159,6 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "more"], "unexpected: more"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
-        (["fit-noise", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
         (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),
         (["export", "--model", "m", "--output", "o", "--format", "tflite"], "invalid choice: 'tflite'"),
     ],
@@ -428,35 +425,6 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     assert facts["verdict"] in text
     for statistics, answers in facts["answers"].items():
         assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
-
-
-def test_fit_noise_ranks_noises_and_says_how_to_use_the_choice(teacher, capsys):
-    command = [
-        "fit-noise",
-        "--teacher",
-        teacher,
-        "--batch-size",
-        "32",
-        "--noises",
-        "white",
-        "spectrum(1)",
-        "dead_leaves",
-    ]
-    command += ["--input-size", "1", "24", "24"]
-    assert main([*command, "--json"]) == 0
-    fits = json.loads(capsys.readouterr().out)
-    assert {fit["noise"] for fit in fits["ranking"]} == {"white", "spectrum(1)", "dead_leaves"}
-    assert main(command) == 0
-    text = capsys.readouterr().out
-    first_words = [line.split()[0] for line in text.splitlines()[1:4]]
-    assert first_words == [fit["noise"] for fit in fits["ranking"]]
-    proposed = parse_args(shlex.split(text.splitlines()[-1])[1:])
-    assert (proposed.teacher, proposed.resolutions) == (teacher, "0.5:0.6,0.75:0.25,1:0.15")
-    assert proposed.input_size == ["1", "24", "24"]
-    assert float(proposed.noise_std) > 0
-    assert proposed.noise == fits["choice"]["noise"]
-    parse_noise(proposed.noise)
-    assert "Did you mean 'white'?" in usage_error(capsys, "fit-noise", "--teacher", "no/such", "--noises", "wite")
 
 
 def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):

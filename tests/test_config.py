@@ -68,8 +68,6 @@ def test_a_lower_divergence_or_loss_is_better(tmp_path):
         ({"resolutions": {0.5: 0.6, 1: 0.4}}, "resolutions is {0.5: 0.6, 1: 0.4}: use a text here"),
         ({"noise_std": 0.0}, "noise_std is 0.0"),
         ({"noise_std": float("inf")}, "noise_std is inf"),
-        ({"adversarial_steps": -1}, "adversarial_steps is -1"),
-        ({"adversarial_step_size": 0.0}, "adversarial_step_size is 0.0"),
         ({"steps_per_epoch": 0}, "steps_per_epoch is 0"),
         ({"eval_noise_batches": 0}, "eval_noise_batches is 0"),
         ({"input_size": [32, 32]}, r"input_size is \[32, 32\]: use channels, height and width"),

@@ -123,6 +123,15 @@ def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
     assert "Another:\n\n| noise | images | accuracy |\n|---|---:|---:|\n| e | 256 | 7.00 |\n" in page
 
 
+def test_what_was_tried_and_removed_is_said_to_be_so(recipes, monkeypatch):
+    monkeypatch.setattr("harness.page.REMOVED", {"one": ("dropped", "never run")})
+    write(recipes, "one_cpu", record(0, run("dropped, equal steps", 12.3), run("kept", 45.6)))
+    page = render_page(recipes)
+    assert "| dropped, equal steps | big, 1.23 M | 1,500 | 1 |" in page
+    assert 'Rows "dropped ...": tried and removed, the code is at commit `' in page
+    assert "never run" not in page
+
+
 def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatch):
     for seed in (0, 3):
         folder = tmp_path / f"run{seed}"

@@ -18,7 +18,6 @@ def test_public_names():
         NoiseKDTrainer,
         batch_statistics,
         evaluate,
-        fit_noise,
         recalibrate_batch_norm,
     )
 
@@ -29,7 +28,6 @@ def test_public_names():
         "batch_statistics",
         "recalibrate_batch_norm",
         "evaluate",
-        "fit_noise",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", hf_noisekd.__version__)
 
@@ -63,9 +61,7 @@ def reached(module: str) -> set[str]:
     return {name if name.startswith("hf_noisekd.") else name.partition(".")[0] for name in seen}
 
 
-@pytest.mark.parametrize(
-    "module", ["noise.dataset", "fitting", "training.losses", "models.batch_norm", "training.noise_trainer"]
-)
+@pytest.mark.parametrize("module", ["noise.dataset", "training.losses", "models.batch_norm", "training.noise_trainer"])
 def test_what_distils_reaches_no_real_image(module):
     assert not reached(module) & {"datasets", "torchvision", "PIL", "sklearn", "hf_noisekd.images"}
 

@@ -7,7 +7,6 @@ from statistics import mean
 
 import pytest
 import timm
-from harness.experiment import rank_correlation
 from harness.results import mean_and_spread, results_table, table_row
 
 from hf_noisekd.models.saving import save_model
@@ -133,37 +132,6 @@ def test_the_costs_of_a_step_are_those_of_the_results_files():
     ranges = [bound for of_teacher in costs.values() for bound in (min(of_teacher), max(of_teacher))]
     words = "it was {:.2f} to {:.2f} of a white one with the ResNet-18 and {:.2f} to {:.2f} with the WRN-16-2"
     assert words.format(*ranges) in UNWRAPPED
-
-
-def distances_and_accuracies(name: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Return by noise how far it is from a teacher's data, and what it taught the student."""
-    measured = results(f"noise_distributions_{name}")["measurements"]
-    distances = {fit["noise"]: fit["distance"] for fit in measured["what the teacher says"]}
-    return distances, {row["noise"]: row["accuracy, equal seconds"] for row in measured["accuracy"]}
-
-
-def test_what_the_choice_of_fit_noise_gives_is_that_of_the_results_files():
-    gains = []
-    for name in ("cpu", "cpu_seed1", "cpu_seed2", "cpu-wrn"):
-        distances, accuracies = distances_and_accuracies(name)
-        gains.append(accuracies[min(distances, key=distances.get)] - accuracies["dead_leaves"])
-    words = "by {:.1f}, {:.1f} and {:.1f} points for the ResNet-18 (three seeds) and {:.1f} for the WRN-16-2."
-    assert words.format(*gains) in UNWRAPPED
-
-
-def test_the_rank_correlations_are_those_of_the_results_files():
-    for preset, named, words in (
-        ("cpu", 12, "the accuracy was {:.2f}, and for the seven without dead leaves {:.2f};"),
-        ("cpu-wrn", 13, "with the noise fitted to it as the thirteenth, {:.2f} and {:.2f}:"),
-    ):
-        distances, accuracies = distances_and_accuracies(preset)
-        others = [noise for noise in accuracies if "dead_leaves" not in noise]
-        assert (len(accuracies), len(others)) == (named, 7)
-        correlations = (
-            rank_correlation([distances[noise] for noise in noises], [accuracies[noise] for noise in noises])
-            for noises in (accuracies, others)
-        )
-        assert words.format(*correlations) in UNWRAPPED
 
 
 def test_commands_are_make_targets():

@@ -144,7 +144,7 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert [row["of"] for row in correlations] == [f"all {len(accuracies)}", "the 5 without dead leaves"]
     assert all(-1 <= row["distance"] <= 1 for row in correlations)
     assert all((folder / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
-    chosen = ("temperature 1", "teacher on running statistics", "one adversarial step")
+    chosen = ("temperature 1", "teacher on running statistics")
     record = run_here(
         "noise_ablations", monkeypatch, *options, "--output-dir", tmp_path / "ablations", "--runs", *chosen
     )
@@ -158,7 +158,6 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert runs["temperature 1, equal steps"]["temperature"] == 1
     assert runs["temperature 1, equal steps"]["learning_rate"] == 1e-2
     assert runs["teacher on running statistics, equal steps"]["teacher_batch_norm_fraction"] == 0
-    assert runs["one adversarial step, equal steps"]["adversarial_steps"] == 1
     assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)
     for preset, times in {"cpu": (500, 600, 1800), "cpu-long": (5400,)}.items():
         options_of_preset = (*options, "--output-dir", tmp_path / preset, "--preset", preset)

@@ -17,7 +17,6 @@ unknown option, a value out of range, a bad configuration file, an output folder
 import argparse
 import json
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,6 @@ from hf_noisekd.cli.options import CommandParser, ConfigOption, config_options, 
 EPILOG = """\
 examples:
   noisekd info --teacher resnet18.a1_in1k
-  noisekd fit-noise --teacher resnet18.a1_in1k
   noisekd distill --teacher resnet18.a1_in1k --student resnet10t --output-dir student
   noisekd push --model student --repo-id organisation/student
   noisekd evaluate --model organisation/student --dataset FOLDER_OR_HUB_ID --split test
@@ -422,39 +420,6 @@ def info(args: argparse.Namespace) -> int:
     return 0 if facts["can_teach"] else 1
 
 
-def _add_fit_noise_options(parser: CommandParser) -> None:
-    _add_teacher(parser, "the model")
-    parser.add_argument(
-        "--noises",
-        nargs="+",
-        metavar="NOISE",
-        help="noises to compare, such as white 'spectrum(1.5)' dead_leaves (default: all, some with other parameters)",
-    )
-    _add_batch_size(parser, "noise images in a batch")
-    _add_input_size(parser)
-    _add_switch(parser, "--json", "print JSON (default: false)")
-
-
-def fit_noise(args: argparse.Namespace) -> int:
-    """Say which noise suits a teacher; see [`hf_noisekd.fit_noise`]."""
-    from hf_noisekd.noise.spec import parse_noise
-
-    try:
-        for noise in args.noises or ():
-            parse_noise(noise)
-    except ValueError as error:
-        args.parser.error(in_one_line(error))
-    model = _load_for_noise(args)
-    from hf_noisekd.fitting import fit_noise as fit
-
-    ranking, choice = fit(model, args.noises, input_size=args.input_size, batch_size=args.batch_size)
-    if args.json:
-        print(json.dumps({"teacher": args.teacher, "ranking": ranking, "choice": choice}, indent=1))
-    else:
-        print(_fit_text(args, ranking, choice))
-    return 0
-
-
 def _add_export_options(parser: CommandParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help=f"the model: a timm name, {MODEL}")
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="format of the file (default: onnx)")
@@ -511,12 +476,6 @@ COMMANDS = (
         _add_info_options,
         "--teacher MODEL [options]",
         "say whether a model can be a teacher; if not, exit code 1",
-    ),
-    Command(
-        fit_noise,
-        _add_fit_noise_options,
-        "--teacher MODEL [options]",
-        "say which noise suits a teacher, without data",
     ),
     Command(
         export,
@@ -613,36 +572,6 @@ def _teacher_text(facts: Mapping) -> str:
         "alike, 0 if it is one class.\n\n"
         f"{facts['teacher']} {facts['verdict']}"
     )
-
-
-def _fit_text(args: argparse.Namespace, ranking: Sequence[Mapping], choice: Mapping) -> str:
-    columns = ("distance", "class_balance", "information")
-    header = ["noise", *(column.replace("_", " ") for column in columns)]
-    rows = [
-        [fit["noise"], f"{fit['distance']:.4f}", f"{fit['class_balance']:.3f}", f"{fit['information']:.3f}"]
-        for fit in (*ranking, choice)
-    ]
-    table, best = _table(header, rows).rsplit("\n", 1)
-    return (
-        f"{table}\n"
-        "Distance: how far the noise is, in the BatchNorm layers, from the data that the teacher was trained on; the "
-        "nearest comes first. Class balance and information: of the teacher's answers, 1 at best.\n\n"
-        f"The nearest that was found:\n{best}\n  {_distill_command(args, choice)}"
-    )
-
-
-def _distill_command(args: argparse.Namespace, choice: Mapping) -> str:
-    """Return the command that distils the teacher of the options with the noise that was chosen."""
-    from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
-
-    words = ["noisekd", "distill", "--teacher", args.teacher]
-    words += ["--teacher-checkpoint", args.teacher_checkpoint] if args.teacher_checkpoint else []
-    words += ["--trust-remote-code"] if args.trust_remote_code else []
-    words += ["--input-size", *map(str, args.input_size)] if args.input_size else []
-    words += ["--student", "MODEL", "--output-dir", "FOLDER", "--noise", choice["noise"]]
-    words += ["--noise-std", f"{choice['std']:g}", "--resolutions"]
-    words += [resolutions_text(STRUCTURED_RESOLUTIONS)]
-    return shlex.join(words)
 
 
 def scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:

@@ -96,9 +96,8 @@ def noisekd_section(model: nn.Module) -> dict:
     Its keys: `method`; `noise`, the parameters of the noise; `real_images`, their number and data set, where they took
     turns with noise; `batch_norm`, the statistics to run the student with, `"batch"` or `"running"`;
     `teacher_batch_norm_fraction`, `loss_type`, `temperature`, `learning_rate` and `lr_scheduler_type` as in
-    [`NoiseKDConfig`], as are `adversarial_steps`, `adversarial_step_size` and `balance_classes`; `steps`; `batch_size`
-    over all devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of the packages; and after recalibration
-    `recalibration`. Empty for any other model.
+    [`NoiseKDConfig`]; `steps`; `batch_size` over all devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of
+    the packages; and after recalibration `recalibration`. Empty for any other model.
     """
     section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
     return dict(section or {})

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from hf_noisekd.noise import distributions
 from hf_noisekd.noise.distributions import Distribution, Shape, uniform
@@ -52,23 +51,7 @@ def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) 
     return images * angle.cos() + _others(generator, images) * angle.sin()
 
 
-def flip(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Mirror images left to right."""
-    return torch.where(_chosen(generator, len(images), probability)[:, None, None, None], images.flip(-1), images)
-
-
-def crop(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Enlarge a square part, of a side between half and the whole of the image's; pixels are repeated, not blended."""
-    batch = len(images)
-    scale = 1 - uniform(generator, (batch,)) / 2
-    scale = torch.where(_chosen(generator, batch, probability), scale, 1.0)
-    center = (2 * uniform(generator, (batch, 2)) - 1) * (1 - scale[:, None])
-    zoom = torch.diag_embed(scale[:, None].expand(-1, 2))
-    grid = F.affine_grid(torch.cat([zoom, center[:, :, None]], 2), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="nearest", padding_mode="border", align_corners=False)
-
-
-AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "flip": flip, "crop": crop}
+AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup}
 
 
 def _chosen(generator: torch.Generator, batch: int, probability: float) -> torch.Tensor:
@@ -104,11 +87,6 @@ class Mixture:
         for name, probability in self.augmentations.items():
             images = AUGMENTATIONS[name](generator, images, probability)
         return images
-
-    @property
-    def is_single(self) -> bool:
-        """Whether it is one distribution without augmentations."""
-        return len(self.weights) == 1 and not self.augmentations
 
     def __str__(self) -> str:
         parts = (self.weights, self.augmentations) if self.augmentations else (self.weights,)

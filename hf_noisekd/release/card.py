@@ -266,14 +266,6 @@ def _facts(record: Mapping) -> list[str]:
             f"In every second step a batch drawn from {_number_of_images(made['real_images'])}, without labels, in its "
             "place."
         )
-    if steps := made.get("adversarial_steps"):
-        lines.append(
-            f"Each batch was made harder by {steps} {'step' if steps == 1 else 'steps'} of "
-            f"{made['adversarial_step_size']:g} standard deviations in each pixel, along the sign of the gradient of "
-            "the disagreement of student and teacher."
-        )
-    if made.get("balance_classes"):
-        lines.append("Each batch was resampled, so that the teacher's classes were equally frequent.")
     lines.append(
         f"Training: {made['steps']:,} steps of {made['batch_size']} images, {loss} at temperature "
         f"{made['temperature']:g}, seed {made['seed']}."

@@ -119,8 +119,8 @@ class NoiseKDConfig(ClassifierConfig):
         metadata={
             "help": "What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
             "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
-            "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix, mixup, "
-            "flip and crop. 'structured' stands alone: dead_leaves, with sizes that begin small."
+            "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix and "
+            "mixup. 'structured' stands alone: dead_leaves, with sizes that begin small."
         },
     )
     noise_std: float | None = field(
@@ -136,23 +136,6 @@ class NoiseKDConfig(ClassifierConfig):
             "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
             "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
             "noise, and full size for any other."
-        },
-    )
-    adversarial_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Steps that change each training image in the direction of the sign of the gradient of the "
-            "disagreement (KL divergence) of teacher and student. Each takes a pass forward and back through both."
-        },
-    )
-    adversarial_step_size: float = field(
-        default=0.05, metadata={"help": "Length of such a step in each pixel, in standard deviations of the noise."}
-    )
-    balance_classes: bool = field(
-        default=False,
-        metadata={
-            "help": "Resample each batch for the student, so that it meets all classes which the teacher answered "
-            "equally often."
         },
     )
     batch_norm_fraction: float = field(
@@ -201,10 +184,6 @@ class NoiseKDConfig(ClassifierConfig):
             parse_resolutions(self.resolutions)
         if self.noise_std is not None and not 0 < self.noise_std < math.inf:
             raise ValueError(f"noise_std is {self.noise_std}: use a number above 0.")
-        if self.adversarial_steps < 0:
-            raise ValueError(f"adversarial_steps is {self.adversarial_steps}: use 0 for none, or a positive number.")
-        if not 0 < self.adversarial_step_size < math.inf:
-            raise ValueError(f"adversarial_step_size is {self.adversarial_step_size}: use a number above 0.")
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")

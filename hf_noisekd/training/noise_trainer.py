@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -49,7 +48,7 @@ from hf_noisekd.training.checks import (
 )
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.losses import LOSSES, kl_divergence
+from hf_noisekd.training.losses import LOSSES
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +156,7 @@ class NoiseKDTrainer(ClassifierTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        memory_format = training_memory_format(teacher_model, self.args.device)  # adversarial steps go back through it
+        memory_format = training_memory_format(teacher_model, self.args.device)
         # A plain attribute, not a part of the student: neither wrapped, optimised nor saved.
         self.teacher_model = teacher_model.to(self.args.device, memory_format=memory_format).eval()
         self._teacher_forward = (
@@ -168,7 +167,6 @@ class NoiseKDTrainer(ClassifierTrainer):
             else self.teacher_model
         )
         self._teacher_statistics = teacher_statistics
-        self._student_statistics = batch_statistics(self.model) if has_batch_norm(self.model) else nullcontext()
         self._loss_fn = LOSSES[self.args.loss_type]
         self.train_dataset = self._on_this_device(self.train_dataset)
         self._fills_total_steps = (
@@ -230,36 +228,15 @@ class NoiseKDTrainer(ClassifierTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
         pixel_values = inputs["pixel_values"]
-        if model.training:
-            for _ in range(self.args.adversarial_steps):
-                pixel_values = self._harder(pixel_values)
         with torch.no_grad(), self._teacher_statistics, self.accelerator.autocast():
             teacher_logits = compute_logits(self._teacher_forward, self._of_fixed_size(pixel_values)).float()
         self._answer_sum += teacher_logits.softmax(-1).mean(0)
-        if model.training and self.args.balance_classes:
-            chosen = draw_balanced(teacher_logits.argmax(-1))
-            pixel_values, teacher_logits = pixel_values[chosen], teacher_logits[chosen]
         student_logits = compute_logits(model, self._of_fixed_size(pixel_values))
         loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
         with torch.no_grad():
             self._agreement_sum += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
             self._steps_since_log += 1
         return (loss, {"logits": student_logits}) if return_outputs else loss
-
-    def _harder(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return images on which teacher and student disagree more: a step along the sign of the gradient."""
-        pixel_values = pixel_values.detach().requires_grad_()
-        # The student's own statistics are of what it is trained on, so they stay out of this.
-        with torch.enable_grad(), self._teacher_statistics, self._student_statistics:
-            with self.accelerator.autocast():
-                disagreement = kl_divergence(
-                    compute_logits(self.model, pixel_values), compute_logits(self.teacher_model, pixel_values)
-                )
-                disagreement *= len(pixel_values)  # their sum, whose gradient does not vanish in float16
-            # Here too on these statistics: with activation checkpoints the layers run once more.
-            (gradient,) = torch.autograd.grad(disagreement, pixel_values)
-        std = self.train_dataset.std if isinstance(self.train_dataset, NoiseDataset) else 1.0
-        return (pixel_values + self.args.adversarial_step_size * std * gradient.sign()).detach()
 
     def _of_fixed_size(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return noise so that a compiled model gets a graph for each resolution, rather than a slow one for all."""
@@ -333,9 +310,6 @@ class NoiseKDTrainer(ClassifierTrainer):
             "temperature": self.args.temperature,
             "learning_rate": self.args.learning_rate,
             "lr_scheduler_type": SchedulerType(self.args.lr_scheduler_type).value,
-            "adversarial_steps": self.args.adversarial_steps,
-            "adversarial_step_size": self.args.adversarial_step_size,
-            "balance_classes": self.args.balance_classes,
             "steps": record["steps"],
             "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             "seed": self.args.seed,
@@ -549,12 +523,6 @@ class NoiseKDTrainer(ClassifierTrainer):
         dataset.memory_format = self.memory_format
         dataset.dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         return dataset
-
-
-def draw_balanced(answers: torch.Tensor) -> torch.Tensor:
-    """Return `[B]` indices, drawn with replacement, under which all classes of `answers` `[B]` are equally likely."""
-    frequency = (answers[:, None] == answers).sum(1)
-    return torch.multinomial(1.0 / frequency, len(answers), replacement=True)
 
 
 def _without_wrong_gradients(

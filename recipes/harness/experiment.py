@@ -5,7 +5,7 @@ import copy
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -417,18 +417,3 @@ class Experiment:
         return self.options.output_dir / re.sub(
             r"[^a-z0-9]+", "-", f"{name} {model.pretrained_cfg['architecture']}".lower()
         )
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Return Spearman's rank correlation of two series, in [-1, 1].
-
-    Equal values share the mean of their ranks. None for fewer than three pairs, or where all values of a series are
-    equal.
-    """
-    if len(first) < 3 or len(set(first)) == 1 or len(set(second)) == 1:
-        return None
-    return statistics.correlation(_ranks(first), _ranks(second))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    return [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]

@@ -20,6 +20,12 @@ from harness.results import mean_and_spread, measurements_table, model_cell, tab
 from hf_noisekd.release.environment import describe_machine
 
 MAX_ROWS = 20
+# What cost more than it gave and went again. Its rows stay in the results files and on the page.
+REMOVED_AT = "9ce7308c2514"
+REMOVED = {
+    "noise_distributions": ("fitted",),
+    "noise_ablations": ("one adversarial step", "balanced classes"),
+}
 PAGE_NAME = "README.md"
 INTRODUCTION = """# Recipes
 
@@ -102,6 +108,7 @@ def render_page(recipes: Path) -> str:
             }
             if found:
                 parts.append(_results_part(preset, found, entry.get("accuracy", {})))
+                parts += _removed_part(recipe, found.values())
             elif preset == "paper" and "accuracy" in entry:
                 parts.append(f"`paper`:\n\n{_pending(entry['accuracy'])}")
             else:
@@ -127,6 +134,14 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
     figures = sorted(path.parent.glob(f"{path.stem}_*.png"))
     parts += [f"![{figure.stem.replace('_', ' ')}](results/{figure.name})" for figure in figures]
     return "\n\n".join(parts)
+
+
+def _removed_part(recipe: str, records: Iterable[Mapping]) -> list[str]:
+    """Return the sentence on those runs of a recipe that nobody can make any more, if there are some."""
+    names = [name for name, _ in _runs(records)]
+    removed = [start for start in REMOVED.get(recipe, ()) if any(name.startswith(start) for name in names)]
+    rows = " and ".join(f'"{start} ..."' for start in removed)
+    return [f"Rows {rows}: tried and removed, the code is at commit `{REMOVED_AT}`."] if removed else []
 
 
 def _runs(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:

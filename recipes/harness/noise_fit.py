@@ -1,34 +1,20 @@
-"""Which noise suits a teacher, told without data.
+"""How near a noise is to what a teacher was trained on, told without data.
 
 A trained network remembers of its data the mean and variance of the input of each BatchNorm layer. Noise that causes
 about the same in all layers exercises the network as its data did. [`noise_fit`] measures how far a distribution is
-from that, with the layers on the statistics of the batch, as they are in distillation; [`fit_noise`] ranks
-distributions by it, and looks for a mixture that is nearer than each of them.
+from that, with the layers on the statistics of the batch, as they are in distillation. It finds that dead leaves are
+better than other noises, and ranks the others poorly, so nothing chooses by it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
 from hf_noisekd.models.classifier import answer_to_blanks, check_finite
-from hf_noisekd.noise.spec import AUGMENTATIONS, DISTRIBUTIONS, parse_noise
 from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
-
-# What is compared beside every distribution as it is.
-OTHER_PARAMETERS = (
-    "low_resolution(2)",
-    "low_resolution(8)",
-    *(f"spectrum({exponent})" for exponent in (0.5, 1, 1.5, 2)),
-    "dead_leaves(3)",
-    "dead_leaves(12)",
-)
-
-# A change is made if it lowers the distance by this share at least. Two batches repeat to about 2 %.
-MIN_GAIN = 0.05
 
 
 @torch.no_grad()
@@ -105,60 +91,3 @@ def noise_fit(
         "flatness": answers["flatness"],
         "information": answers["class_balance"] - answers["flatness"],
     }
-
-
-def fit_noise(
-    model: nn.Module, candidates: Iterable[str] | None = None, *, seed: int = 0, **measure
-) -> tuple[list[dict], dict]:
-    """Rank noises for a teacher, and look for one that is nearer to what it knows than each of them.
-
-    From the nearest candidate on, every other one is tried as an addition, as is every augmentation and a larger and a
-    smaller standard deviation. The best of these changes is made, as long as it brings the noise nearer by 5 %, also in
-    batches with another seed.
-
-    Args:
-        model: The teacher.
-        candidates: Texts of noises. Only those of a single distribution are tried as additions. Default: every
-            distribution that is registered, and some with other parameters.
-        seed: Seed of the noise.
-        **measure: As for [`noise_fit`].
-
-    Returns:
-        What [`noise_fit`] says of each candidate, the nearest first; and of the choice, measured in those other batches
-        unless it is the nearest candidate.
-
-    Raises:
-        ValueError: There is no candidate; or as [`noise_fit`].
-    """
-    candidates = (*DISTRIBUTIONS, *OTHER_PARAMETERS) if candidates is None else list(candidates)
-    if not candidates:
-        raise ValueError("There is no noise to choose from: give at least one candidate.")
-    mixtures = {noise: parse_noise(noise) for noise in candidates}  # says what is wrong before anything is measured
-    single = dict.fromkeys(name for mixture in mixtures.values() if mixture.is_single for name in mixture.weights)
-
-    def fit(noise: str, seed: int = seed, **changed) -> dict:
-        return noise_fit(model, noise, seed=seed, **measure | changed)
-
-    ranking = sorted(map(fit, candidates), key=lambda found: found["distance"])
-    choice, confirmed = ranking[0], fit(ranking[0]["noise"], seed + 1)
-    while True:
-        mixture = parse_noise(choice["noise"])
-        changes = [
-            replace(mixture, weights=mixture.weights | {name: weight})
-            for name in single
-            for weight in (0.3, 1)
-            if name not in mixture.weights
-        ] + [
-            replace(mixture, augmentations=mixture.augmentations | {name: probability})
-            for name in AUGMENTATIONS
-            for probability in (0.5, 1)
-            if name not in mixture.augmentations
-        ]
-        trials = [(str(changed), choice["std"]) for changed in changes]
-        trials += [(choice["noise"], choice["std"] * factor) for factor in (0.7, 1.4)]
-        best = min((fit(noise, std=std) for noise, std in trials), key=lambda found: found["distance"])
-        again = fit(best["noise"], seed + 1, std=best["std"])
-        nearer = (1 - MIN_GAIN) * choice["distance"], (1 - MIN_GAIN) * confirmed["distance"]
-        if not (best["distance"] < nearer[0] and again["distance"] < nearer[1]):
-            return ranking, choice if choice is ranking[0] else confirmed
-        choice, confirmed = best, again

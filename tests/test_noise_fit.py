@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 from conftest import digest
+from harness.noise_fit import noise_fit
 from torch import nn
 
-from hf_noisekd.fitting import fit_noise, noise_fit
 from hf_noisekd.noise.spec import DISTRIBUTIONS, parse_noise
 
 
@@ -73,30 +73,6 @@ def test_the_distance_is_the_divergence_of_normal_distributions():
     assert noise_fit(First(), "white", **SIZE)["distance"] == pytest.approx(expected.item(), rel=0.05)
 
 
-@pytest.mark.parametrize("noise", ["white", "spectrum(2)", "dead_leaves"])
-def test_the_noise_that_the_teacher_knows_comes_first(taught_by, noise):
-    candidates = ["white", "spectrum(2)", "dead_leaves", "low_resolution(4)"]
-    ranking, choice = fit_noise(taught_by(noise), candidates, **SIZE)
-    assert ranking[0]["noise"] == noise
-    assert sorted(fit["noise"] for fit in ranking) == sorted(candidates)
-    assert [fit["distance"] for fit in ranking] == sorted(fit["distance"] for fit in ranking)
-    assert noise in parse_noise(choice["noise"]).weights
-
-
-def test_a_mixture_is_found_where_the_teacher_knows_one(taught_by):
-    _, choice = fit_noise(taught_by("white,spectrum(2)"), ["white", "spectrum(2)"], **SIZE)
-    assert set(parse_noise(choice["noise"]).weights) == {"white", "spectrum(2)"}
-
-
-def test_the_standard_deviation_is_found():
-    """That of a layer that sees the noise as it is; behind a first convolution, BatchNorm would take it away."""
-    teacher = nn.Sequential(nn.BatchNorm2d(1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 3)).eval()
-    teacher[0].running_var.fill_(2.0**2)
-    _, choice = fit_noise(teacher, ["white"], **SIZE)
-    assert choice["noise"].split("|")[0] == "white"
-    assert 1.4 < choice["std"] < 2.8
-
-
 def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
     teacher = taught_by("dead_leaves")
     blank = nn.Sequential(nn.BatchNorm2d(1), teacher).eval()
@@ -110,19 +86,9 @@ def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
     assert fit["distance"] == pytest.approx(1e-6**0.25 * behind["distance"] ** 0.75, rel=0.01)
 
 
-def test_names_with_weights_and_a_standard_deviation_can_be_given(taught_by):
-    teacher = taught_by("spectrum(2)")
-    ranking, choice = fit_noise(teacher, ["white:2", "structured", "spectrum(2)"], std=0.5, **SIZE)
-    assert {fit["noise"] for fit in ranking} == {"white:2", "structured", "spectrum(2)"}
-    assert {fit["std"] for fit in ranking} == {0.5}
-    assert parse_noise(choice["noise"])
-
-
 def test_says_what_cannot_be_measured(tiny_cnn):
-    with pytest.raises(ValueError, match="at least one candidate"):
-        fit_noise(tiny_cnn, [], **SIZE)
     with pytest.raises(ValueError, match="Did you mean 'white'"):
-        fit_noise(tiny_cnn, ["white", "wite"], **SIZE)
+        noise_fit(tiny_cnn, "wite", **SIZE)
     with pytest.raises(ValueError, match="input_size"):
         noise_fit(tiny_cnn, "white")
     with pytest.raises(ValueError, match="teacher does not take images of 3x8x8"):
@@ -130,18 +96,10 @@ def test_says_what_cannot_be_measured(tiny_cnn):
     damaged = copy.deepcopy(tiny_cnn)
     damaged.fc.weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"'fc\.weight' holds a NaN"):
-        fit_noise(damaged, ["white"], **SIZE)
+        noise_fit(damaged, "white", **SIZE)
     for layer in (tiny_cnn.bn1, tiny_cnn.bn2, tiny_cnn.bn3):
         layer.running_mean = layer.running_var = None
     with pytest.raises(ValueError, match="running statistics"):
         noise_fit(tiny_cnn, "white", **SIZE)
     with pytest.raises(ValueError, match="no BatchNorm layer"):
         noise_fit(nn.Conv2d(1, 2, 1), "white", **SIZE)
-
-
-def test_all_registered_noises_are_candidates_by_default(tiny_cnn, monkeypatch):
-    monkeypatch.setattr("hf_noisekd.fitting.DISTRIBUTIONS", DISTRIBUTIONS)
-    monkeypatch.setitem(DISTRIBUTIONS, "sevens", lambda generator, shape: torch.full(shape, 7.0))
-    ranking, _ = fit_noise(tiny_cnn, batch_size=16, **SIZE)
-    assert {fit["noise"] for fit in ranking} > set(DISTRIBUTIONS)
-    assert ranking[-1]["noise"] == "sevens"
