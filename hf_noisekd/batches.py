@@ -1,9 +1,25 @@
-"""Batches of images: collated from samples, all of one size, with labels that fit."""
+"""Batches of images: drawn as a whole, or collated from samples; all of one size, with labels that fit."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+
+class DrawnDataset(IterableDataset):
+    """A data set that draws whole batches by their number, such as noise; it has no labels.
+
+    Attributes:
+        name: What results call it.
+        batch_size: Images in a batch.
+    """
+
+    name = "drawn images"
+    batch_size: int
+
+    def draw(self, step: int) -> torch.Tensor:
+        """Return the batch `[B, C, H, W]` of a step."""
+        raise NotImplementedError
 
 
 class FullBatchSampler(Sampler[list[int]]):

@@ -1,15 +1,19 @@
-"""Files of a model folder: their names, and how they are written whole or not at all."""
+"""Files of a model folder: their names, JSON that people read, and writing them whole or not at all."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 RECORD_NAME = "noisekd.json"
+CURVES_NAME = "curves.png"
+CLASS_BALANCE_NAME = "class_balance.png"
 
 
 @contextlib.contextmanager
@@ -60,3 +64,31 @@ def check_model_folder(folder: Path) -> None:
                 else ""
             )
             raise ValueError(f"{folder} is not a model folder: it has no {name}.{hint}")
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def json_text(value: Any) -> str:
+    """Return a value as the text of a JSON file, with a line for each part of plain values, such as a log entry."""
+    return _json_text(value, "") + "\n"
+
+
+def _json_text(value: Any, indent: str) -> str:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    if not any(isinstance(part, dict | list | tuple) and part for part in parts):
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        lines = [f"{json.dumps(str(name))}: {_json_text(part, inner)}" for name, part in value.items()]
+    else:
+        lines = [_json_text(part, inner) for part in value]
+    begin, end = "{}" if isinstance(value, dict) else "[]"
+    return f"{begin}\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}{end}"

@@ -11,8 +11,7 @@ figure shows the size of all together. Without `--teacher` one is trained first.
 from functools import partial
 
 from harness.experiment import Experiment, experiment_parser, with_cpu_steps
-
-from hf_noisekd.release.figures import plot_accuracy
+from harness.figures import plot_accuracy
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
 PRESETS = with_cpu_steps(500)

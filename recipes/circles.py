@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from accelerate import PartialState
 from harness.experiment import ROWS
+from harness.figures import plot_embeddings
 from harness.results import Results, recipe_parser
 from sklearn.datasets import make_circles
 from torch import nn
@@ -21,7 +22,6 @@ from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
 from hf_noisekd.models.classifier import device_of
-from hf_noisekd.release.figures import plot_embeddings
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 

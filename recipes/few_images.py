@@ -39,9 +39,9 @@ def main() -> None:
         both = experiment.distil(f"noise and {count:,} images", train_dataset=mixed)
         for taught_with, trainer in (("images", alone), ("noise", noise), ("both", both)):
             if PartialState().is_main_process:
-                evaluation = trainer.record()["evaluations"][0]
+                evaluation = trainer.record().evaluations[0]
                 row = {"images": count, "taught with": taught_with}
-                row |= {f"{key} statistics": evaluation[key]["accuracy"] for key in ("running", "batch")}
+                row |= {f"{key} statistics": evaluation.scores(key)["accuracy"] for key in ("running", "batch")}
                 recalibrated = experiment.recalibrated_accuracy(trainer.model, count, options.seed)
                 rows.append(row | {"running statistics of the images": recalibrated})
         experiment.results.measure("accuracy", rows)

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from harness.experiment import NOISE_PAIRS, Experiment, experiment_parser
+from harness.figures import plot_contact_sheet
 from harness.noise_fit import noise_fit
 from scipy.stats import spearmanr
 
 from hf_noisekd.noise.spec import parse_noise
-from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 NOISES = (
     "white",

@@ -40,9 +40,9 @@ def main() -> None:
         for name, arguments in RUNS.items():
             steps = round(white_steps / costs[name])
             record = experiment.distilled(f"{name}, time of {white_steps:,}", max_steps=steps, **arguments)
-            accuracy = record["evaluations"][0]["batch"]["accuracy"]
-            rows.append({"noise": name, "in the time of white steps": white_steps, "steps": record["steps"]})
-            rows[-1] |= {"seconds": record["seconds"], "accuracy": accuracy}
+            accuracy = record.evaluations[0].batch["accuracy"]
+            rows.append({"noise": name, "in the time of white steps": white_steps, "steps": record.steps})
+            rows[-1] |= {"seconds": record.seconds, "accuracy": accuracy}
             lines[name].append((white_steps, accuracy))
             experiment.results.measure("accuracy", rows)
     if len(preset["white_steps"]) > 1:

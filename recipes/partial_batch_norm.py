@@ -11,8 +11,7 @@ are drawn with the seed, and those of a smaller share lie in a larger one. Witho
 from functools import partial
 
 from harness.experiment import Experiment, experiment_parser, with_cpu_steps
-
-from hf_noisekd.release.figures import plot_accuracy
+from harness.figures import plot_accuracy
 
 RUNNING_SHARES = (100, 90, 75, 50, 25, 0)  # percent
 PRESETS = with_cpu_steps(750)

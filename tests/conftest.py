@@ -5,6 +5,8 @@ import io
 import os
 from types import SimpleNamespace
 
+from hf_noisekd.release.record import Provenance, TeacherFacts
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compare what is on the CPU; those marked `gpu` are run with their devices named, as `make test-gpu` does.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -21,7 +23,7 @@ from torch import nn
 
 import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.push import _api
+from hf_noisekd.release.hub import _api
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 
@@ -46,6 +48,25 @@ class TinyCNN(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         return self.fc(self.drop(self.bn3(x.mean((2, 3)))))
+
+
+def made_by_noise(**facts) -> Provenance:
+    """How a student was made, but for `facts`."""
+    teacher = TeacherFacts(architecture="resnet", parameters=12)
+    shared = {"method": "distillation with noise", "batch_norm": "batch", "teacher_batch_norm_fraction": 1.0}
+    shared |= {"loss_type": "kl", "temperature": 4.0, "steps": 3, "batch_size": 8, "seed": 0, "teacher": teacher}
+    return Provenance(**shared | facts)
+
+
+def modes(model):
+    return [
+        (module.training, getattr(module, "track_running_stats", None), len(module._buffers))
+        for module in model.modules()
+    ]
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def digest(model: nn.Module) -> str:

@@ -1,6 +1,5 @@
 """Cards say what is known, load what they describe, and pass the Hub's own checks."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.release.card import read_record, render_model_card, write_model_card
+from hf_noisekd.release.card import render_model_card, write_model_card
 from hf_noisekd.release.figures import plot_class_balance
+from hf_noisekd.release.record import read_record
 
 
 def run(folder, student, in_chans=3, eval_dataset="labels", **options):
@@ -79,7 +79,7 @@ def test_the_code_of_a_card_runs_in_the_students_folder(tmp_path, monkeypatch, s
     monkeypatch.chdir(tmp_path / "student")
     probs = {}
     for statistics in ("batch", "running"):
-        record["noisekd"]["batch_norm"] = statistics
+        record.noisekd.batch_norm = statistics
         card = write_model_card(record, ".").read_text()
         by_timm, by_transformers, *by_pipeline = execute(card, in_chans)
         torch.testing.assert_close(by_timm["probs"], by_transformers["probs"], rtol=0, atol=1e-6)
@@ -92,8 +92,8 @@ def test_the_code_of_a_card_runs_in_the_students_folder(tmp_path, monkeypatch, s
 
 
 def test_a_card_has_the_facts(folder):
-    record = json.loads((folder / "noisekd.json").read_text())
-    record["noisekd"]["batch_norm"] = "batch"
+    record = read_record(folder)
+    record.noisekd.batch_norm = "batch"
     card = write_model_card(record, folder).read_text()
     for text in (
         "library_name: timm",
@@ -107,17 +107,16 @@ def test_a_card_has_the_facts(folder):
         "@inproceedings",
         "(curves.png)",
         "(class_balance.png)",
-        record["noisekd"]["teacher"]["sha256"][:16],
+        record.noisekd.teacher.sha256[:16],
     ):
         assert text in card, text
-    evaluation = record["evaluations"][0]
-    assert f"{evaluation['batch']['accuracy']:.2f}" in card
+    assert f"{record.evaluations[0].batch['accuracy']:.2f}" in card
     assert not re.search(r"\bnone\b|\bnull\b|\bnan\b|\{\{|\}\}|undefined", card, flags=re.IGNORECASE)
     assert not re.search(r"^#[^\n]*\n+#", card, flags=re.MULTILINE), "an empty section"
     assert str(folder.parent) not in card
     for name in ("curves.png", "class_balance.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert sum(record["class_frequencies"]) == pytest.approx(1, abs=1e-4)
+    assert sum(record.class_frequencies) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_hubs_parser_accepts_the_card(folder):
@@ -144,10 +143,10 @@ def test_without_images_the_card_reports_agreement_on_noise_and_says_so(tmp_path
 
 def test_what_is_not_known_is_left_out(folder):
     record = read_record(folder)
-    for key in ("seconds", "images_per_second", "machine", "command", "class_frequencies"):
-        record.pop(key, None)
-    record["evaluations"] = []
-    record["noisekd"]["batch_norm"] = "batch"
+    for name in ("seconds", "images_per_second", "machine", "command", "class_frequencies"):
+        setattr(record, name, None)
+    record.evaluations = []
+    record.noisekd.batch_norm = "batch"
     card = render_model_card(record).content
     for text in ("## Results", "it was measured with", "Device:", "Command:", "class_balance.png", "curves.png"):
         assert text not in card
@@ -161,7 +160,7 @@ def test_a_card_is_made_again_from_the_folder(folder, tmp_path):
     assert path.read_text() == (folder / "README.md").read_text()
     write_model_card(copy, repo_id="alice/student")
     assert 'timm.create_model("hf-hub:alice/student"' in path.read_text()
-    assert read_record(copy)["repo_id"] == "alice/student"
+    assert read_record(copy).repo_id == "alice/student"
     elsewhere = write_model_card(copy, tmp_path / "elsewhere")
     assert elsewhere.read_text() == path.read_text()
 
@@ -181,7 +180,7 @@ def test_students_of_other_libraries_get_code_that_fits(tmp_path, monkeypatch):
     assert "timm.create_model" not in card
 
 
-def test_other_sources_are_refused(tmp_path):
+def test_other_sources_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no .*noisekd\.json"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("{}")
@@ -191,7 +190,7 @@ def test_other_sources_are_refused(tmp_path):
     with pytest.raises(ValueError, match="neither a record nor"):
         write_model_card(tmp_path)
     with pytest.raises(ValueError, match="pass output_dir"):
-        write_model_card({"noisekd": {}})
+        write_model_card(read_record(folder))
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 1000])

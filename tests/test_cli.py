@@ -1,6 +1,5 @@
 """The command line, in this process as far as it goes: `main` returns the exit code."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -19,16 +18,17 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import hf_noisekd
 from hf_noisekd import NoiseKDConfig, cli
 from hf_noisekd.cli import main
-from hf_noisekd.models.classifier import noisekd_section
+from hf_noisekd.cli.distill import noise_config
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
+from hf_noisekd.release.record import ImagesFacts, Provenance
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 
 
 def config_of(*options: str) -> NoiseKDConfig:
     """The configuration of a distillation with these options beside the three that are required."""
-    return cli.noise_config(cli.parse_args(["distill", *THREE, "--use-cpu", *options]))
+    return noise_config(cli.parse_args(["distill", *THREE, "--use-cpu", *options]))
 
 
 def usage_error(capsys, *argv: str) -> str:
@@ -56,42 +56,29 @@ def run_error(capsys, *argv: str) -> str:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [("--help", 0), ("distill --help", 0), ("--version", 0), ("distill --learning-rte 3", 2), ("", 2)],
+    [
+        ("--help", 0),
+        ("--version", 0),
+        ("", 2),
+        ("distil", 2),
+        *((f"{command.name} --help", 0) for command in cli.COMMANDS if command.name != "distill"),
+        ("info --teachr x", 2),
+        ("push --model m", 2),
+    ],
 )
 def test_help_and_wrong_options_import_nothing_heavy(arguments, code):
-    command = [sys.executable, "-X", "importtime", "-m", "hf_noisekd.cli", *arguments.split()]
+    """As the installed command does it, which loads the command line without the package."""
+    command = [sys.executable, "-X", "importtime", "-m", "noisekd", *arguments.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(hf_noisekd.__file__).parents[1])
     assert done.returncode == code
+    assert "usage: noisekd" in done.stdout + done.stderr or arguments == "--version"
     imported = {line.rsplit("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert "noisekd_cli" in imported
     assert "argparse" in imported
     assert not imported & {"torch", "transformers", "timm", "numpy", "datasets", "huggingface_hub", "yaml"}
 
 
-def load_package(monkeypatch, script: str):
-    """A second copy of the package's `__init__`, as a process sees it that runs `script`."""
-    monkeypatch.setattr(sys, "argv", [script])
-    spec = importlib.util.spec_from_file_location("hf_noisekd", hf_noisekd.__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("script", ["/usr/bin/noisekd", "noisekd.exe", "noisekd-script.py"])
-def test_public_names_are_there_in_the_command_line_too(monkeypatch, script):
-    package = load_package(monkeypatch, script)
-    assert not set(package.__all__) & set(vars(package))
-    for name in package.__all__:
-        assert getattr(package, name) is getattr(hf_noisekd, name)
-    with pytest.raises(AttributeError, match="no attribute 'trainers'"):
-        package.trainers  # noqa: B018
-
-
-@pytest.mark.parametrize("script", ["train.py", "", "-c", "notebook/noisekd/run.py"])
-def test_anybody_else_gets_the_models_registered_on_import(monkeypatch, script):
-    assert set(hf_noisekd.__all__) <= set(vars(load_package(monkeypatch, script)))
-
-
-@pytest.mark.parametrize("command", [command.run.__name__.replace("_", "-") for command in cli.COMMANDS])
+@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
 def test_help(capsys, command):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -331,8 +318,8 @@ def test_distill_leaves_a_student_with_its_card(student, teacher):
     folder, printed = student
     assert {"config.json", "model.safetensors", "README.md", "noisekd.json"} <= {p.name for p in Path(folder).iterdir()}
     assert (load_teacher(folder).num_classes, load_teacher(folder).in_chans) == (10, 1)
-    assert noisekd_section(load_teacher(folder))["steps"] == 4
-    assert noisekd_section(load_teacher(folder))["batch_size"] == 16
+    made = Provenance.of(load_teacher(folder))
+    assert (made.steps, made.batch_size) == (4, 16)
     assert f"The student is in {folder}" in printed
     assert re.search(r"running statistics +\d+\.\d\d", printed)
     assert "accuracy (%)" in printed
@@ -377,9 +364,9 @@ def test_recalibrate(student, images, tmp_path, capsys):
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (student[0], tmp_path / "new"))
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"running_mean", "running_var"}
-    section = noisekd_section(load_teacher(str(tmp_path / "new")))
-    assert section["batch_norm"] == "running"
-    assert section["recalibration"] == {"dataset": Path(images).name, "split": "train", "images": 64}
+    made = Provenance.of(load_teacher(str(tmp_path / "new")))
+    assert made.batch_norm == "running"
+    assert made.recalibration == ImagesFacts(dataset=Path(images).name, split="train", images=64)
     assert str(tmp_path / "new") in capsys.readouterr().out
     card = (tmp_path / "new" / "README.md").read_text()
     assert f"64 real images of {Path(images).name}" in card
@@ -407,7 +394,7 @@ def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
     table.to_parquet(tmp_path / "images" / "train.parquet")
     command = ["recalibrate", "--model", teacher, "--dataset", str(tmp_path / "images")]
     assert main([*command, "--output-dir", str(tmp_path / "new"), "--num-images", "8"]) == 0
-    assert noisekd_section(load_teacher(tmp_path / "new")) == {}
+    assert Provenance.of(load_teacher(tmp_path / "new")) is None
 
 
 def test_info_of_a_teacher(teacher, digits_teacher, capsys):

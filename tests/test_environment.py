@@ -1,18 +1,18 @@
 import torch
 
-from hf_noisekd.release.environment import command_line, describe_machine, machine, usable_cores, versions
+from hf_noisekd.release.environment import Machine, command_line, usable_cores, versions
 
 
 def test_machine_and_versions_are_named():
-    here = machine(torch.device("cpu"))
-    assert here["processor"]
-    assert here["cores"] == usable_cores() >= 1
-    assert here["accelerator"] is None
-    assert machine(torch.device("mps"))["accelerator"] == "mps"
-    assert describe_machine({"processor": "P", "cores": 2, "accelerator": None}) == "2 cores of P"
-    assert describe_machine({"processor": "P", "cores": 1, "accelerator": None}) == "1 core of P"
-    assert describe_machine({"processor": "P", "cores": 1, "accelerator": "H100"}) == "H100"
-    assert describe_machine({}) is None
+    here = Machine.of(torch.device("cpu"))
+    assert here.processor
+    assert here.cores == usable_cores() >= 1
+    assert here.accelerator is None
+    assert Machine.of(torch.device("mps")).accelerator == "mps"
+    assert str(Machine(processor="P", cores=2)) == "2 cores of P"
+    assert str(Machine(processor="P", cores=1)) == "1 core of P"
+    assert str(Machine(processor="P", cores=1, accelerator="H100")) == "H100"
+    assert str(Machine()) == ""
     assert {"python", "torch", "timm", "transformers"} <= set(versions())
 
 

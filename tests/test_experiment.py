@@ -117,11 +117,9 @@ def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatc
     monkeypatch.setattr(again, "distil", None)
     assert again.step_cost({}) == costs
     found = again.distilled("white", noise="white")
-    assert {key: found[key] for key in ("steps", "seconds", "evaluations")} == {
-        key: first[key] for key in ("steps", "seconds", "evaluations")
-    }
+    assert (found.steps, found.seconds, found.evaluations) == (first.steps, first.seconds, first.evaluations)
     assert again.results.find("fractal") is None
-    again.results.record["runs"].append({"name": "teacher"})
+    again.results.record["runs"].append(again.results.record["runs"][0] | {"name": "teacher"})
     again.teacher = first_teacher = tiny.teacher
     assert again.prepare_teacher() is first_teacher
     again.teacher = again.build("resnet18_cifar").eval()

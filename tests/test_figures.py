@@ -1,8 +1,11 @@
 import pytest
 import torch
+from conftest import made_by_noise
+from harness.figures import plot_accuracy, plot_contact_sheet, plot_embeddings
 from matplotlib.image import imread
 
-from hf_noisekd.release.figures import Panel, plot_accuracy, plot_contact_sheet, plot_embeddings, plot_panels
+from hf_noisekd.release.figures import Panel, plot_panels
+from hf_noisekd.release.record import Evaluation, ModelFacts, Record
 
 POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 
@@ -40,15 +43,16 @@ def test_panels_show_their_lines_and_errors(tmp_path):
 
 
 def test_accuracy_is_drawn_for_students_only(tmp_path):
-    def run(fraction, accuracy):
+    def run(accuracy, provenance=None):
         scores = {"running": {"accuracy": accuracy / 2}, "batch": {"accuracy": accuracy}}
-        return {"noisekd": {"share": fraction}, "evaluations": [scores]}
+        model = ModelFacts(architecture="resnet", library="timm", parameters=1)
+        measured = Evaluation(dataset="d", images=9, batch_size=9, step=1, precision="float32", **scores)
+        return Record(model=model, steps=1, evaluations=[measured], noisekd=provenance)
 
-    teacher = {"evaluations": [{"running": {"accuracy": 90.0}, "batch": {"accuracy": 90.0}}]}
-    runs = [teacher, run(0.1, 20.0), run(1.0, 80.0)]
-    (axis,) = plot_accuracy(runs, tmp_path / "accuracy.png", "share", "share of layers").axes
+    runs = [run(90.0), *(run(accuracy, made_by_noise(temperature=t)) for t, accuracy in ((0.1, 20.0), (1.0, 80.0)))]
+    (axis,) = plot_accuracy(runs, tmp_path / "accuracy.png", "temperature", "temperature of the softmax").axes
     assert drawn(axis) == [[(0.1, 10), (1, 40)], [(0.1, 20), (1, 80)]]
-    assert axis.get_xlabel() == "share of layers"
+    assert axis.get_xlabel() == "temperature of the softmax"
     assert (tmp_path / "accuracy.png").is_file()
 
 

@@ -240,18 +240,17 @@ def test_running_statistics_collapse_on_noise_at_imagenet_size():
 def test_teacher_on_running_statistics_where_the_fraction_is_zero(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, batch_norm_fraction=0.0, bf16=False))
     noise = trainer.train_dataset.draw(0)
-    answers = trainer.teacher_answers_for(trainer.get_eval_dataloader().dataset)
+    answers = trainer.answers_to_compare_with(trainer.eval_dataset)
     torch.testing.assert_close(answers(noise), tiny_cnn(noise))
 
 
 def test_the_teacher_answers_noise_as_in_training_and_images_as_it_is_deployed(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False))
     noise = trainer.train_dataset.draw(0)
-    torch.testing.assert_close(trainer.teacher_answers_for(images())(noise), tiny_cnn(noise))
+    torch.testing.assert_close(trainer.answers_to_compare_with(images())(noise), tiny_cnn(noise))
     with batch_statistics(tiny_cnn):
         expected = tiny_cnn(noise)
-    for dataset in (trainer.eval_dataset, trainer.get_eval_dataloader().dataset):
-        torch.testing.assert_close(trainer.teacher_answers_for(dataset)(noise), expected)
+    torch.testing.assert_close(trainer.answers_to_compare_with(trainer.eval_dataset)(noise), expected)
 
 
 def test_same_seed_same_student_and_another_seed_another(tiny_cnn, tmp_path):
@@ -375,9 +374,9 @@ def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
     assert trainer.train_dataset.image_size(0) == (16, 16)
     assert trainer.train_dataset.image_size(19) == (32, 32)
     assert trainer.eval_dataset.image_sizes() == [((32, 32), 1.0)]
-    section = trainer.noisekd_section({"steps": 0, "evaluations": []})
-    assert section["noise"]["distribution"].startswith("structured (")
-    assert section["noise"]["image_sizes"] == [[[16, 16], 0.6], [[24, 24], 0.25], [[32, 32], 0.15]]
+    noise = trainer.provenance().noise
+    assert noise.distribution.startswith("structured (")
+    assert noise.image_sizes == [[[16, 16], 0.6], [[24, 24], 0.25], [[32, 32], 0.15]]
 
 
 def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):

@@ -4,7 +4,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import TinyCNN, digest
+from conftest import TinyCNN, digest, made_by_noise
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -107,7 +107,7 @@ def student():
 
 
 def test_a_saved_student_answers_alike_and_tells_its_classes_and_preprocessing(student, tmp_path):
-    student.noisekd = {"batch_norm": "running"}
+    made_by_noise(batch_norm="running").attach(student)
     save_model(student, tmp_path / "student")
     export_onnx(tmp_path / "student", tmp_path / "model.onnx")
     pixel_values = torch.randn(4, 1, 32, 32)
@@ -125,7 +125,7 @@ def test_a_saved_student_answers_alike_and_tells_its_classes_and_preprocessing(s
 
 
 def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
-    student.noisekd = {"batch_norm": "batch"}
+    made_by_noise(batch_norm="batch").attach(student)
     save_model(student, tmp_path / "student")
     with pytest.raises(ValueError, match=rf"those of noise.*recalibrate --model {tmp_path / 'student'} --dataset"):
         export_onnx(tmp_path / "student", tmp_path / "model.onnx")

@@ -15,10 +15,12 @@ from torch.utils.data import TensorDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.loading import load_student, load_teacher, model_folder
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.card import read_record
-from hf_noisekd.release.push import HubError, check_hub_access, push_model
+from hf_noisekd.release.hub import HubError, check_hub_access
+from hf_noisekd.release.plain import from_dict
+from hf_noisekd.release.push import push_model
+from hf_noisekd.release.record import Record, read_record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 
@@ -118,7 +120,8 @@ def test_the_pushed_card_names_the_repository_and_passes_the_hubs_checks(hub, tm
     run.train()
     run.push_to_hub(tags="digits")
     card = ModelCard.load("alice/student", ignore_metadata_errors=False)
-    assert read_record("alice/student") == json.loads(hub.repo("alice/student").read("noisekd.json"))
+    pushed = json.loads(hub.repo("alice/student").read("noisekd.json"))
+    assert read_record(model_folder("alice/student")[0]) == from_dict(Record, pushed)
     assert ("POST", "/api/validate-yaml") in hub.requests
     assert "hf-hub:alice/student" in card.text
     probs = []
@@ -235,7 +238,7 @@ def test_training_goes_on_when_a_push_cannot_even_start(hub, tmp_path, monkeypat
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_noisekd.training.noise_trainer.upload_later", full)
+    monkeypatch.setattr("hf_noisekd.training.pushing.upload_later", full)
     run.train()
     assert run.state.global_step == 2
     warning = next(record.getMessage() for record in caplog.records if "Training goes on" in record.getMessage())

@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.release.figures import plot_curves
-from hf_noisekd.release.push import HubError
+from hf_noisekd.release.hub import HubError
 
 
 @pytest.fixture
@@ -115,5 +115,5 @@ def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):
 
 
 def test_curves_are_drawn(results, tmp_path):
-    plot_curves(results.record["runs"], tmp_path / "curves.png")
+    plot_curves(results.runs, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -1,162 +1,105 @@
-"""Options of the command line, known without importing torch or transformers.
-
-Names, help texts and defaults of the configuration classes are read off their source. [`CommandParser`] knows the
-options of a command, takes them from a YAML file too, and names the nearest one to one that it does not know.
-"""
+"""Options that several commands have, and what is done with them first."""
 
 import argparse
-import ast
-import difflib
-import importlib.util
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class ConfigOption:
-    """A field of a configuration class, as its source says it.
-
-    Attributes:
-        name: Name of the field.
-        annotation: Its type.
-        help: Its help text, in which argparse's `%%` stands for `%`.
-        default: Source text of its default, or None where there is none to tell.
-        class_name: The class that has the last word on it.
-    """
-
-    name: str
-    annotation: str
-    help: str
-    default: str | None
-    class_name: str
-
-    @property
-    def is_switch(self) -> bool:
-        """Whether the option alone, without a value, means true."""
-        return "bool" in self.annotation.split(" | ")
-
-    @property
-    def is_list(self) -> bool:
-        """Whether the option takes several values; of `None | str | list[str]` HfArgumentParser takes one."""
-        kinds = [kind for kind in self.annotation.split(" | ") if kind != "None"]
-        return kinds[-1].startswith("list[") and (len(kinds) == 1 or "None" not in self.annotation)
+MODEL = "a Hub id (org/name, org/name@revision) or a folder in timm's or transformers' layout"
+DATASET = "data set of labelled images: a Hub id, or a folder that `datasets.load_dataset` reads"
 
 
-def config_options() -> dict[str, ConfigOption]:
-    """Return the options of [`NoiseKDConfig`] by name, without importing it or transformers."""
-    transformers = importlib.util.find_spec("transformers")
-    if transformers is None or transformers.origin is None:
-        raise ModuleNotFoundError("transformers is not installed: run `pip install hf-noisekd`.")
-    sources = (
-        (Path(transformers.origin).with_name("training_args.py"), ("TrainingArguments",)),
-        (Path(__file__).parents[1] / "training" / "config.py", ("ClassifierConfig", "NoiseKDConfig")),
+def path(text: str) -> Path:
+    """Read a path, in which `~` may stand for the home folder."""
+    return Path(text).expanduser()
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Return the reader of a whole number that is not below `minimum`."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {minimum}")
+        return int(text)
+
+    return number
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def add_switch(parser, name: str, help: str) -> None:
+    """Add an option that is off unless it is given."""
+    parser.add_argument(name, nargs="?", const=True, default=False, type=_switch, metavar="true|false", help=help)
+
+
+def add_batch_size(parser, help: str) -> None:
+    """Add `--batch-size`."""
+    parser.add_argument(
+        "--batch-size", type=at_least(2), default=256, metavar="N", help=f"{help}, at least 2 (default: 256)"
     )
-    options = {}
-    for path, class_names in sources:
-        classes = {
-            node.name: node
-            for node in ast.parse(path.read_text(encoding="utf-8")).body
-            if isinstance(node, ast.ClassDef)
-        }
-        for class_name in class_names:
-            for option in _fields(classes[class_name]):
-                options.pop(option.name, None)  # so that they come in the order of the class that has the last word
-                options[option.name] = option
-    return options
 
 
-def _fields(node: ast.ClassDef) -> Iterator[ConfigOption]:
-    """Yield the fields that a dataclass declares itself."""
-    for statement in node.body:
-        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.value, ast.Call):
-            continue
-        arguments = {keyword.arg: keyword.value for keyword in statement.value.keywords}
-        metadata = arguments.get("metadata")
-        texts = (
-            {} if metadata is None else dict(zip(map(ast.literal_eval, metadata.keys), metadata.values, strict=True))
-        )
-        yield ConfigOption(
-            name=statement.target.id,
-            annotation=ast.unparse(statement.annotation),
-            help=ast.literal_eval(texts["help"]) if "help" in texts else "",
-            default=_default_text(arguments.get("default")),
-            class_name=node.name,
-        )
+def add_trust_remote_code(parser, whose: str) -> None:
+    """Add `--trust-remote-code`."""
+    add_switch(
+        parser,
+        "--trust-remote-code",
+        f"run the Python code that a transformers {whose} on the Hub brings along (default: false)",
+    )
 
 
-def _default_text(default: ast.expr | None) -> str | None:
-    if not isinstance(default, ast.Constant | ast.UnaryOp):
-        return None
-    value = ast.literal_eval(default)
-    return None if value is None or value == "" else _as_text(value)
+def add_teacher(parser, use: str) -> None:
+    """Add `--teacher` and how to load it."""
+    parser.add_argument("--teacher", required=True, metavar="MODEL", help=f"{use}: a timm name, {MODEL}")
+    parser.add_argument(
+        "--teacher-checkpoint",
+        metavar="FILE",
+        help="file of weights for the timm architecture that --teacher names: safetensors, or what `torch.save` wrote",
+    )
+    add_trust_remote_code(parser, "teacher")
 
 
-def _as_text(value) -> str:
-    """Return a value of a YAML file as it would stand on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+def add_model(parser, help: str) -> None:
+    """Add `--model`."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help=f"{help}: {MODEL}")
 
 
-class CommandParser(argparse.ArgumentParser):
-    """A parser that takes `--max_steps` for `--max-steps`, reads `--config`, and names the nearest option."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-
-    def expand(self, tokens: Sequence[str]) -> list[str]:
-        """Return the tokens in the spelling that the parser knows, with those of the configuration file before them."""
-        tokens = [_with_dashes(token) for token in tokens]
-        for token in tokens[: tokens.index("--") if "--" in tokens else None]:
-            name = token.partition("=")[0]
-            # argparse, too, takes a word with a space in it for a value.
-            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
-                self.error(f"unknown option {name}.{self._nearest(name)}")
-        finder = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
-        finder.add_argument("--config")
-        config = finder.parse_known_args(tokens)[0].config
-        return tokens if config is None else [*self._read_config(config), *tokens]
-
-    def _read_config(self, path: str) -> list[str]:
-        import yaml
-
-        try:
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"cannot read the configuration file {path}: {error.strerror}.")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"the configuration file {path} is no YAML: {in_one_line(error)}")
-        if not isinstance(content, dict):
-            self.error(
-                f"the configuration file {path} holds {'nothing' if content is None else type(content).__name__}: it "
-                "must map names of options to values, such as `learning_rate: 0.001`."
-            )
-        tokens = []
-        for key, value in content.items():
-            option = f"--{key}".replace("_", "-")
-            action = self._option_string_actions.get(option)
-            # `no_...` and `help` take no value: there is `...: false`, and a file asks for no help.
-            if action is None or action.nargs == 0 or action.dest == "config":
-                self.error(f"the configuration file {path} has an unknown option {key!r}.{self._nearest(option)}")
-            if isinstance(value, list) and action.nargs == "+":
-                tokens += [option, *map(_as_text, value)]
-            elif value is not None:
-                tokens.append(f"{option}={_as_text(value)}")
-        return tokens
-
-    def _nearest(self, name: str) -> str:
-        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        return f" Did you mean {nearest[0]}?" if nearest else f" `{self.prog} --help` lists all options."
+def add_dataset(parser, *, split: str) -> None:
+    """Add `--dataset`, its split and its column of images."""
+    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--split", default=split, help=f"its split (default: {split})")
+    parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
 
 
-def _with_dashes(token: str) -> str:
-    """Return an option in the spelling with dashes; values as they are."""
-    name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value if name.startswith("--") and " " not in name else token
+def load_dataset(args: argparse.Namespace, model, **kwargs):
+    """Load what the options of [`add_dataset`] name, as `model` wants it."""
+    from hf_noisekd.images import load_images
+
+    columns = {"image_column": args.image_column} | kwargs
+    return load_images(args.dataset, model, split=args.split, num_images=args.num_images, **columns)
 
 
-def in_one_line(error: Exception) -> str:
-    """Return the message of an error without line breaks, or its kind where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+def load_model(source: str, args: argparse.Namespace, **kwargs):
+    """Load a trained model, in evaluation mode on the accelerator if there is one."""
+    import torch
+
+    from hf_noisekd.models.loading import load_teacher
+
+    model = load_teacher(source, trust_remote_code=args.trust_remote_code, **kwargs).eval()
+    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
+
+
+def check_unused(args: argparse.Namespace, advice: str = "") -> None:
+    """Refuse an output folder that holds something, before anything is loaded."""
+    folder = Path(args.output_dir).expanduser()
+    # Other processes may be late, and find what the first one has written.
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        args.parser.error(f"the output folder {folder} is not empty: choose another --output-dir.{advice}")
+    if folder.is_file():
+        args.parser.error(f"the output folder {folder} is a file: choose another --output-dir.")

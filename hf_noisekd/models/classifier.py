@@ -91,13 +91,9 @@ def pretrained_cfg_of(model: nn.Module) -> dict:
 
 
 def noisekd_section(model: nn.Module) -> dict:
-    """Return what is known of how a student of this package was made: the section `noisekd` of its `config.json`.
+    """Return what a student of this package says of how it was made, the section `noisekd` of its `config.json`.
 
-    Its keys: `method`; `noise`, the parameters of the noise; `real_images`, their number and data set, where they took
-    turns with noise; `batch_norm`, the statistics to run the student with, `"batch"` or `"running"`;
-    `teacher_batch_norm_fraction`, `loss_type`, `temperature`, `learning_rate` and `lr_scheduler_type` as in
-    [`NoiseKDConfig`]; `steps`; `batch_size` over all devices; `seed`; `teacher`, of [`teacher_identity`]; `versions` of
-    the packages; and after recalibration `recalibration`. Empty for any other model.
+    Empty for any other model. It is kept here as it is; [`Provenance`] knows what it means.
     """
     section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
     return dict(section or {})
@@ -149,6 +145,11 @@ def class_names(model: nn.Module, num_classes: int) -> list[str]:
     return list(names)
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of `model`."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def teacher_identity(teacher_model: nn.Module) -> dict:
     """Return what identifies a teacher: its architecture and size, and its Hub id and revision, or else a hash.
 
@@ -156,7 +157,7 @@ def teacher_identity(teacher_model: nn.Module) -> dict:
     """
     identity = {
         "architecture": architecture_of(teacher_model),
-        "parameters": sum(parameter.numel() for parameter in teacher_model.parameters()),
+        "parameters": count_parameters(teacher_model),
     }
     origin = getattr(teacher_model, "origin", {})
     identity |= {key: origin[key] for key in ("id", "revision", "license") if origin.get(key)}

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
+from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
 from hf_noisekd.noise.distributions import Distribution
 from hf_noisekd.noise.spec import (
@@ -32,7 +33,7 @@ MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 MIN_SIDE = 16
 
 
-class NoiseDataset(IterableDataset):
+class NoiseDataset(DrawnDataset):
     """Batches of noise, drawn on the device that trains on them.
 
     Iterating gives mappings `{"pixel_values": [B, C, H, W]}`: whole batches, so a `DataLoader` over it needs
@@ -66,6 +67,8 @@ class NoiseDataset(IterableDataset):
         ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range; when
             drawing, the distribution gave another shape than it was asked for.
     """
+
+    name = "held-out noise"
 
     def __init__(
         self,

@@ -1,31 +1,42 @@
 """Model cards: what a student is, how well it does, how to load it, how it was made, and what it is not.
 
-A card is rendered from a record of [`hf_noisekd.release.record`] alone, by huggingface_hub's `ModelCard` from
-`templates/model_card.md`. So the card of a student on disk can be made again at any time, and that of a recipe from its
-results file.
+A card is rendered from a [`Record`] alone, by huggingface_hub's `ModelCard` from `templates/model_card.md`. So the card
+of a student on disk can be made again at any time, and that of one of several out of the file of their records.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_noisekd.files import CARD_NAME, RECORD_NAME, replacing_files
-from hf_noisekd.models import cifar
-from hf_noisekd.models.loading import model_folder
-from hf_noisekd.release.environment import describe_machine
+from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CURVES_NAME, replacing_files
+from hf_noisekd.release.card_code import CardCode
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
-from hf_noisekd.training.evaluation import STATISTICS
+from hf_noisekd.release.record import (
+    STATISTICS,
+    Evaluation,
+    ImagesFacts,
+    NoiseFacts,
+    Provenance,
+    Record,
+    TeacherFacts,
+    read_record,
+    read_runs,
+    write_record,
+)
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")
-CURVES_NAME = "curves.png"
-CLASS_BALANCE_NAME = "class_balance.png"
+LOSS_NAMES = {
+    "soft_cross_entropy": "soft cross-entropy",
+    "kl": "Kullback-Leibler divergence",
+    "centered_mse": "mean squared error of centred logits",
+}
 
 
 def write_model_card(
-    source: Mapping | str | Path,
+    source: Record | str | Path,
     output_dir: str | Path | None = None,
     *,
     repo_id: str | None = None,
@@ -34,12 +45,12 @@ def write_model_card(
     """Write the card of a student, `README.md` with figures, and its record `noisekd.json`.
 
     Args:
-        source: The record of a student; a folder that the trainer or `noisekd distill` wrote; or the results file of a
-            recipe, of which one run counts, and which takes the place of the record.
+        source: The record of a student; a folder that the trainer or `noisekd distill` wrote; or a file of the records
+            of several, of which one counts, the others are drawn beside it, and no record is written.
         output_dir: Where to write. Default: the folder, if `source` is one.
         repo_id: Where the student is on the Hub, for the code that loads it. Default: what the record says; without one
             the code loads the folder that it is run in.
-        run: Name of that run. Default: the last one.
+        run: Name of the record in a file of several; the first of that name counts. Default: the last one.
 
     Returns:
         The path of the card.
@@ -47,352 +58,250 @@ def write_model_card(
     Raises:
         ValueError: `source` tells of no distilled student, or there is nowhere to write.
     """
-    record = dict(source) if isinstance(source, Mapping) else read_record(source, run)
+    runs: Sequence[Record] = ()
+    if isinstance(source, Record):
+        record = source
+    elif Path(source).expanduser().is_file():
+        runs = read_runs(source)
+        record = _student_among(runs, source, run)
+    else:
+        record = read_record(source)
+        output_dir = source if output_dir is None else output_dir
     if output_dir is None:
-        if isinstance(source, Mapping) or not Path(source).is_dir():
-            raise ValueError("There is nowhere to write the card: pass output_dir.")
-        output_dir = source
+        raise ValueError("There is nowhere to write the card: pass output_dir.")
     if repo_id is not None:
-        record["repo_id"] = repo_id
+        record = replace(record, repo_id=repo_id)
+    output_dir = Path(output_dir).expanduser()
     with replacing_files(output_dir) as staging:
-        figures = _draw_figures(record, staging)
+        figures = _draw_figures(record, runs, staging)
         render_model_card(record, figures).save(staging / CARD_NAME)
-        if "runs" not in record:
-            (staging / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
+        if not runs:
+            write_record(record, staging)
     for name in {CURVES_NAME, CLASS_BALANCE_NAME} - figures.keys():
-        (Path(output_dir) / name).unlink(missing_ok=True)
-    return Path(output_dir) / CARD_NAME
+        (output_dir / name).unlink(missing_ok=True)
+    return output_dir / CARD_NAME
 
 
-def read_record(source: str | Path, run: str | None = None) -> dict:
-    """Return the record of a student, in a folder or on the Hub, or of a run of a recipe's results file.
-
-    Args:
-        source: The folder, the Hub id or the results file.
-        run: Name of the run of a results file; the first of that name counts. Default: the last run.
-
-    Raises:
-        ValueError: There is none; the message says what was found.
-    """
-    path = Path(source).expanduser()
-    if not path.is_file():
-        path = model_folder(str(source))[0] / RECORD_NAME
-    if not path.is_file():
-        raise ValueError(
-            f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student, or "
-            "from the results file of a recipe."
-        )
-    try:
-        record = json.loads(path.read_text())
-        if "runs" in record:
-            names = [each["name"] for each in record["runs"]]
-            if run is not None and run not in names:
-                raise ValueError(f"it has no run {run!r}, only {', '.join(map(repr, names))}")
-            record |= record["runs"][-1 if run is None else names.index(run)]
-    except (ValueError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} is neither a record nor a results file: {error}") from error
-    if not isinstance(record, dict) or "noisekd" not in record:
-        raise ValueError(f"{path} tells of no distilled student: it has no section 'noisekd'.")
+def _student_among(runs: Sequence[Record], source: str | Path, name: str | None) -> Record:
+    named = [run for run in runs if name in (None, run.name)]
+    if not named:
+        names = ", ".join(repr(run.name) for run in runs)
+        raise ValueError(f"{source} cannot be used: it has no run {name!r}, only {names}.")
+    record = named[-1] if name is None else named[0]
+    if record.noisekd is None:
+        raise ValueError(f"{source} tells of no distilled student in {record.name!r}: it has no section 'noisekd'.")
     return record
 
 
-def render_model_card(record: Mapping, figures: Mapping[str, str] | None = None) -> ModelCard:
+def render_model_card(record: Record, figures: Mapping[str, str] | None = None) -> ModelCard:
     """Render the card of a student.
 
     Args:
-        record: What is known of it; see [`hf_noisekd.release.record`]. `repo_id`, `license` and `tags` may stand in it
-            too.
+        record: What is known of it.
         figures: Captions of the figures by file name.
+
+    Raises:
+        ValueError: The record is not of a distilled student.
     """
-    made, model = record["noisekd"], record["model"]
-    teacher = made["teacher"]
-    on_batch = made["batch_norm"] == "batch"
-    code = _Code(record, on_batch)
-    title = record.get("title") or (record.get("repo_id") or "").split("/")[-1]
+    made, model = _provenance(record), record.model
+    on_batch = made.batch_norm == "batch"
+    title = record.title or (record.repo_id or "").split("/")[-1]
     return ModelCard.from_template(
         _card_data(record),
-        template_str=(files(__package__) / "templates" / "model_card.md").read_text(encoding="utf-8"),
-        title=title or f"{model['architecture']}, taught by {teacher['architecture']} with {_taught_by(made)}",
+        template_str=(files("hf_noisekd.release") / "templates" / "model_card.md").read_text(encoding="utf-8"),
+        title=title or f"{model.architecture}, taught by {made.teacher.architecture} with {_taught_by(made)}",
         model=model,
-        parameters=_millions(model["parameters"]),
-        teacher_parameters=_millions(teacher["parameters"]),
-        teacher=teacher,
-        size=_by(model["input_size"]) if "input_size" in model else "any size",
+        parameters=_millions(model.parameters),
+        teacher_parameters=_millions(made.teacher.parameters),
+        teacher=made.teacher,
+        size=_pixels(model.input_size) if model.input_size else "any size",
         taught_by=_taught_by(made),
-        is_data_free=_is_data_free(made),
+        is_data_free=made.is_data_free,
         results_table=_results_table(record),
-        results_note=_results_note(record["evaluations"]),
-        has_accuracy=any("accuracy" in evaluation["batch"] for evaluation in record["evaluations"]),
+        results_note=_results_note(record.evaluations),
+        has_accuracy=any("accuracy" in evaluation.batch for evaluation in record.evaluations),
         statistics_advice=_statistics_advice(record),
-        code=code,
+        code=CardCode(record, on_batch),
         on_batch=on_batch,
-        library=model["library"],
+        library=model.library,
         facts=_facts(record),
         figures=[{"file": file, "caption": caption} for file, caption in (figures or {}).items()],
     )
 
 
-def _card_data(record: Mapping) -> ModelCardData:
-    teacher = record["noisekd"]["teacher"]
-    data_free = ["data-free"] if _is_data_free(record["noisekd"]) else []
+def _provenance(record: Record) -> Provenance:
+    if record.noisekd is None:
+        raise ValueError("The record tells of no distilled student: it has no section 'noisekd'.")
+    return record.noisekd
+
+
+def _card_data(record: Record) -> ModelCardData:
+    made = _provenance(record)
     results = [
         EvalResult(
             task_type="image-classification",
             task_name="Image classification",
-            dataset_type=evaluation["dataset"],
-            dataset_name=evaluation["dataset"],
-            dataset_split=evaluation.get("split"),
+            dataset_type=evaluation.dataset,
+            dataset_name=evaluation.dataset,
+            dataset_split=evaluation.split,
             metric_type="accuracy",
             metric_name=f"Accuracy, {_reading(statistics, evaluation)}",
-            metric_value=round(evaluation[statistics]["accuracy"] / 100, 6),
+            metric_value=round(evaluation.scores(statistics)["accuracy"] / 100, 6),
         )
-        for evaluation in record["evaluations"]
+        for evaluation in record.evaluations
         for statistics in STATISTICS
-        if "accuracy" in evaluation[statistics]
+        if "accuracy" in evaluation.scores(statistics)
     ]
-    fields = {
-        "language": record.get("language"),
-        "license": record.get("license") or teacher.get("license"),
-        "base_model": teacher.get("id"),
+    values = {
+        "language": record.language,
+        "license": record.license or made.teacher.license,
+        "base_model": made.teacher.id,
         "metrics": ["accuracy"] if results else None,
         "eval_results": results or None,
-        "model_name": (record.get("repo_id") or record["model"]["architecture"]).split("/")[-1] if results else None,
+        "model_name": (record.repo_id or record.model.architecture).split("/")[-1] if results else None,
     }
+    data_free = ["data-free"] if made.is_data_free else []
     return ModelCardData(
-        library_name={"torch": "pytorch"}.get(record["model"]["library"], record["model"]["library"]),
+        library_name={"torch": "pytorch"}.get(record.model.library, record.model.library),
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*TAGS, *data_free, *record.get("tags", ())])),
-        **{key: value for key, value in fields.items() if value},
+        tags=list(dict.fromkeys([*TAGS, *data_free, *(record.tags or ())])),
+        **{key: value for key, value in values.items() if value},
     )
 
 
-def _results_table(record: Mapping) -> str:
-    evaluations = record["evaluations"]
-    if not evaluations:
+def _results_table(record: Record) -> str:
+    if not record.evaluations:
         return ""
     names = {"accuracy": "accuracy (%)", "top5_accuracy": "top-5 accuracy (%)", "agreement": "agreement (%)"}
-    columns = [name for name in names if any(name in evaluation["batch"] for evaluation in evaluations)]
+    columns = [name for name in names if any(name in evaluation.batch for evaluation in record.evaluations)]
     lines = [
         f"| evaluated on | BatchNorm on | {' | '.join(names[column] for column in columns)} |",
         f"|---|---|{'---:|' * len(columns)}",
     ]
-    for evaluation in evaluations:
-        where = f"{evaluation['dataset']}{', ' + evaluation['split'] if 'split' in evaluation else ''}"
-        after = "" if evaluation["step"] == record["steps"] else f", after step {evaluation['step']:,}"
+    for evaluation in record.evaluations:
+        where = f"{evaluation.dataset}{f', {evaluation.split}' if evaluation.split else ''}"
+        after = "" if evaluation.step == record.steps else f", after step {evaluation.step:,}"
         for statistics in STATISTICS:
-            values = [
-                f"{evaluation[statistics][column]:.2f}" if column in evaluation[statistics] else ""
-                for column in columns
-            ]
+            scores = evaluation.scores(statistics)
+            values = [f"{scores[column]:.2f}" if column in scores else "" for column in columns]
             lines.append(
-                f"| {where} ({evaluation['images']:,} images{after}) | {_reading(statistics, evaluation)} "
+                f"| {where} ({evaluation.images:,} images{after}) | {_reading(statistics, evaluation)} "
                 f"| {' | '.join(values)} |"
             )
     return "\n".join(lines)
 
 
-def _results_note(evaluations: list[Mapping]) -> str:
-    precisions = sorted({evaluation["precision"] for evaluation in evaluations})
+def _results_note(evaluations: Sequence[Evaluation]) -> str:
+    precisions = sorted({evaluation.precision for evaluation in evaluations})
     note = f"Measured in {' and '.join(precisions)}."
-    if any("agreement" in evaluation["batch"] for evaluation in evaluations):
+    if any("agreement" in evaluation.batch for evaluation in evaluations):
         note += " Agreement is the share of images for which student and teacher give the same first answer."
     return note
 
 
-def _reading(statistics: str, evaluation: Mapping) -> str:
+def _reading(statistics: str, evaluation: Evaluation) -> str:
     if statistics == "running":
         return "running statistics"
-    return f"batch statistics, batches of {evaluation['batch_size']}"
+    return f"batch statistics, batches of {evaluation.batch_size}"
 
 
-def _statistics_advice(record: Mapping) -> str:
-    made = record["noisekd"]
-    if made["batch_norm"] == "batch":
-        sizes = [str(evaluation["batch_size"]) for evaluation in record["evaluations"]]
-        measured = f" (it was measured with {' and '.join(dict.fromkeys(sizes))})" if sizes else ""
+def _statistics_advice(record: Record) -> str:
+    made = _provenance(record)
+    if made.batch_norm == "batch":
+        sizes = dict.fromkeys(str(evaluation.batch_size) for evaluation in record.evaluations)
+        measured = f" (it was measured with {' and '.join(sizes)})" if sizes else ""
         return (
             "**Batch statistics.** The running statistics that this student stores are those of what it was taught "
             "with, not of real images, and reading it with them costs accuracy. Give it batches of images of mixed "
             f"classes, the larger the better up to about 256{measured}, and let its BatchNorm layers use the "
             "statistics of the batch at hand, as below; or recalibrate it once."
         )
-    if "recalibration" in made:
+    if made.recalibration:
         return (
             "**Running statistics**, as for any other model: they were re-estimated from "
-            f"{_number_of_images(made['recalibration'])}. Single images and batches of any size will do."
+            f"{_number_of_images(made.recalibration)}. Single images and batches of any size will do."
         )
     return "**Running statistics**, as for any other model. Single images and batches of any size will do."
 
 
-def _taught_by(made: Mapping) -> str:
-    if "noise" not in made:
+def _taught_by(made: Provenance) -> str:
+    if made.noise is None:
         return "unlabelled images"
-    noise = f"{made['noise']['distribution']} noise"
-    return noise if _is_data_free(made) else f"{noise} and {_number_of_images(made['real_images'])}"
+    noise = f"{made.noise.distribution} noise"
+    return f"{noise} and {_number_of_images(made.real_images)}" if made.real_images else noise
 
 
-def _is_data_free(made: Mapping) -> bool:
-    return "noise" in made and "real_images" not in made
+def _number_of_images(on: ImagesFacts) -> str:
+    return f"{on.images:,} real images" + (f" of {on.dataset}" if on.dataset else "")
 
 
-def _number_of_images(on: Mapping) -> str:
-    return f"{on['images']:,} real images" + (f" of {on['dataset']}" if "dataset" in on else "")
-
-
-def _facts(record: Mapping) -> list[str]:
+def _facts(record: Record) -> list[str]:
     """Return how the student was made, a line each; what is not known has no line."""
-    made = record["noisekd"]
-    teacher, noise = made["teacher"], made.get("noise")
-    fraction = made["teacher_batch_norm_fraction"]
+    made = _provenance(record)
+    fraction = made.teacher_batch_norm_fraction
     layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
-    if teacher.get("id"):
-        identity = f" ([{teacher['id']}](https://huggingface.co/{teacher['id']})"
-        identity += f", revision `{teacher['revision']}`)" if "revision" in teacher else ")"
-    else:
-        identity = f" (SHA-256 of its weights `{teacher['sha256'][:16]}`)"
-    loss = {
-        "soft_cross_entropy": "soft cross-entropy",
-        "kl": "Kullback-Leibler divergence",
-        "centered_mse": "mean squared error of centred logits",
-    }[made["loss_type"]]
-    lines = [f"Teacher: {teacher['architecture']}{identity}, with {layers} on the statistics of the batch at hand."]
-    if noise:
-        lines.append(
-            f"Noise: {noise['distribution']}, mean {noise['mean']:g}, standard deviation {noise['std']:g}, images of "
-            f"{_by(noise['input_size'])}, drawn afresh for each step{_sizes_in_turn(noise)}."
-        )
-    if "real_images" in made:
-        lines.append(
-            f"In every second step a batch drawn from {_number_of_images(made['real_images'])}, without labels, in its "
-            "place."
-        )
+    teacher = f"{made.teacher.architecture}{_identity(made.teacher)}"
+    lines = [f"Teacher: {teacher}, with {layers} on the statistics of the batch at hand."]
+    if made.noise:
+        lines.append(_noise_fact(made.noise))
+    if made.real_images:
+        images = _number_of_images(made.real_images)
+        lines.append(f"In every second step a batch drawn from {images}, without labels, in its place.")
     lines.append(
-        f"Training: {made['steps']:,} steps of {made['batch_size']} images, {loss} at temperature "
-        f"{made['temperature']:g}, seed {made['seed']}."
+        f"Training: {made.steps:,} steps of {made.batch_size} images, {LOSS_NAMES[made.loss_type]} at temperature "
+        f"{made.temperature:g}, seed {made.seed}."
     )
-    if "recalibration" in made:
-        lines.append(f"Recalibration: running statistics of {_number_of_images(made['recalibration'])}.")
-    if device := describe_machine(record.get("machine", {})):
-        processes = record.get("processes", 1)
+    if made.recalibration:
+        lines.append(f"Recalibration: running statistics of {_number_of_images(made.recalibration)}.")
+    if device := str(record.machine or ""):
         lines.append(
-            f"Device: {device}{f', {processes} processes' if processes > 1 else ''}"
-            + (f"; {record['seconds']:,.0f} seconds" if record.get("seconds") else "")
-            + (f", {record['images_per_second']:,.0f} images a second" if record.get("images_per_second") else "")
+            f"Device: {device}{f', {record.processes} processes' if record.processes > 1 else ''}"
+            + (f"; {record.seconds:,.0f} seconds" if record.seconds else "")
+            + (f", {record.images_per_second:,.0f} images a second" if record.images_per_second else "")
             + "."
         )
-    if record.get("command"):
-        at = f", at commit `{record['commit']}` of hf_noisekd" if record.get("commit") else ""
-        lines.append(f"Command: `{record['command']}`{at}.")
-    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made["versions"].items()) + ".")
+    if record.command:
+        at = f", at commit `{record.commit}` of hf_noisekd" if record.commit else ""
+        lines.append(f"Command: `{record.command}`{at}.")
+    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made.versions.items()) + ".")
     return lines
 
 
-def _draw_figures(record: Mapping, folder: Path) -> dict[str, str]:
+def _identity(teacher: TeacherFacts) -> str:
+    if teacher.id:
+        revision = f", revision `{teacher.revision}`" if teacher.revision else ""
+        return f" ([{teacher.id}](https://huggingface.co/{teacher.id}){revision})"
+    return f" (SHA-256 of its weights `{teacher.sha256[:16]}`)" if teacher.sha256 else ""
+
+
+def _noise_fact(noise: NoiseFacts) -> str:
+    # Older records do not know sizes that change in the course of the training.
+    parts = [f"{height}x{width} pixels for {share:.0%} of the steps" for (height, width), share in noise.image_sizes]
+    in_turn = f"; in turn {', then '.join(parts)}" if len(parts) > 1 else ""
+    return (
+        f"Noise: {noise.distribution}, mean {noise.mean:g}, standard deviation {noise.std:g}, images of "
+        f"{_pixels(noise.input_size)}, drawn afresh for each step{in_turn}."
+    )
+
+
+def _draw_figures(record: Record, runs: Sequence[Record], folder: Path) -> dict[str, str]:
     """Draw the figures that the record has the data for, and return their captions by file name."""
     figures = {}
-    runs = record.get("runs") or [{"name": "this student"} | dict(record)]
     for metric, what in (("accuracy", "Accuracy on"), ("agreement", "Agreement with the teacher on")):
         evaluation = charted_evaluation(record, metric)
-        if evaluation and record["curve"] and not figures:
-            plot_curves(runs, folder / CURVES_NAME, metric)
-            figures[CURVES_NAME] = f"{what} {evaluation['dataset']} against training steps"
-    if record.get("class_frequencies"):
-        plot_class_balance(record["class_frequencies"], folder / CLASS_BALANCE_NAME, record["model"].get("label_names"))
+        if evaluation and record.curve and not figures:
+            plot_curves(runs or [replace(record, name="this student")], folder / CURVES_NAME, metric)
+            figures[CURVES_NAME] = f"{what} {evaluation.dataset} against training steps"
+    if record.class_frequencies:
+        plot_class_balance(record.class_frequencies, folder / CLASS_BALANCE_NAME, record.model.label_names)
         figures[CLASS_BALANCE_NAME] = "How often the teacher answered each class to the training noise"
     return figures
-
-
-class _Code:
-    """The code of a card, for a student on the Hub or in the folder that the code is run in."""
-
-    def __init__(self, record: Mapping, on_batch: bool):
-        self.source = record.get("repo_id") or "."
-        self.architecture = record["model"]["architecture"]
-        self.is_timm = record["model"]["library"] == "timm"
-        self.image_mode = "L" if record["model"].get("input_size", [3])[0] == 1 else "RGB"
-        self.on_batch = on_batch
-        # timm and transformers know the architectures of this package once it is imported.
-        self.registers = self.is_timm and self.architecture in cifar.default_cfgs
-        self.needs_package = on_batch or self.registers
-
-    def timm(self) -> str:
-        source = "local-dir:." if self.source == "." else f"hf-hub:{self.source}"
-        return self._inference(
-            ["import timm", "import torch"],
-            f'model = timm.create_model("{source}", pretrained=True).eval()',
-            "transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))",
-            "inputs = torch.stack([transform(image) for image in images])",
-            answer="probs = model(inputs).softmax(-1)",
-        )
-
-    def transformers(self) -> str:
-        return self._inference(
-            ["import torch", "from transformers import AutoImageProcessor, AutoModelForImageClassification"],
-            f'model = AutoModelForImageClassification.from_pretrained("{self.source}").eval()',
-            f'processor = AutoImageProcessor.from_pretrained("{self.source}")',
-            'inputs = processor(images, return_tensors="pt")',
-            answer="probs = model(**inputs).logits.softmax(-1)",
-        )
-
-    def pipeline(self) -> str:
-        register = self._register()
-        if self.image_mode == "L" and self.is_timm:
-            lines = [
-                "from torchvision.transforms import Grayscale",
-                "from transformers import AutoImageProcessor, pipeline",
-                *register,
-                "",
-                f'processor = AutoImageProcessor.from_pretrained("{self.source}")',
-                "processor.val_transforms.transforms.insert(0, Grayscale())  # a pipeline turns images into RGB",
-                f'classify = pipeline("image-classification", model="{self.source}", image_processor=processor)',
-            ]
-        else:
-            lines = [
-                "from transformers import pipeline",
-                *register,
-                "",
-                f'classify = pipeline("image-classification", model="{self.source}")',
-            ]
-        return "\n".join([*lines, "answers = classify(images)"])
-
-    def recalibrate(self) -> str:
-        return (
-            f"noisekd recalibrate --model {self.source} --dataset FOLDER_OR_HUB_ID --split train "
-            "--output-dir recalibrated"
-        )
-
-    def _register(self) -> list[str]:
-        return [f"import hf_noisekd  # registers {self.architecture}"] if self.registers else []
-
-    def _inference(self, imports: list[str], load: str, prepare: str, inputs: str, *, answer: str) -> str:
-        own = ["from hf_noisekd import batch_statistics"] if self.on_batch else self._register()
-        context = "torch.no_grad(), batch_statistics(model)" if self.on_batch else "torch.no_grad()"
-        return "\n".join(
-            [
-                *imports,
-                *own,
-                "",
-                load,
-                prepare,
-                f'images = [image.convert("{self.image_mode}") for image in images]  # a list of PIL images',
-                inputs,
-                f"with {context}:",
-                f"    {answer}",
-            ]
-        )
 
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.0f} k"
 
 
-def _sizes_in_turn(noise: Mapping) -> str:
-    """Return what is to be said of sizes that change in the course of the training; older records do not know."""
-    sizes = noise.get("image_sizes", [])
-    parts = [f"{height}x{width} pixels for {share:.0%} of the steps" for (height, width), share in sizes]
-    return f"; in turn {', then '.join(parts)}" if len(parts) > 1 else ""
-
-
-def _by(input_size: list[int]) -> str:
+def _pixels(input_size: Sequence[int]) -> str:
     channels, height, width = input_size
     return f"{height}x{width} pixels in {'gray' if channels == 1 else f'{channels} channels'}"

@@ -5,7 +5,8 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,36 +15,39 @@ import torch
 PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingface-hub")
 
 
-def machine(device: torch.device) -> dict[str, str | int | None]:
-    """Return the processor, its cores usable here, the threads torch uses, and `device` unless it is the processor."""
-    processor = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux
-    accelerator = None if device.type == "cpu" else device.type
-    if device.type == "cuda":
-        accelerator = torch.cuda.get_device_name(device)
-    return {
-        "processor": processor,
-        "cores": usable_cores(),
-        "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
-    }
+@dataclass(kw_only=True)
+class Machine:
+    """What trains: the processor, its cores usable here, the threads torch uses, and the accelerator if any."""
+
+    processor: str | None = None
+    cores: int | None = None
+    threads: int | None = None
+    accelerator: str | None = None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Machine":
+        """Describe this machine, and the device on it that trains."""
+        processor = platform.processor() or platform.machine()
+        try:
+            with open("/proc/cpuinfo") as file:
+                processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass  # not Linux
+        accelerator = None if device.type == "cpu" else device.type
+        if device.type == "cuda":
+            accelerator = torch.cuda.get_device_name(device)
+        return cls(processor=processor, cores=usable_cores(), threads=torch.get_num_threads(), accelerator=accelerator)
+
+    def __str__(self) -> str:
+        """Return the accelerator, or the processor with its cores; nothing where neither is known."""
+        if self.accelerator or not self.processor:
+            return self.accelerator or ""
+        return f"{self.cores} core{'' if self.cores == 1 else 's'} of {self.processor}"
 
 
 def usable_cores() -> int | None:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def describe_machine(machine: Mapping) -> str | None:
-    """Return what trained, for people: the accelerator, or the processor with its cores. None where it is not known."""
-    if not machine.get("processor"):
-        return machine.get("accelerator")
-    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
-    return machine["accelerator"] or f"{cores} of {machine['processor']}"
 
 
 def versions() -> dict[str, str]:
@@ -58,7 +62,7 @@ def command_line(argv: Sequence[str] | None = None) -> str | None:
     """
     script, *arguments = sys.argv if argv is None else argv
     script = Path(script)
-    if script.name == "noisekd" or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):
+    if script.name in ("noisekd", "noisekd.py") or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):
         words = ["noisekd"]
     elif script.suffix == ".py" and script.name not in ("__main__.py", "ipykernel_launcher.py"):
         words = ["python", script.name if script.is_absolute() or ".." in script.parts else str(script)]

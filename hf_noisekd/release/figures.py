@@ -1,16 +1,18 @@
-"""Figures for recipes and model cards."""
+"""Figures of trainings: curves, and how often the teacher answers each class.
+
+matplotlib is imported when a figure is drawn.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from hf_noisekd.training.evaluation import STATISTICS
+from hf_noisekd.release.record import STATISTICS, Evaluation, Record
 
 MAX_BARS = 30
 ACCURACY_LABEL = "test accuracy (%)"
@@ -39,8 +41,10 @@ class Panel:
     marker: bool = True
 
 
-def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> Figure:
+def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> "Figure":
     """Plot lines in panels side by side, with one legend for all, save them as a PNG, and return the figure."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
     handles = {}
@@ -74,103 +78,38 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
     return figure
 
 
-def plot_curves(runs: Sequence[Mapping], path: str | Path, metric: str = "accuracy") -> None:
+def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accuracy") -> None:
     """Plot a metric against training steps, a line for each run, and save it as a PNG.
 
     Args:
-        runs: Records of [`hf_noisekd.release.record`], each with a `name`, `steps`, `evaluations` and the `curve`.
+        runs: Records with names.
         path: Where to save.
         metric: What to plot, in percent: `accuracy`, or `agreement` with the teacher.
     """
-    names = [run["name"] for run in runs]
+    names = [run.name for run in runs]
     panels = []
     for statistics in STATISTICS:
         panel = Panel({}, f"read with {statistics} statistics", "training steps")
         for run in runs:
             if evaluation := charted_evaluation(run, metric):
-                key = f"{evaluation.get('log_prefix')}_{statistics}_{metric}"
-                points = {entry["step"]: entry[key] for entry in run["curve"] if key in entry}
-                points[evaluation.get("step", 0)] = evaluation[statistics][metric]
-                several = names.count(run["name"]) > 1
-                label = f"{run['name']}: {run['model']['architecture']}" if several else run["name"]
+                key = f"{evaluation.log_prefix}_{statistics}_{metric}"
+                points = {entry["step"]: entry[key] for entry in run.curve if key in entry}
+                points[evaluation.step] = evaluation.scores(statistics)[metric]
+                several = names.count(run.name) > 1
+                label = f"{run.name}: {run.model.architecture}" if several else str(run.name)
                 panel.lines[label] = list(points.items())
         panels.append(panel)
     panels[0].ylabel = ACCURACY_LABEL if metric == "accuracy" else "agreement with the teacher (%)"
     plot_panels(panels, path, share_y=True)
 
 
-def plot_accuracy(runs: Sequence[Mapping], path: str | Path, key: str, xlabel: str, *, log_x: bool = False) -> Figure:
-    """Plot the accuracy of distilled students against something in which their runs differ; save and return it.
-
-    Args:
-        runs: Records of [`hf_noisekd.release.record`]; those that are of no distilled student are left out.
-        path: Where to save.
-        key: What the runs differ in: a key of their section `noisekd`.
-        xlabel: What it means.
-        log_x: Whether to show it on a logarithmic axis.
-    """
-    students = [run for run in runs if "noisekd" in run]
-    lines = {
-        f"read with {statistics} statistics": [
-            (run["noisekd"][key], run["evaluations"][0][statistics]["accuracy"]) for run in students
-        ]
-        for statistics in STATISTICS
-    }
-    return plot_panels([Panel(lines, xlabel=xlabel, ylabel=ACCURACY_LABEL, log_x=log_x)], path)
-
-
-def plot_embeddings(embeddings: Mapping[str, tuple], path: str | Path) -> Figure:
-    """Plot points of the plane in a panel for each input, coloured by the model's answer; save and return the figure.
-
-    Args:
-        embeddings: By title, the points `[N, 2]` and the answers `[N]`.
-        path: Where to save.
-    """
-    figure = Figure(figsize=(4 * len(embeddings), 4), layout="constrained")
-    axes = figure.subplots(1, len(embeddings), sharex=True, sharey=True)
-    for axis, (title, (points, answers)) in zip(axes, embeddings.items(), strict=True):
-        for answer in sorted(set(answers.tolist())):
-            axis.scatter(*points[answers == answer].T, s=4, color=f"C{answer}", label=f"answered {answer}")
-        axis.set_title(title)
-        axis.set_xlabel("first embedding dimension")
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper right", markerscale=3, fontsize="small")
-    axes[0].set_ylabel("second embedding dimension")
-    figure.savefig(path, dpi=120)
-    return figure
-
-
-def plot_contact_sheet(images: Mapping[str, torch.Tensor], path: str | Path, *, columns: int = 8) -> Figure:
-    """Plot some images of each kind in a row, save them as a PNG, and return the figure.
-
-    Args:
-        images: By title, images `[N, C, H, W]` of about zero mean and unit variance; other than three channels are
-            shown as the mean in gray.
-        path: Where to save.
-        columns: Images to show of each, evenly spaced among them.
-    """
-    figure = Figure(figsize=(columns + 1.6, 1.05 * len(images)), layout="constrained")
-    grid = figure.subplots(len(images), columns, squeeze=False)
-    for axes, (title, kind) in zip(grid, images.items(), strict=True):
-        pixels = (0.5 + 0.25 * (kind if kind.shape[1] == 3 else kind.mean(1, keepdim=True))).clamp(0, 1)
-        for index, axis in enumerate(axes):
-            axis.imshow(
-                pixels[index * len(pixels) // columns].permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=1
-            )
-            axis.set_xticks([])
-            axis.set_yticks([])
-        axes[0].set_ylabel(title, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=80)
-    return figure
-
-
-def charted_evaluation(run: Mapping, metric: str) -> Mapping | None:
+def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
     """Return the first evaluation of a run that has a metric and was also made in its training, if there was any."""
     return next(
         (
             evaluation
-            for evaluation in run["evaluations"]
-            if metric in evaluation["batch"] and ("log_prefix" in evaluation or not run["curve"])
+            for evaluation in run.evaluations
+            if metric in evaluation.batch and (evaluation.log_prefix is not None or not run.curve)
         ),
         None,
     )
@@ -188,6 +127,8 @@ def plot_class_balance(
         path: Where to save.
         label_names: Name of each class.
     """
+    from matplotlib.figure import Figure
+
     count = len(frequencies)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()

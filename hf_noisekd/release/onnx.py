@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from hf_noisekd.models.classifier import (
     class_names,
     compute_logits,
     declared_input_size,
-    noisekd_section,
     nonfinite_tensor,
 )
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.preprocessing import preprocessing_of
+from hf_noisekd.release.record import Provenance
 
 # torch puts the weights of a larger model into a second file.
 MAX_BYTES = 3 * 2**29
@@ -105,7 +106,8 @@ def _check_installed() -> None:
 
 
 def _refuse_batch_statistics(model: nn.Module, name: str | Path) -> None:
-    if noisekd_section(model).get("batch_norm") == "batch":
+    provenance = Provenance.of(model)
+    if provenance is not None and provenance.batch_norm == "batch":
         raise ValueError(
             f"This {architecture_of(model)} is to be used with batch statistics: its running statistics are those of "
             "noise, and an ONNX file would answer with them. Re-estimate them from some real images first, with "
@@ -146,9 +148,7 @@ def _metadata(model: nn.Module, input_size: tuple[int, int, int], num_classes: i
 
 def _describe(onnx_model, metadata: dict[str, str]) -> None:
     """Put `metadata` into an ONNX model, in place of what torch notes on each node."""
-    from hf_noisekd import __version__
-
-    onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", __version__
+    onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", version("hf-noisekd")
     onnx_model.metadata_props.update(metadata)
     onnx_model.graph.metadata_props.clear()
     for node in onnx_model.graph:

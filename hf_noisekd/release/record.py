@@ -1,55 +1,336 @@
-"""What is known of a training run, as plain data that its results file, its student's folder and its card share.
+"""What is known of a student, as one typed record.
 
-A record is a mapping of this schema; what is not known is left out:
-
-- `model`: `architecture`; `library`, which can build it: `timm`, `transformers` or else `torch`; `parameters`;
-  `input_size`; of a distilled student `label_names`.
-- `steps` of training, `seconds` from the first to the last, with the evaluations in between, and `images_per_second`
-  over these seconds. A resumed run has no `seconds`. `processes`: how many trained.
-- `evaluations`: a list, for each data set its name as `dataset`, its `split`, the number of `images`, the `batch_size`,
-  the `precision`, the `step` after which, the `log_prefix` of its entries in the curve, and under `running` and `batch`
-  what [`evaluate`] measured: `accuracy` and so on in percent, `loss` and `kl` in nats. On noise there are only
-  `agreement` with the teacher and `kl`.
-- `curve`: the training log, entries with `step`.
-- `noisekd`: of a distilled student, see [`noisekd_section`], and `class_frequencies`: the teacher's mean answer to the
-  training noise, a probability for each class; of a resumed run, to that since then.
-- `machine`: processor, cores, accelerator; `versions`: Python and the packages that matter; `command`.
+Its trainer writes it, `noisekd recalibrate` and `noisekd evaluate --update-card` write it anew, and the card, the
+figures, the push and the export read it. It is stored as JSON: [`Record`] as `noisekd.json` beside the student, and
+[`Provenance`] also as the section `noisekd` of its `config.json`. What is not known is left out there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_noisekd.models.classifier import architecture_of, declared_input_size, pretrained_cfg_of
+from hf_noisekd.files import RECORD_NAME, json_text, read_json
+from hf_noisekd.models.classifier import (
+    architecture_of,
+    count_parameters,
+    declared_input_size,
+    noisekd_section,
+    pretrained_cfg_of,
+)
+from hf_noisekd.release.environment import Machine
+from hf_noisekd.release.plain import from_dict, to_dict
+
+# The two ways to read a student: as any network, or by the statistics of the batch at hand.
+STATISTICS = ("running", "batch")
 
 
-def describe_model(model: nn.Module) -> dict:
-    """Return the part `model` of a record."""
-    description = {"architecture": architecture_of(model), "library": "torch"}
-    if pretrained_cfg_of(model).get("architecture"):
-        description["library"] = "timm"
-    elif isinstance(model, PreTrainedModel):
-        description["library"] = "transformers"
-    description["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    input_size = declared_input_size(model)
-    if input_size is not None:
-        description["input_size"] = list(input_size)
-    return description
+@dataclass(kw_only=True)
+class ModelFacts:
+    """What a network is.
+
+    Attributes:
+        architecture: timm's name, or that of the class.
+        library: What can build it: `timm`, `transformers` or else `torch`.
+        parameters: Their number.
+        input_size: `[channels, height, width]`.
+        label_names: Names of the classes of a student.
+        num_classes: Their number.
+    """
+
+    architecture: str
+    library: str
+    parameters: int
+    input_size: list[int] | None = None
+    label_names: list[str] | None = None
+    num_classes: int | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ModelFacts":
+        """Describe a model."""
+        library = "transformers" if isinstance(model, PreTrainedModel) else "torch"
+        size = declared_input_size(model)
+        return cls(
+            architecture=architecture_of(model),
+            library="timm" if pretrained_cfg_of(model).get("architecture") else library,
+            parameters=count_parameters(model),
+            input_size=None if size is None else list(size),
+        )
 
 
-def current_evaluations(evaluations: Sequence[Mapping], step: int) -> list[dict]:
+@dataclass(kw_only=True)
+class TeacherFacts:
+    """What identifies a teacher; see [`teacher_identity`]."""
+
+    architecture: str
+    parameters: int
+    id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    sha256: str | None = None
+
+
+@dataclass(kw_only=True)
+class NoiseFacts:
+    """What a student was taught with.
+
+    Attributes:
+        distribution: Text of the noise.
+        mean: Its mean, in the units of the teacher's input.
+        std: Its standard deviation, likewise.
+        input_size: `[channels, height, width]` in full size.
+        image_sizes: `[[height, width], share of the steps]` in turn.
+        seed: Its seed.
+    """
+
+    distribution: str
+    mean: float
+    std: float
+    input_size: list[int]
+    image_sizes: list[Any] = field(default_factory=list)
+    seed: int | None = None
+
+
+@dataclass(kw_only=True)
+class ImagesFacts:
+    """Real images that a student has seen: their number, and where they are from."""
+
+    images: int
+    dataset: str | None = None
+    split: str | None = None
+
+
+@dataclass(kw_only=True)
+class Provenance:
+    """How a student was made; the section `noisekd` of its `config.json`.
+
+    Attributes:
+        method: In words.
+        batch_norm: The statistics to read it with, `"batch"` or `"running"`; see [`better_statistics`].
+        teacher_batch_norm_fraction: Share of the teacher's BatchNorm layers on the statistics of the batch.
+        loss_type: As in [`NoiseKDConfig`], and so `temperature`, `learning_rate`, `lr_scheduler_type` and `seed`.
+        temperature: Likewise.
+        steps: Number of training steps.
+        batch_size: Images in a step, over all devices.
+        seed: Likewise.
+        teacher: Which teacher.
+        learning_rate: Likewise.
+        lr_scheduler_type: Likewise.
+        versions: Of Python and the packages that matter.
+        noise: The noise, if there was any.
+        real_images: Those that took turns with the noise.
+        recalibration: Those that the running statistics are of.
+    """
+
+    method: str
+    batch_norm: str
+    teacher_batch_norm_fraction: float
+    loss_type: str
+    temperature: float
+    steps: int
+    batch_size: int
+    seed: int
+    teacher: TeacherFacts
+    learning_rate: float | None = None
+    lr_scheduler_type: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    noise: NoiseFacts | None = None
+    real_images: ImagesFacts | None = None
+    recalibration: ImagesFacts | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Provenance | None":
+        """Return what a model says of its making, or None for one that this package did not make.
+
+        Raises:
+            ValueError: It says something else than a provenance.
+        """
+        section = noisekd_section(model)
+        return from_dict(cls, section) if section else None
+
+    def attach(self, model: nn.Module) -> None:
+        """Have `model` say so, and its `config.json` once it is saved."""
+        self.detach(model)
+        model.noisekd = to_dict(self)
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Have `model` say nothing of its making, as what is known does not hold for what it becomes."""
+        for holder in (model, getattr(model, "config", model)):
+            holder.__dict__.pop("noisekd", None)
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether noise alone taught the student."""
+        return self.noise is not None and self.real_images is None
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What was measured on a data set.
+
+    Attributes:
+        dataset: Its name.
+        split: Its split.
+        images: Number of images.
+        batch_size: Images in a batch.
+        step: The training step after which.
+        precision: `float32`, or that of autocast.
+        log_prefix: Prefix of its entries in the curve, if it was made in the training, too.
+        running: What [`evaluate`] measured with running statistics: `accuracy` and so on in percent, `loss` and `kl` in
+            nats. On noise there are only `agreement` with the teacher and `kl`.
+        batch: Likewise with those of the batch.
+    """
+
+    dataset: str
+    split: str | None = None
+    images: int
+    batch_size: int
+    step: int
+    precision: str
+    log_prefix: str | None = None
+    running: dict[str, float]
+    batch: dict[str, float]
+
+    def scores(self, statistics: str) -> dict[str, float]:
+        """Return what was measured with `"running"` or with `"batch"` statistics."""
+        return self.running if statistics == "running" else self.batch
+
+
+@dataclass(kw_only=True)
+class Record:
+    """All that is known of a model that was trained here.
+
+    Attributes:
+        name: Its name among others in a file of several.
+        model: The network.
+        steps: Training steps.
+        seconds: From the first step to the last, with the evaluations in between. A resumed training has none.
+        images_per_second: Over these seconds.
+        processes: How many trained.
+        evaluations: How good it is now, one for each data set.
+        curve: The training log, entries with `step`.
+        noisekd: Of a student, how it was made.
+        class_frequencies: The teacher's mean answer to the training noise, a probability for each class; of a resumed
+            training, to that since then.
+        machine: What trained.
+        versions: Of Python and the packages that matter.
+        command: The command that was given.
+        commit: The commit of this package.
+        repo_id: Where the model is on the Hub.
+        language: For the card, and so `license`, `tags` and `title`.
+    """
+
+    name: str | None = None
+    model: ModelFacts
+    steps: int
+    seconds: float | None = None
+    images_per_second: float | None = None
+    processes: int = 1
+    evaluations: list[Evaluation] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    noisekd: Provenance | None = None
+    class_frequencies: list[float] | None = None
+    machine: Machine | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    command: str | None = None
+    commit: str | None = None
+    repo_id: str | None = None
+    language: str | None = None
+    license: str | None = None
+    tags: list[str] | None = None
+    title: str | None = None
+
+    def recalibrated(self, provenance: Provenance | None) -> "Record":
+        """Return the record of the student with other running statistics, for which no measurement holds.
+
+        Nor is it to be had where the student was.
+        """
+        return replace(self, noisekd=provenance, evaluations=[], curve=[], repo_id=None)
+
+    def measured(self, evaluation: Evaluation) -> "Record":
+        """Return the record with an evaluation in place of the one that was made on the same images."""
+        others = []
+        for entry in self.evaluations:
+            # What the training measured has no split.
+            if entry.dataset != evaluation.dataset or entry.split not in (None, evaluation.split):
+                others.append(entry)
+            elif entry.log_prefix is not None:
+                evaluation = replace(evaluation, log_prefix=entry.log_prefix)
+        return replace(self, evaluations=[*others, evaluation])
+
+
+def better_statistics(evaluations: Sequence[Evaluation], *, taught_by_noise: bool) -> str:
+    """Return the BatchNorm statistics that a student's card says to read it with, `"batch"` or `"running"`.
+
+    Those with which it is better on labelled images, running statistics having the benefit of one percentage point.
+    Where there are none, those of the batch if noise taught it, since its running statistics are those of noise.
+
+    Args:
+        evaluations: How good it is now; the last one with an accuracy counts.
+        taught_by_noise: Whether its training data were noise, at least in part.
+    """
+    leads = [entry.batch["accuracy"] - entry.running["accuracy"] for entry in evaluations if "accuracy" in entry.batch]
+    if leads:
+        return "batch" if leads[-1] > 1 else "running"
+    return "batch" if taught_by_noise else "running"
+
+
+def current_evaluations(made: Sequence[tuple[Evaluation, bool]], step: int) -> list[Evaluation]:
     """Return the evaluations that tell how good a model is now, one for each data set.
 
     Those made after the training count before those made in it, and later ones before earlier ones.
 
     Args:
-        evaluations: All that were made, in order, each with `in_training` beside the entries of a record.
+        made: All evaluations, in order, each with whether it was made in the training.
         step: The step that the weights are of: what was measured in the training after it does not count.
     """
     current = {}
-    for in_training in (True, False):
-        for evaluation in evaluations:
-            if evaluation["in_training"] == in_training and evaluation["step"] <= step:
-                current[evaluation["dataset"]] = evaluation
-    return [{key: value for key, value in entry.items() if key != "in_training"} for entry in current.values()]
+    for during in (True, False):
+        for evaluation, in_training in made:
+            if in_training == during and evaluation.step <= step:
+                current[evaluation.dataset] = evaluation
+    return list(current.values())
+
+
+def read_record(source: str | Path) -> Record:
+    """Return the record of the student in a folder.
+
+    Raises:
+        ValueError: There is none; the message says what was found.
+    """
+    path = Path(source).expanduser() / RECORD_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student, or "
+            "from a file of the records of several."
+        )
+    try:
+        record = read_json(path)
+        if isinstance(record, dict) and "noisekd" in record:
+            return from_dict(Record, record)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is neither a record nor a file of several: {error}") from error
+    raise ValueError(f"{path} tells of no distilled student: it has no section 'noisekd'.")
+
+
+def read_runs(path: str | Path) -> list[Record]:
+    """Return the records of a file of several: a mapping with the list `runs`, and beside it what they share.
+
+    Raises:
+        ValueError: It is no such file; the message says what was found.
+    """
+    try:
+        content = read_json(Path(path).expanduser())
+        shared = {key: content.get(key) for key in ("machine", "versions", "commit")}
+        return [from_dict(Record, shared | run) for run in content["runs"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is neither a record nor a file of several: {error}") from error
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Write the record of the student in a folder."""
+    (folder / RECORD_NAME).write_text(json_text(to_dict(record)))

@@ -1,19 +1,15 @@
 """Checks that are made before the first step, so that a run does not fail in its last one."""
 
-import json
+import copy
 import logging
-import zipfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
-import safetensors
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import check_labels, collate_images
-from hf_noisekd.files import WEIGHTS_NAME
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     check_finite,
@@ -21,32 +17,32 @@ from hf_noisekd.models.classifier import (
     declared_num_classes,
     format_size,
 )
-from hf_noisekd.models.loading import differing
+from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.models.saving import check_config_can_be_saved
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluation_loader
+from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 
-def check_models(
-    model: nn.Module,
-    teacher_model: nn.Module,
-    input_size: tuple[int, int, int],
-    num_classes: int,
-    *,
-    explicit_size: bool,
-) -> None:
-    """Check that the student can learn the teacher's answers to images of `input_size`.
+def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> None:
+    """Check that the student can learn the teacher's answers to images of the teacher's input size.
+
+    Args:
+        model: The student.
+        teacher: The teacher.
+        explicit_size: Whether somebody chose that size for both, rather than the teacher.
 
     Raises:
         ValueError: A teacher's weight is not finite, a model is not in float32, the models differ in input or in
             classes, there is only one class, or the student could not be saved.
     """
-    check_finite(teacher_model, "teacher")
-    for role, candidate in (("teacher", teacher_model), ("student", model)):
+    input_size, num_classes = teacher.input_size, teacher.num_classes
+    check_finite(teacher.model, "teacher")
+    for role, candidate in (("teacher", teacher.model), ("student", model)):
         declared = declared_input_size(candidate) or tuple(input_size)
         if declared[0] != input_size[0]:
             raise ValueError(
@@ -81,20 +77,6 @@ def check_models(
     check_config_can_be_saved(model)
 
 
-def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
-    """Check that the BatchNorm layers of `model` take their statistics within each of `world_size` processes.
-
-    Raises:
-        ValueError: There are several processes, and a layer that waits for all of them, which may have other numbers of
-            batches.
-    """
-    if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "
-            "processes: build it with nn.BatchNorm2d, and take larger batches in each process if they are too small."
-        )
-
-
 def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
     """Check that noise of the user's own is what the arguments say, where they say something.
 
@@ -121,18 +103,33 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
             )
 
 
-def check_image_sizes(noise: NoiseDataset, teacher_model: nn.Module, model: nn.Module) -> None:
-    """Check that both models take images of the smaller sizes that the noise has in the course of the training.
+def check_image_sizes(train_dataset: Dataset, model: nn.Module, teacher_model: nn.Module) -> None:
+    """Check that both models take images of the smaller sizes that noise has in the course of the training.
 
     Raises:
         ValueError: One does not.
     """
-    for size in {size for size, _ in noise.image_sizes()} - {noise.input_size[1:]}:
+    if not isinstance(train_dataset, NoiseDataset):
+        return
+    channels, *full_size = train_dataset.input_size
+    for size in {size for size, _ in train_dataset.image_sizes()} - {tuple(full_size)}:
         for role, candidate in (("teacher", teacher_model), ("student", model)):
             try:
-                answer_to_blanks(candidate, (noise.input_size[0], *size), role)
+                answer_to_blanks(candidate, (channels, *size), role)
             except ValueError as error:
                 raise ValueError(f"{error} Or train with noise of full size only: resolutions='1'.") from error
+
+
+def check_eval_datasets(eval_dataset: Dataset | Mapping[str, Dataset], teacher: Teacher, collate_fn: Callable) -> None:
+    """Check each evaluation data set; see [`check_eval_dataset`].
+
+    Raises:
+        ValueError: One cannot be used, or there is none.
+    """
+    if isinstance(eval_dataset, Mapping) and not eval_dataset:
+        raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
+    for dataset in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
+        check_eval_dataset(dataset, teacher.input_size, teacher.num_classes, collate_fn)
 
 
 def check_eval_dataset(
@@ -165,85 +162,14 @@ def check_eval_dataset(
             check_labels(labels, num_classes)
 
 
-def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
-    """Return the last checkpoint in a folder to resume from, passing over one that a kill left half written.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    problems = []
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
-        try:
-            check_checkpoint(str(path), model)
-        except ValueError as error:
-            logger.warning("Passing over a checkpoint. %s", error)
-            problems.append(str(error))
-        else:
-            return str(path)
-    raise ValueError(
-        problems[0]
-        if problems
-        else f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
-    )
-
-
-def check_checkpoint(folder: str, model: nn.Module) -> None:
-    """Check that `folder` holds a whole checkpoint of `model`.
-
-    Raises:
-        ValueError: A file is missing or damaged, or the weights are those of another model.
-    """
-    path = Path(folder)
-    advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
-    if not path.is_dir():
-        raise ValueError(f"There is no checkpoint folder {folder!r}. {advice}")
-    missing = [
-        name
-        for name in (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-        if not (path / name).is_file()
-    ]
-    if missing:
-        raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
-    file = path / "trainer_state.json"
-    try:
-        json.loads(file.read_text())
-        for file in [*path.glob("*.pt"), *path.glob("*.pth")]:
-            with zipfile.ZipFile(file) as archive:  # torch's format; reading it this way unpickles nothing
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("wrong check sum")
-        file = path / WEIGHTS_NAME
-        with safetensors.safe_open(file, framework="pt") as weights:
-            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
-    model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if names := differing(expected, shapes):
-        raise ValueError(
-            f"The checkpoint {folder!r} is of another model: {len(names)} tensors differ, first {names[0]!r}. {advice}"
-        )
-
-
-def check_length(folder: str, steps: int) -> None:
-    """Check that the checkpoint in `folder` is of a training of `steps` steps.
-
-    Raises:
-        ValueError: It is not.
-    """
-    found = json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"]
-    if found != steps:
-        raise ValueError(
-            f"The checkpoint {folder!r} is of a training of {found:,} steps, and this one has {steps:,}: the sizes of "
-            f"its noise are shares of that number. Resume with max_steps={found}, or go on in full size with "
-            "resolutions='1'."
-        )
-
-
-def teacher_input_size(
+def training_input_size(
     args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
 ) -> tuple[int, int, int]:
-    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one."""
+    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one.
+
+    Raises:
+        ValueError: There is none, or two that differ.
+    """
     if isinstance(train_dataset, NoiseDataset):
         if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
             raise ValueError(
@@ -256,3 +182,27 @@ def teacher_input_size(
     if train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
         return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
     return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
+
+
+def without_wrong_gradients(
+    args: NoiseKDConfig, model: nn.Module, train_dataset: Dataset, input_size: tuple[int, int, int]
+) -> NoiseKDConfig:
+    """Return arguments that train in float32 where a CPU cannot train the student in bfloat16 on images so small."""
+    if args.mixed_precision != "bf16" or args.device.type != "cpu":
+        return args
+    sizes = {input_size[1:]}
+    if isinstance(train_dataset, NoiseDataset):
+        sizes = {size for size, _ in train_dataset.image_sizes()}
+    for size in sorted(sizes):
+        if layer := layer_that_bfloat16_breaks(model, (input_size[0], *size)):
+            logger.warning(
+                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
+                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
+                "(resolutions='1'), may spare it that.",
+                layer,
+                format_size((input_size[0], *size)),
+            )
+            args = copy.copy(args)
+            args.bf16, args.mixed_precision = False, "no"
+            break
+    return args

@@ -1,47 +1,34 @@
 """Training with labels: teachers, and the supervised students that a distilled one is compared with."""
 
-from contextlib import nullcontext
-from pathlib import Path
-
-import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, set_seed
-from transformers.trainer_utils import EvalLoopOutput
+from torch.utils.data import Dataset
+from transformers import set_seed
 
-from hf_noisekd.batches import collate_images, dataset_name
-from hf_noisekd.files import replacing_files
+from hf_noisekd.batches import collate_images
 from hf_noisekd.models.classifier import compute_logits
-from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_student
-from hf_noisekd.models.saving import save_model
-from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.release.environment import machine, versions
-from hf_noisekd.release.record import current_evaluations, describe_model
-from hf_noisekd.training.checks import check_batch_norm_is_local
+from hf_noisekd.training.base import BaseTrainer
 from hf_noisekd.training.config import ClassifierConfig
-from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluation_loader
 
 
-class ClassifierTrainer(Trainer):
-    """transformers' Trainer for any image classifier, timm's, transformers' or a plain module.
+class ClassifierTrainer(BaseTrainer):
+    """transformers' Trainer for any image classifier, timm's, transformers' or a plain module, with labels.
 
-    It minimises the cross-entropy with the labels, reports accuracy under running and under batch statistics at each
-    evaluation (`eval_running_accuracy`, `eval_batch_accuracy`, ..., see [`evaluate`]), and saves checkpoints that timm
-    and transformers read.
+    It minimises the cross-entropy with the labels; see [`BaseTrainer`] for what it reports and saves.
 
     Args:
         model: The classifier, or anything [`load_student`] takes.
         args: Training arguments.
+        data_collator: Collator of the images.
         train_dataset: Images with labels; see [`collate_images`] for the forms.
         eval_dataset: Likewise, or a mapping of several by name.
         **kwargs: Anything else that transformers' Trainer takes, apart from what replaces the model, the loss or the
             metrics.
-    """
 
-    teacher_model: nn.Module | None = None
-    _can_push = False
+    Raises:
+        ValueError: The arguments ask for a push, or the model cannot be trained in these processes.
+    """
 
     def __init__(
         self,
@@ -53,196 +40,17 @@ class ClassifierTrainer(Trainer):
         **kwargs,
     ):
         args = ClassifierConfig() if args is None else args
-        if args.push_to_hub and not self._can_push:
+        if args.push_to_hub:
             # transformers would upload the pickled training arguments, with the token in them.
             raise ValueError(
                 f"{type(self).__name__} does not push: train with push_to_hub=False, save the model, and push it with "
                 "`noisekd push --model FOLDER --repo-id ORGANISATION/NAME`."
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
-        model = load_student(model)
-        check_batch_norm_is_local(model, args.world_size)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
-        # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
-        # divided it by the number of accumulation steps already.
-        self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
-        self._resumed = False
-        self._evaluations: list[dict] = []
-        self.memory_format = training_memory_format(self.model, self.args.device)
-        self.model.to(memory_format=self.memory_format)
-
-    def train(self, *args, **kwargs):
-        """Train the model; see transformers' `Trainer.train`.
-
-        The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
-        float32 in anybody's hands.
-        """
-        # What a loaded model says of its own making does not hold for what it becomes.
-        for name in ("noisekd", "origin"):
-            self.model.__dict__.pop(name, None)
-            getattr(self.model, "config", self.model).__dict__.pop(name, None)
-        self._evaluations = []
-        self._resumed = bool(kwargs.get("resume_from_checkpoint") or (args and args[0]))
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self._unwrap_model()
-
-    def _unwrap_model(self) -> None:
-        """Take off what Accelerate put around the model, so that another call wraps it anew."""
-        # Accelerate's own `unwrap_model(keep_fp32_wrapper=False)` would strip the decorators of transformers' models.
-        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
-            self.model.__dict__.pop(attribute, None)
-        self.model_wrapped = self.model
+        super().__init__(load_student(model), args, data_collator, train_dataset, eval_dataset, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
         logits = compute_logits(model, inputs["pixel_values"])
         loss = F.cross_entropy(logits.float(), inputs["labels"])
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Return this process's share of the evaluation batches; see [`evaluation_loader`]."""
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
-        elif isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        if eval_dataset is None:
-            raise ValueError("There is nothing to evaluate on: pass an eval_dataset.")
-        return evaluation_loader(
-            eval_dataset,
-            self.args.eval_batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            num_workers=self.args.dataloader_num_workers,
-            collate_fn=self.data_collator,
-        )
-
-    def evaluation_loop(
-        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> EvalLoopOutput:
-        """Evaluate under running and under batch statistics; `Trainer.evaluate` calls it."""
-        if description == "Prediction":
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-            if not self.is_in_train:
-                self._unwrap_model()
-            return output
-        self._broadcast_buffers()
-        self.callback_handler.eval_dataloader = dataloader
-        # Out of training the model is measured as it will be deployed, in float32.
-        with self.accelerator.autocast() if self.is_in_train else nullcontext():
-            results = evaluate_loader(
-                self.model,
-                dataloader,
-                teacher_answers=self.teacher_answers_for(dataloader.dataset),
-                reduce=self._sum_over_processes,
-                on_batch=self._on_prediction_step,
-            )
-        metrics = {
-            f"{metric_key_prefix}_{statistics}_{name}": value
-            for statistics, values in results.items()
-            for name, value in values.items()
-        }
-        images = int(self._sum_over_processes(torch.tensor([float(sum(counts_of(dataloader)))])))
-        self._evaluations.append(self._facts(dataloader.dataset, images, metric_key_prefix) | results)
-        return EvalLoopOutput(
-            predictions=None,
-            label_ids=None,
-            metrics=metrics,
-            num_samples=images,
-        )
-
-    def _facts(self, dataset: Dataset, images: int, log_prefix: str) -> dict:
-        """Return what a record says of an evaluation beside its metrics."""
-        noise = getattr(dataset, "noise", None)
-        dataset = noise if isinstance(noise, NoiseDataset) else dataset
-        names = self.eval_dataset.items() if isinstance(self.eval_dataset, dict) else ()
-        name = "held-out noise" if dataset is noise else dataset_name(dataset)
-        batch_size = noise.batch_size if dataset is noise else self.args.eval_batch_size
-        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
-        return {
-            "dataset": next((key for key, value in names if value is dataset), name),
-            "images": images,
-            "batch_size": min(batch_size, images),
-            "step": self._step_of_weights(),
-            "precision": (self.is_in_train and autocast) or "float32",
-            "log_prefix": log_prefix,
-            "in_training": self.is_in_train,
-        }
-
-    def teacher_answers_for(self, dataset: Dataset):
-        """Return the function from pixels to the teacher's logits on `dataset`, or None where there is no teacher."""
-        return None
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the loss, the logits under running statistics and the labels of a batch; for `Trainer.predict`."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.get("labels")
-        with torch.no_grad(), self.compute_loss_context_manager():
-            logits = compute_logits(model, inputs["pixel_values"]).float()
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return loss, logits, labels
-
-    def record(self) -> dict:
-        """Return what is known of the training so far, as plain data; see [`hf_noisekd.release.record`].
-
-        The evaluations in it are those made after the training, or else the last ones made in it. On process 0.
-        """
-        history = self.state.log_history
-        record = self._progress() | {
-            "model": describe_model(self.model),
-            "processes": self.args.world_size,
-            "machine": machine(self.args.device),
-            "versions": versions(),
-            "curve": [entry for entry in history if "train_runtime" not in entry],
-        }
-        for entry in history:
-            if "train_runtime" in entry and not self._resumed:
-                record["seconds"] = round(entry["train_runtime"], 1)
-                record["images_per_second"] = round(entry["train_samples_per_second"], 1)
-        return record
-
-    def _progress(self) -> dict:
-        """Return the part of the record that changes from one saved model to the next: `steps` and `evaluations`."""
-        step = self._step_of_weights()
-        return {"steps": step, "evaluations": current_evaluations(self._evaluations, step)}
-
-    def _step_of_weights(self) -> int:
-        """Return the step after which the model had its weights: the last, or that of the checkpoint loaded as best."""
-        best = self.state.best_model_checkpoint
-        if self.args.load_best_model_at_end and not self.is_in_train and best:
-            return int(Path(best).name.rpartition("-")[2])
-        return self.state.global_step
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.
-        if self.args.should_save:
-            output_dir = output_dir or self.args.output_dir
-            save_model(self.model, output_dir, teacher_model=self.teacher_model)
-            if self.processing_class is not None:
-                with replacing_files(output_dir) as staging:
-                    self.processing_class.save_pretrained(staging)
-
-    def _on_prediction_step(self) -> None:
-        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-
-    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size == 1:
-            return tensor
-        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
-
-    def _broadcast_buffers(self) -> None:
-        """Give every process the running statistics of process 0, as DDP does before each forward pass."""
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)

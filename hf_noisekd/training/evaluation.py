@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.batches import FullBatchSampler, check_labels, collate_images
+from hf_noisekd.batches import DrawnDataset, FullBatchSampler, check_labels, collate_images
 from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
-from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.release.record import STATISTICS
+from hf_noisekd.training.teacher import Teacher
 
-STATISTICS = ("running", "batch")
 METRICS = ("accuracy", "top5_accuracy", "loss", "agreement", "kl")
 
 
@@ -40,7 +40,7 @@ def evaluate(
     Args:
         model: The classifier. It is evaluated where it is, and comes back unchanged.
         dataset: Images with labels, as `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`, preprocessed
-            as for the model; or a [`NoiseDataset`] with a length, on which only the agreement can be measured.
+            as for the model; or noise, a [`NoiseDataset`] with a length, on which only the agreement can be measured.
         teacher_model: Teacher to compare with. It answers images with running statistics, as it is deployed, and noise
             with batch statistics, as in training.
         batch_size: Images in a batch. A `NoiseDataset` brings its own.
@@ -56,15 +56,17 @@ def evaluate(
             neither a label nor a teacher.
     """
     loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
-    teacher_answers = None
-    if teacher_model is not None:
-        context = batch_statistics(teacher_model) if isinstance(dataset, NoiseDataset) else nullcontext()
+    if teacher_model is None:
+        return evaluate_loader(model, loader)
+    teacher = Teacher(teacher_model)
+    is_noise = isinstance(dataset, DrawnDataset)
 
-        def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
-            with evaluation_mode(teacher_model), context:
-                return compute_logits(teacher_model, to_device_of(teacher_model, pixel_values)).to(pixel_values.device)
+    def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
+        answers = teacher.answer(to_device_of(teacher_model, pixel_values), noise=is_noise)
+        return answers.to(pixel_values.device)
 
-    return evaluate_loader(model, loader, teacher_answers)
+    with evaluation_mode(teacher_model):
+        return evaluate_loader(model, loader, teacher_answers)
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def evaluation_loader(
             "take a number of images and keep them in a list; for noise, pass num_steps."
         )
     size = len(dataset)
-    if isinstance(dataset, NoiseDataset):
+    if isinstance(dataset, DrawnDataset):
         return DataLoader(
             _DrawnBatches(dataset), batch_size=None, sampler=range(rank, size, world_size), generator=torch.Generator()
         )
@@ -152,7 +154,12 @@ def counts_of(loader: DataLoader) -> list[int]:
     """Return how many images of each batch of an [`evaluation_loader`] count."""
     if isinstance(loader.batch_sampler, FullBatchSampler):
         return loader.batch_sampler.counts
-    return [loader.dataset.noise.batch_size] * len(loader)
+    return [evaluated_dataset(loader).batch_size] * len(loader)
+
+
+def evaluated_dataset(loader: DataLoader) -> Dataset:
+    """Return the data set that an [`evaluation_loader`] was built for."""
+    return loader.dataset.drawn if isinstance(loader.dataset, _DrawnBatches) else loader.dataset
 
 
 def _sums(
@@ -177,13 +184,13 @@ def _sums(
 
 
 class _DrawnBatches(Dataset):
-    """A bounded NoiseDataset as a map from step to batch."""
+    """A bounded DrawnDataset as a map from step to batch."""
 
-    def __init__(self, noise: NoiseDataset):
-        self.noise = noise
+    def __init__(self, drawn: DrawnDataset):
+        self.drawn = drawn
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.noise.draw(step)}
+        return {"pixel_values": self.drawn.draw(step)}
 
     def __len__(self) -> int:
-        return len(self.noise)
+        return len(self.drawn)

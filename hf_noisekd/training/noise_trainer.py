@@ -1,59 +1,44 @@
 """Distil a teacher into a student with noise: no image, no label, no generator network."""
 
 import copy
-import logging
 import math
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_utils import HubStrategy, SaveStrategy, SchedulerType
-from transformers.utils.hub import PushInProgress
 
-from hf_noisekd.batches import collate_images
-from hf_noisekd.files import replacing_files
-from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
-from hf_noisekd.models.classifier import (
-    answer_to_blanks,
-    class_names,
-    compute_logits,
-    declared_input_size,
-    format_size,
-    teacher_identity,
-)
-from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
+from hf_noisekd.batches import DrawnDataset, collate_images
+from hf_noisekd.models.batch_norm import has_batch_norm
+from hf_noisekd.models.classifier import compute_logits, declared_input_size
+from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.noise.mixed import MixedDataset
-from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.release.card import write_model_card
-from hf_noisekd.release.environment import command_line, versions
-from hf_noisekd.release.push import RELEASED_FILES, check_hub_access, push_again, upload, upload_later
+from hf_noisekd.release.environment import command_line
+from hf_noisekd.release.record import Provenance, Record
+from hf_noisekd.training.answers import AnswerLog
+from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
+from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
-    check_batch_norm_is_local,
-    check_checkpoint,
-    check_eval_dataset,
+    check_eval_datasets,
     check_image_sizes,
-    check_length,
     check_models,
     check_train_noise,
-    last_whole_checkpoint,
-    teacher_input_size,
+    training_input_size,
+    without_wrong_gradients,
 )
-from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.losses import LOSSES
+from hf_noisekd.training.provenance import describe_training
+from hf_noisekd.training.pushing import PushingTrainer
+from hf_noisekd.training.teacher import Teacher
 
-logger = logging.getLogger(__name__)
 
-
-class NoiseKDTrainer(ClassifierTrainer):
+class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
@@ -80,6 +65,9 @@ class NoiseKDTrainer(ClassifierTrainer):
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
 
+    Attributes:
+        teacher: The [`Teacher`].
+
     Raises:
         ValueError: The models do not fit each other or the method, or a data set cannot be used. All checks are made
             before anything is written.
@@ -91,8 +79,6 @@ class NoiseKDTrainer(ClassifierTrainer):
         trainer.save_model("student")
         ```
     """
-
-    _can_push = True
 
     def __init__(
         self,
@@ -108,47 +94,24 @@ class NoiseKDTrainer(ClassifierTrainer):
     ):
         args = NoiseKDConfig() if args is None else args
         teacher_model = load_teacher(teacher_model)
-        teacher_statistics = batch_statistics(teacher_model, args.batch_norm_fraction, seed=args.seed)
-        input_size = teacher_input_size(args, teacher_model, train_dataset, data_collator)
-        noise = {"input_size": input_size, "seed": args.seed, "distribution": args.noise}
-        noise |= {} if args.noise_std is None else {"std": args.noise_std}
-        if train_dataset is None:
-            train_dataset = NoiseDataset.for_model(
-                teacher_model,
-                batch_size=args.per_device_train_batch_size,
-                num_steps=args.steps_per_epoch,
-                resolutions=args.resolutions,
-                **noise,
-            )
-        elif isinstance(train_dataset, NoiseDataset):
-            noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
-        if eval_dataset is None:
-            eval_dataset = NoiseDataset.for_model(
-                teacher_model,
-                batch_size=args.per_device_eval_batch_size,
-                num_steps=args.eval_noise_batches,
-                held_out=True,
-                **noise,
-            )
+        teacher = Teacher(
+            teacher_model,
+            input_size=training_input_size(args, teacher_model, train_dataset, data_collator),
+            batch_norm_fraction=args.batch_norm_fraction,
+            seed=args.seed,
+        )
+        teacher.check_statistics()
+        train_dataset, eval_dataset = _with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args)
-        num_classes = answer_to_blanks(teacher_model, input_size, "teacher").shape[-1]
-        set_seed(args.seed)  # before a student given by name gets its random weights
-        model = load_student(model, num_classes=num_classes, input_size=input_size)
         check_batch_norm_is_local(teacher_model, args.world_size)
-        check_models(model, teacher_model, input_size, num_classes, explicit_size=args.input_size is not None)
-        image_sizes = {input_size[1:]}
-        if isinstance(train_dataset, NoiseDataset):
-            check_image_sizes(train_dataset, teacher_model, model)
-            image_sizes = {size for size, _ in train_dataset.image_sizes()}
-        args = _without_wrong_gradients(args, model, [(input_size[0], *size) for size in sorted(image_sizes)])
-        if eval_dataset == {}:
-            raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
-        for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            check_eval_dataset(dataset, input_size, num_classes, data_collator)
-
+        set_seed(args.seed)  # before a student given by name gets its random weights
+        model = load_student(model, num_classes=teacher.num_classes, input_size=teacher.input_size)
+        check_models(model, teacher, explicit_size=args.input_size is not None)
+        check_image_sizes(train_dataset, model, teacher_model)
+        check_eval_datasets(eval_dataset, teacher, data_collator)
         super().__init__(
             model=model,
-            args=args,
+            args=without_wrong_gradients(args, model, train_dataset, teacher.input_size),
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -156,19 +119,16 @@ class NoiseKDTrainer(ClassifierTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        memory_format = training_memory_format(teacher_model, self.args.device)
+        compile_options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         # A plain attribute, not a part of the student: neither wrapped, optimised nor saved.
-        self.teacher_model = teacher_model.to(self.args.device, memory_format=memory_format).eval()
-        self._teacher_forward = (
-            torch.compile(
-                self.teacher_model, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
-            )
-            if self.args.torch_compile
-            else self.teacher_model
+        self.teacher = teacher.settle(
+            self.args.device,
+            training_memory_format(teacher_model, self.args.device),
+            **(compile_options if self.args.torch_compile else {}),
         )
-        self._teacher_statistics = teacher_statistics
         self._loss_fn = LOSSES[self.args.loss_type]
-        self.train_dataset = self._on_this_device(self.train_dataset)
+        self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
+        self.train_dataset = self._on_this_device(self.train_dataset, self.args.process_index)
         self._fills_total_steps = (
             isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None
         )
@@ -179,11 +139,11 @@ class NoiseKDTrainer(ClassifierTrainer):
             if isinstance(self.eval_dataset, dict)
             else self._on_this_device(self.eval_dataset, rank=0)
         )
-        self._noise_size = input_size
-        # Sums over the steps since the last log entry, kept on the device.
-        self._answer_sum = torch.zeros(num_classes, device=self.args.device)
-        self._agreement_sum = torch.zeros((), device=self.args.device)
-        self._forget_answers()
+
+    @property
+    def teacher_model(self) -> nn.Module:
+        """The teacher as a module."""
+        return self.teacher.model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train the student; see transformers' `Trainer.train`.
@@ -203,9 +163,9 @@ class NoiseKDTrainer(ClassifierTrainer):
             updates, self.train_dataset.total_steps = self._training_length()
             if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
                 check_length(resume_from_checkpoint, updates)
-        self._forget_answers()
+        self._answer_log.forget()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.model.noisekd = self.noisekd_section(self._progress())
+        self.provenance().attach(self.model)
         return output
 
     def get_train_dataloader(self) -> DataLoader:
@@ -228,107 +188,50 @@ class NoiseKDTrainer(ClassifierTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
         pixel_values = inputs["pixel_values"]
-        with torch.no_grad(), self._teacher_statistics, self.accelerator.autocast():
-            teacher_logits = compute_logits(self._teacher_forward, self._of_fixed_size(pixel_values)).float()
-        self._answer_sum += teacher_logits.softmax(-1).mean(0)
-        student_logits = compute_logits(model, self._of_fixed_size(pixel_values))
+        if self.args.torch_compile and isinstance(self.train_dataset, NoiseDataset):
+            # A graph for each resolution, rather than a slow one for all.
+            torch._dynamo.mark_static(pixel_values)
+        with self.accelerator.autocast():
+            teacher_logits = self.teacher.teach(pixel_values)
+        student_logits = compute_logits(model, pixel_values)
         loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
-        with torch.no_grad():
-            self._agreement_sum += (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean()
-            self._steps_since_log += 1
+        self._answer_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
-    def _of_fixed_size(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return noise so that a compiled model gets a graph for each resolution, rather than a slow one for all."""
-        if self.args.torch_compile and isinstance(self.train_dataset, NoiseDataset):
-            torch._dynamo.mark_static(pixel_values)
-        return pixel_values
-
-    def teacher_answers_for(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
+    def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
-        if not isinstance(getattr(dataset, "noise", dataset), NoiseDataset):
-            return lambda pixel_values: compute_logits(self.teacher_model, pixel_values)
-
-        def answers(pixel_values: torch.Tensor) -> torch.Tensor:
-            with self._teacher_statistics:
-                return compute_logits(self.teacher_model, pixel_values)
-
-        return answers
+        is_noise = isinstance(dataset, DrawnDataset)
+        return lambda pixel_values: self.teacher.answer(pixel_values, noise=is_noise)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the agreement and the class balance of the steps since the last entry."""
-        if "loss" in logs and self._steps_since_log:
-            sums = torch.cat([self._answer_sum, self._agreement_sum[None]])
-            *answer, agreement = (
-                self._sum_over_processes(sums) / (self.args.world_size * self._steps_since_log)
-            ).tolist()
-            logs["agreement"] = 100 * agreement
-            logs["class_balance"] = -sum(p * math.log(p) for p in answer if p > 0) / math.log(len(answer))
-            self._logged_answers = [
-                total + p * self._steps_since_log for total, p in zip(self._logged_answers, answer, strict=True)
-            ]
-            self._logged_steps += self._steps_since_log
-            self._forget_steps_since_log()
+        if "loss" in logs:
+            logs |= self._answer_log.entry(self._sum_over_processes, self.args.world_size)
         super().log(logs, start_time)
 
-    def record(self) -> dict:
-        """Return what is known of the student, as plain data; see [`hf_noisekd.release.record`]. On process 0."""
+    def record(self) -> Record:
+        """Return what is known of the student. On process 0."""
         record = super().record()
-        names = class_names(self.teacher_model, len(self._logged_answers))
-        record["model"] |= {"label_names": names, "num_classes": len(names)}
-        size = declared_input_size(self.teacher_model) or record["model"].get("input_size") or self._noise_size
-        record["model"]["input_size"] = list(size)
-        record["noisekd"] = self.noisekd_section(record)
-        if self._logged_steps and "noise" in record["noisekd"] and "real_images" not in record["noisekd"]:
-            record["class_frequencies"] = [round(total / self._logged_steps, 6) for total in self._logged_answers]
-        if command := command_line():
-            record["command"] = command
+        record.model.label_names = self.teacher.class_names
+        record.model.num_classes = self.teacher.num_classes
+        record.model.input_size = list(
+            declared_input_size(self.teacher_model) or record.model.input_size or self.teacher.input_size
+        )
+        record.noisekd = self.provenance()
+        record.class_frequencies = self._answer_log.class_frequencies if record.noisekd.is_data_free else None
+        record.command = command_line()
         return record
 
-    @cached_property
-    def _teacher_identity(self) -> dict:
-        return teacher_identity(self.teacher_model)
-
-    def noisekd_section(self, record: Mapping) -> dict:
-        """Return the section `noisekd` of `config.json`; see [`hf_noisekd.models.classifier.noisekd_section`].
-
-        The student is to be run with the statistics with which it is better on labelled images, running statistics
-        having the benefit of one percentage point. Where there are none, on batch statistics if noise taught it.
-        """
-        noise = self.train_dataset if isinstance(self.train_dataset, NoiseDataset) else None
-        with_batch_norm = has_batch_norm(self.model)
-        batch_norm = "batch" if noise is not None and with_batch_norm else "running"
-        for evaluation in record["evaluations"]:
-            if "accuracy" in evaluation["batch"] and with_batch_norm:
-                lead = evaluation["batch"]["accuracy"] - evaluation["running"]["accuracy"]
-                batch_norm = "batch" if lead > 1 else "running"
-        section = {
-            "method": "distillation on images" if noise is None else "distillation with noise",
-            "batch_norm": batch_norm,
-            "teacher_batch_norm_fraction": self.args.batch_norm_fraction,
-            "loss_type": self.args.loss_type,
-            "temperature": self.args.temperature,
-            "learning_rate": self.args.learning_rate,
-            "lr_scheduler_type": SchedulerType(self.args.lr_scheduler_type).value,
-            "steps": record["steps"],
-            "batch_size": self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            "seed": self.args.seed,
-            "teacher": self._teacher_identity,
-            "versions": versions(),
-        }
-        if noise is not None:
-            section["noise"] = {
-                "distribution": noise_name(noise.distribution),
-                "image_sizes": [[list(size), share] for size, share in noise.image_sizes()],
-                "mean": noise.mean,
-                "std": noise.std,
-                "input_size": list(noise.input_size),
-                "seed": noise.seed,
-            }
-        if isinstance(noise, MixedDataset):
-            section["method"] = "distillation with noise and real images"
-            section["real_images"] = noise.describe_images()
-        return section
+    def provenance(self) -> Provenance:
+        """Return how the student was made so far, and by which statistics it is better read now."""
+        return describe_training(
+            self.args,
+            self.teacher,
+            self.train_dataset,
+            steps=self._step_of_weights(),
+            evaluations=self._current_evaluations(),
+            has_statistics=has_batch_norm(self.model),
+        )
 
     def create_model_card(
         self,
@@ -351,147 +254,19 @@ class NoiseKDTrainer(ClassifierTrainer):
         """
         if not self.is_world_process_zero():
             return
-        given = {
-            "repo_id": self.hub_model_id,
-            "language": language,
-            "license": license,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "title": model_name,
-        }
-        write_model_card(self.record() | {key: value for key, value in given.items() if value}, self.args.output_dir)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make sure, before the first step, that the student's repository is there and can be written to.
-
-        Raises:
-            HubError: It cannot; the message says why and what to do.
-        """
-        if self.is_world_process_zero():
-            self.hub_model_id = check_hub_access(
-                self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
-                token=token or self.args.hub_token,
-                private=self.args.hub_private_repo if private is None else private,
-            )
-            self.push_in_progress = None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs,
-    ):
-        """Save the student with its card, and push both to the Hub; see transformers' `Trainer.push_to_hub`.
-
-        Args:
-            commit_message: Title of the commit.
-            blocking: Whether to wait for the end of the upload.
-            token: Token with write access; by default that of the arguments or of `hf auth login`.
-            revision: Branch to commit to.
-            private: Whether a new repository is private.
-            **kwargs: As in [`create_model_card`].
-
-        Returns:
-            The commit, or its future if not `blocking`. None on all processes but the first.
-
-        Raises:
-            HubError: The Hub refuses or cannot be reached. The student has been saved then. The future of a push that
-                does not block raises what huggingface_hub raises.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.create_model_card(**kwargs)
-        return (upload if blocking else upload_later)(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-        )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # transformers' own would upload the pickled training arguments, with the token in them, and lose the errors.
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        if self.push_in_progress is not None:
-            if not self.push_in_progress.is_done() and not self.args.hub_always_push:
-                return
-            self._report_failed_pushes()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        with replacing_files(self.args.output_dir) as staging:
-            for file in Path(checkpoint_folder).iterdir():
-                if any(file.match(pattern) for pattern in RELEASED_FILES):
-                    shutil.copy(file, staging)
-        try:
-            self._start_push(checkpoint_folder)
-        except Exception as error:  # of a full disk, or of anything that must not end a training
-            self._warn_of_failed_push(error)
-
-    def _start_push(self, checkpoint_folder: str) -> None:
-        self.create_model_card()
-        where = (
-            f"step {self.state.global_step}"
-            if self.args.save_strategy == SaveStrategy.STEPS
-            else f"epoch {int(self.state.epoch)}"
-        )
-        to = {"token": self.args.hub_token, "revision": self.args.hub_revision}
-        message = f"Training in progress, {where}"
-        jobs = [upload_later(self.args.output_dir, self.hub_model_id, commit_message=message, **to)]
-        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
-                upload_later(
-                    checkpoint_folder,
-                    self.hub_model_id,
-                    patterns=["*"],
-                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
-                    commit_message=f"{message}, checkpoint",
-                    **to,
-                )
-            )
-        unfinished = [] if self.push_in_progress is None else self.push_in_progress.jobs
-        self.push_in_progress = PushInProgress(unfinished + jobs)
-
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._report_failed_pushes()
-
-    def _report_failed_pushes(self) -> None:
-        """Warn of the uploads that failed since the last call, and forget those that are done."""
-        if getattr(self, "push_in_progress", None) is None:
-            return
-        for job in self.push_in_progress.jobs:
-            if job.done() and job.exception() is not None:
-                self._warn_of_failed_push(job.exception())
-        self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
-
-    def _warn_of_failed_push(self, error: BaseException) -> None:
-        advice = push_again(self.args.output_dir, self.hub_model_id, error, self.args.hub_revision)
-        logger.warning("Training goes on. %s", advice)
+        record = self.record()
+        record.repo_id = self.hub_model_id
+        record.language, record.license, record.title = language, license, model_name
+        record.tags = [tags] if isinstance(tags, str) else tags
+        write_model_card(record, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
-            self.model.noisekd = self.noisekd_section(self._progress())
+            self.provenance().attach(self.model)
         super()._save(output_dir, state_dict)
 
-    def _forget_answers(self) -> None:
-        # Over all steps that were logged, the sum of the teacher's mean answers, and their number.
-        self._logged_answers = [0.0] * len(self._answer_sum)
-        self._logged_steps = 0
-        self._forget_steps_since_log()
-
-    def _forget_steps_since_log(self) -> None:
-        self._answer_sum.zero_()
-        self._agreement_sum.zero_()
-        self._steps_since_log = 0
+    def _save_classifier(self, output_dir: str) -> None:
+        save_model(self.model, output_dir, teacher_model=self.teacher_model)
 
     def _prepare_inputs(self, inputs):
         if "noise_step" in inputs:
@@ -513,37 +288,42 @@ class NoiseKDTrainer(ClassifierTrainer):
         epochs, rest = divmod(updates, updates_per_epoch)
         return updates, epochs * batches + min(rest * accumulation, batches)
 
-    def _on_this_device(self, dataset: Dataset | None, rank: int | None = None) -> Dataset | None:
+    def _on_this_device(self, dataset: Dataset | None, rank: int) -> Dataset | None:
         """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""
         if not isinstance(dataset, NoiseDataset):
             return dataset
         dataset = copy.copy(dataset)
         dataset.device = self.args.device
-        dataset.rank = self.args.process_index if rank is None else rank
+        dataset.rank = rank
         dataset.memory_format = self.memory_format
         dataset.dtype = torch.bfloat16 if self.args.bf16 else torch.float32
         return dataset
 
 
-def _without_wrong_gradients(
-    args: NoiseKDConfig, model: nn.Module, input_sizes: list[tuple[int, int, int]]
-) -> NoiseKDConfig:
-    """Return arguments that train in float32 where a CPU cannot train the student in bfloat16 on these images."""
-    if args.mixed_precision != "bf16" or args.device.type != "cpu":
-        return args
-    for input_size in input_sizes:
-        if layer := layer_that_bfloat16_breaks(model, input_size):
-            logger.warning(
-                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
-                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
-                "(resolutions='1'), may spare it that.",
-                layer,
-                format_size(input_size),
-            )
-            args = copy.copy(args)
-            args.bf16, args.mixed_precision = False, "no"
-            break
-    return args
+def _with_noise(args: NoiseKDConfig, teacher: Teacher, train_dataset, eval_dataset) -> tuple:
+    """Return the data sets, with the noise that the arguments name in place of those that are missing."""
+    noise = {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise}
+    if args.noise_std is not None:
+        noise["std"] = args.noise_std
+    if train_dataset is None:
+        train_dataset = NoiseDataset.for_model(
+            teacher.model,
+            batch_size=args.per_device_train_batch_size,
+            num_steps=args.steps_per_epoch,
+            resolutions=args.resolutions,
+            **noise,
+        )
+    elif isinstance(train_dataset, NoiseDataset):
+        noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
+    if eval_dataset is None:
+        eval_dataset = NoiseDataset.for_model(
+            teacher.model,
+            batch_size=args.per_device_eval_batch_size,
+            num_steps=args.eval_noise_batches,
+            held_out=True,
+            **noise,
+        )
+    return train_dataset, eval_dataset
 
 
 class _NoiseSteps(IterableDataset):

@@ -3,22 +3,22 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
+from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     architecture_of,
     class_names,
-    compute_logits,
+    count_parameters,
     device_of,
     evaluation_mode,
     nonfinite_tensor,
 )
 from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.training.teacher import Teacher
 
 NUM_BATCHES = 2
 
@@ -49,7 +49,8 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     """
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     answer_to_blanks(model, noise.input_size, "model")
-    running = answer_noise(model, noise)
+    teacher = Teacher(model)
+    running = answer_noise(teacher, noise, "running")
     num_classes = running.shape[-1]
     try:
         layers, no_layers = find_batch_norm(model), None
@@ -60,7 +61,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     if nonfinite is None:
         answers["running"] = describe_answers(running)
         if layers:
-            answers["batch"] = describe_answers(answer_noise(model, noise, batch_statistics(model)))
+            answers["batch"] = describe_answers(answer_noise(teacher, noise, "batch"))
     if nonfinite is not None:
         obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     elif num_classes < 2:
@@ -69,7 +70,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         obstacle = no_layers
     return {
         "architecture": architecture_of(model),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "input_size": list(noise.input_size),
         "num_classes": num_classes,
         "class_names": class_names(model, num_classes)[:5],
@@ -93,19 +94,17 @@ def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDatas
     )
 
 
-@torch.no_grad()
-def answer_noise(
-    model: nn.Module, noise: NoiseDataset, statistics: AbstractContextManager | None = None
-) -> torch.Tensor:
-    """Return the answers `[N, num_classes]` of `model` in evaluation mode to all batches of `noise`, in float32.
+def answer_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
+    """Return the answers `[N, num_classes]` of a teacher in evaluation mode to all batches of `noise`, in float32.
 
     Args:
-        model: The classifier. It comes back unchanged.
+        teacher: The teacher. Its model comes back unchanged.
         noise: Noise of a limited number of steps.
-        statistics: [`batch_statistics`] of the model, or none for its running statistics.
+        statistics: `"batch"`, by which it answers noise, or `"running"`, by which it answers images.
     """
-    with evaluation_mode(model), statistics or nullcontext():
-        return torch.cat([compute_logits(model, noise.draw(step)).float() for step in noise.steps()]).softmax(-1)
+    with evaluation_mode(teacher.model):
+        logits = [teacher.answer(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
+    return torch.cat(logits).softmax(-1)
 
 
 def describe_answers(probs: torch.Tensor) -> dict[str, float]:

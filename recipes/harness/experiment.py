@@ -18,16 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 from harness.datasets import load_image_datasets, load_photo_datasets
 from harness.results import Results, recipe_parser
 from hf_noisekd.batches import collate_images
-from hf_noisekd.models.batch_norm import recalibrate_batch_norm
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
 from hf_noisekd.models.loading import load_teacher, nearest_architecture
 from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
 from hf_noisekd.release.environment import usable_cores
 from hf_noisekd.release.figures import plot_curves
+from hf_noisekd.release.record import Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
+from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
 # The five rows of the paper's Table 1: how the student is taught, the most telling first.
 ROWS = {
@@ -286,7 +287,7 @@ class Experiment:
         trainer.save_model()
         return trainer
 
-    def distilled(self, name: str, **arguments) -> dict:
+    def distilled(self, name: str, **arguments) -> Record:
         """Return the record of a run, a finished one if the recipe is resumed, else a new one; see [`distil`]."""
         return self.results.find(name) or self.distil(name, eval_strategy="no", **arguments).record()
 
@@ -307,12 +308,12 @@ class Experiment:
         row, record = {}, None
         for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
             count = min(count, self.options.max_steps or count)
-            if record is None or abs(count / record["steps"] - 1) > 0.02:
+            if record is None or abs(count / record.steps - 1) > 0.02:
                 record = self.distilled(f"{name}, equal {kind}", max_steps=count, **arguments)
             row |= {
-                f"steps, equal {kind}": record["steps"],
-                f"seconds, equal {kind}": record["seconds"],
-                f"accuracy, equal {kind}": record["evaluations"][0]["batch"]["accuracy"],
+                f"steps, equal {kind}": record.steps,
+                f"seconds, equal {kind}": record.seconds,
+                f"accuracy, equal {kind}": record.evaluations[0].batch["accuracy"],
             }
         return row
 

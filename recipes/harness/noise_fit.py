@@ -12,8 +12,9 @@ from contextlib import ExitStack
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import batch_statistics, find_batch_norm
+from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.models.classifier import answer_to_blanks, check_finite
+from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
 
 
@@ -79,7 +80,7 @@ def noise_fit(
         for name, layer in layers.items():
             hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: compare(name, layer, inputs[0]))
             stack.callback(hook.remove)
-        answers = describe_answers(answer_noise(model, data, batch_statistics(model)))
+        answers = describe_answers(answer_noise(Teacher(model), data, "batch"))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     # Rounding makes a distance of about 0 any number up to this, and 0 would make that of all layers 0.
     distances = distances.clamp(min=1e-6)

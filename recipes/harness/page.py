@@ -10,14 +10,15 @@ Output folders of recipes that are given are first copied to `recipes/results`, 
 
 import argparse
 import ast
-import json
 import shutil
 import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from harness.results import mean_and_spread, measurements_table, model_cell, table_row
-from hf_noisekd.release.environment import describe_machine
+from hf_noisekd.files import read_json
+from hf_noisekd.release.environment import Machine
+from hf_noisekd.release.plain import from_dict
 
 MAX_ROWS = 20
 # What cost more than it gave and went again. Its rows stay in the results files and on the page.
@@ -74,13 +75,13 @@ def copy_results(run: Path, results: Path) -> None:
     """
     if not (run / "results.json").is_file():
         raise ValueError(f"{run} has no results.json: give the --output-dir of a recipe that ran.")
-    record = json.loads((run / "results.json").read_text())
+    record = read_json(run / "results.json")
     if record["configuration"].get("max_steps"):
         raise ValueError(f"{run} is a trial with --max-steps: its numbers are no results of the recipe.")
     name = f"{record['recipe']}_{record['preset']}" + (f"_seed{record['seed']}" if record["seed"] else "")
     results.mkdir(exist_ok=True)
     if (results / f"{name}.json").is_file():
-        lost = _runs([json.loads((results / f"{name}.json").read_text())]).keys() - _runs([record]).keys()
+        lost = _runs([read_json(results / f"{name}.json")]).keys() - _runs([record]).keys()
         if lost:
             names = ", ".join(" of ".join(key) for key in sorted(lost))
             raise ValueError(
@@ -94,8 +95,8 @@ def copy_results(run: Path, results: Path) -> None:
 
 def render_page(recipes: Path) -> str:
     """Return the page of all recipes in a folder, as Markdown."""
-    paper = json.loads((recipes / "paper.json").read_text())
-    files = {path: json.loads(path.read_text()) for path in sorted((recipes / "results").glob("*.json"))}
+    paper = read_json(recipes / "paper.json")
+    files = {path: read_json(path) for path in sorted((recipes / "results").glob("*.json"))}
     parts = [INTRODUCTION]
     for recipe, entry in paper.items():
         title, *text = ast.get_docstring(ast.parse((recipes / f"{recipe}.py").read_text())).split("\n")
@@ -121,7 +122,7 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
     links = ", ".join(
         f"[seed {record['seed']}](results/{file.name}) at `{record['commit']}`" for file, record in files.items()
     )
-    parts = [f"`{preset}`, on {describe_machine(first['machine'])}: {links}."]
+    parts = [f"`{preset}`, on {from_dict(Machine, first['machine'])}: {links}."]
     if first["runs"]:
         parts.append(_comparison(list(files.values()), paper, own_networks=preset != "paper"))
     if pending := _pending(paper, done=_runs(files.values())) if preset == "paper" else "":

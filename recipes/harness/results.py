@@ -6,7 +6,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
   in their place, folders without the path to them.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
 - `machine` and `versions`, as in [`hf_noisekd.release.record`].
-- `runs`: a list, each with a `name` and the rest of its record, see there. Of a model that was not trained here only
+- `runs`: a list of records with names, see there. Of a model that was not trained here only
   the evaluation is known.
 - `measurements`: what was measured beside, a list of mappings of equal keys by the name of its table.
 - `step_costs`: where runs are compared at equal seconds, the seconds of a step of each, relative to those of the first.
@@ -18,18 +18,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.files import replacing_files
-from hf_noisekd.release.environment import machine, versions, without_path
-from hf_noisekd.release.push import check_hub_access
+from hf_noisekd.files import json_text, read_json, replacing_files
+from hf_noisekd.release.environment import Machine, versions, without_path
+from hf_noisekd.release.hub import check_hub_access
+from hf_noisekd.release.plain import from_dict, to_dict
+from hf_noisekd.release.record import STATISTICS, Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
-from hf_noisekd.training.evaluation import STATISTICS
 
 
 def recipe_parser(
@@ -79,7 +81,7 @@ class Results:
             "seed": options.seed,
             "configuration": dict(configuration) | _chosen(options),
             "commit": _commit(),
-            "machine": machine(PartialState().device),
+            "machine": to_dict(Machine.of(PartialState().device)),
             "versions": versions(),
             "runs": [],
             "measurements": {},
@@ -96,7 +98,7 @@ class Results:
     def _resume(self, path: Path) -> None:
         if not path.is_file():
             raise ValueError(f"There is no {path} to go on with: leave --resume out.")
-        found = json.loads(path.read_text())
+        found = read_json(path)
         wanted = json.loads(json.dumps(self.record))
         for key in wanted.keys() - {"runs", "measurements"}:
             if found.get(key) != wanted[key]:
@@ -106,9 +108,14 @@ class Results:
                 )
         self.record = found
 
-    def find(self, name: str) -> dict | None:
+    @property
+    def runs(self) -> list[Record]:
+        """The records of the runs that are finished."""
+        return [from_dict(Record, run) for run in self.record["runs"]]
+
+    def find(self, name: str) -> Record | None:
         """Return the record of a run that is finished, or None."""
-        return next((run for run in self.record["runs"] if run["name"] == name), None)
+        return next((run for run in self.runs if run.name == name), None)
 
     def train(self, name: str, trainer: ClassifierTrainer) -> nn.Module:
         """Train, evaluate in float32 on the trainer's evaluation images, record the run, and return the trained model.
@@ -139,9 +146,9 @@ class Results:
             self._write(name, trainer.record())
         trainer.accelerator.wait_for_everyone()
 
-    def _write(self, name: str, record: Mapping) -> None:
-        header = {key: value for key, value in record.items() if key not in ("machine", "versions")}
-        self.record["runs"].append({"name": name} | header)
+    def _write(self, name: str, record: Record) -> None:
+        # The machine and the versions stand in the file once.
+        self.record["runs"].append(to_dict(replace(record, name=name, machine=None, versions={})))
         self._save()
 
     def measure(self, name: str, rows: Sequence[Mapping]) -> None:
@@ -161,12 +168,12 @@ class Results:
 
     def _save(self) -> None:
         with replacing_files(self.output_dir) as staging:
-            (staging / "results.json").write_text(json.dumps(self.record, indent=1) + "\n")
+            (staging / "results.json").write_text(json_text(self.record))
 
-    def plot(self, name: str, plot: Callable[[Sequence[Mapping], Path], None]) -> None:
+    def plot(self, name: str, plot: Callable[[Sequence[Record], Path], object]) -> None:
         """Draw the runs into a file of the output folder, on process 0."""
         if PartialState().is_main_process:
-            plot(self.record["runs"], self.output_dir / name)
+            plot(self.runs, self.output_dir / name)
 
     def print_table(self) -> None:
         """Print the runs and the measurements as Markdown tables, on process 0."""

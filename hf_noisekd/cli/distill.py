@@ -1,0 +1,143 @@
+"""`noisekd distill`: [`NoiseKDTrainer`] with every option of [`NoiseKDConfig`]."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from .options import DATASET, MODEL, add_teacher, check_unused
+from .parser import Command, CommandParser, as_text, in_one_line
+from .text import scores_table
+
+if TYPE_CHECKING:
+    from hf_noisekd.training.config import NoiseKDConfig
+
+
+def add_distill_options(parser: CommandParser) -> None:
+    """Add the options of `noisekd distill`. Those of the configuration are what `HfArgumentParser` makes of it."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from hf_noisekd.training.config import NoiseKDConfig
+
+    group = parser.add_argument_group("models, images and output")
+    add_teacher(group, "trained model to learn from")
+    group.add_argument(
+        "--student",
+        required=True,
+        metavar="MODEL",
+        help=f"model to train: a timm name, for a new model that fits the teacher; or, to train one further, {MODEL}",
+    )
+    group.add_argument(
+        "--output-dir",
+        required=True,
+        metavar="FOLDER",
+        help="where the student goes, and its checkpoints; new or empty, unless a run in it is resumed",
+    )
+    group.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, to evaluate on (default: held-out noise)")
+    group.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
+    group.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
+    own = parser.add_argument_group("noise distillation", "Options of this package, or with a default of its own.")
+    other = parser.add_argument_group("training", "Options of transformers' TrainingArguments.")
+    declared, inherited = NoiseKDConfig.__dataclass_fields__, TrainingArguments.__dataclass_fields__
+    actions = HfArgumentParser(NoiseKDConfig, add_help=False)._actions
+    first = list(NoiseKDConfig.__annotations__)
+    for action in sorted(actions, key=lambda action: first.index(action.dest) if action.dest in first else len(first)):
+        if action.dest != "output_dir":
+            is_own = declared[action.dest] is not inherited.get(action.dest)
+            (own if is_own else other)._add_action(_shown(action))
+
+
+def _shown(action: argparse.Action) -> argparse.Action:
+    """Return an action of `HfArgumentParser` in the spelling with dashes, with its default in its help text."""
+    from transformers.hf_argparser import string_to_bool
+
+    action.option_strings = [option for option in action.option_strings if "_" not in option]
+    if action.dest == "resume_from_checkpoint":
+        # By its type it takes a folder, but the Trainer takes True as well.
+        action.nargs, action.const, action.metavar = "?", "true", "FOLDER"
+        action.help = "continue the run in --output-dir from its last checkpoint, or from the checkpoint FOLDER"
+    elif action.nargs == 0:  # `--no-...` of a switch that is on by default
+        action.help = argparse.SUPPRESS
+    else:
+        action.metavar = "VALUE"
+        if action.type is string_to_bool:  # of those that may also be None, HfArgumentParser wants a value
+            action.nargs, action.const, action.metavar = "?", True, "true|false"
+        default = "" if action.default in (None, "") else f" (default: {as_text(action.default)})"
+        action.help = (action.help or "") + default
+    return action
+
+
+def noise_config(args: argparse.Namespace) -> "NoiseKDConfig":
+    """Build the [`NoiseKDConfig`] of the options; a value that it refuses is wrong usage."""
+    from transformers import HfArgumentParser
+
+    from hf_noisekd.training.config import NoiseKDConfig
+
+    values = {name: value for name, value in vars(args).items() if name in NoiseKDConfig.__dataclass_fields__}
+    try:
+        (config,) = HfArgumentParser(NoiseKDConfig).parse_dict(values)
+    except (ValueError, FileNotFoundError) as error:
+        args.parser.error(in_one_line(error))
+    return config
+
+
+def distill(args: argparse.Namespace) -> int:
+    """Train a student."""
+    resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
+    if not resume:
+        check_unused(args, " Or continue the run in it with --resume-from-checkpoint.")
+    config = noise_config(args)
+
+    from hf_noisekd import NoiseKDTrainer
+    from hf_noisekd.models.loading import load_teacher
+
+    teacher = load_teacher(args.teacher, checkpoint=args.teacher_checkpoint, trust_remote_code=args.trust_remote_code)
+    eval_dataset = None
+    if args.eval_dataset is not None:
+        from hf_noisekd.images import load_images
+
+        eval_dataset = load_images(
+            args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column
+        )
+    trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=eval_dataset)
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    if config.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        print(_summary(config, metrics, args.eval_dataset))
+    return 0
+
+
+def _summary(config: "NoiseKDConfig", metrics: dict[str, float], eval_dataset: str | None) -> str:
+    """Return what a distillation came to, and what can be done with it."""
+    scores = {
+        statistics: {
+            name.removeprefix(f"eval_{statistics}_"): value
+            for name, value in metrics.items()
+            if name.startswith(f"eval_{statistics}_")
+        }
+        for statistics in ("running", "batch")
+    }
+    folder = config.output_dir
+    lines = [
+        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:",
+        scores_table(scores),
+        "Next:",
+        f"  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test",
+        f"  noisekd recalibrate --model {folder} --dataset FOLDER_OR_HUB_ID --split train --output-dir FOLDER",
+    ]
+    if not config.push_to_hub:
+        lines.append(f"  noisekd push --model {folder} --repo-id ORGANISATION/NAME")
+    return "\n".join(lines)
+
+
+COMMANDS = (
+    Command(
+        distill,
+        add_distill_options,
+        "--teacher MODEL --student MODEL --output-dir FOLDER [options]",
+        "train a student with noise",
+    ),
+)

@@ -1,0 +1,150 @@
+"""`noisekd info` and `noisekd evaluate`: what a model can do."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from .options import (
+    add_batch_size,
+    add_dataset,
+    add_model,
+    add_switch,
+    add_teacher,
+    add_trust_remote_code,
+    at_least,
+    load_dataset,
+    load_model,
+    path,
+)
+from .parser import Command, CommandParser
+from .text import scores_table, table
+
+
+def add_info_options(parser: CommandParser) -> None:
+    """Add the options of `noisekd info`."""
+    add_teacher(parser, "the model")
+    add_batch_size(parser, "noise images in a batch")
+    parser.add_argument(
+        "--input-size",
+        nargs="+",
+        type=at_least(1),
+        metavar="N",
+        help="channels, height and width of the noise images (default: what the model declares)",
+    )
+    add_switch(parser, "--json", "print JSON (default: false)")
+
+
+def info(args: argparse.Namespace) -> int:
+    """Say whether a model can be a teacher."""
+    if args.input_size is not None and len(args.input_size) != 3:
+        args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
+    from hf_noisekd.models.classifier import declared_input_size
+    from hf_noisekd.training.teacher_check import describe_teacher
+
+    model = load_model(args.teacher, args, checkpoint=args.teacher_checkpoint)
+    if args.input_size is None and declared_input_size(model) is None:
+        args.parser.error(
+            f"{args.teacher} does not declare its input size: give it as --input-size CHANNELS HEIGHT WIDTH."
+        )
+    facts = {"teacher": args.teacher} | describe_teacher(model, args.input_size, batch_size=args.batch_size)
+    print(json.dumps(facts, indent=1) if args.json else _teacher_text(facts))
+    return 0 if facts["can_teach"] else 1
+
+
+def _teacher_text(facts: Mapping) -> str:
+    from hf_noisekd.models.classifier import format_size
+
+    names = ", ".join(facts["class_names"]) + (", ..." if len(facts["class_names"]) < facts["num_classes"] else "")
+    layers = ", ".join(f"{count} {kind}" for kind, count in facts["batch_norm"].items()) or "none"
+    header = ["BatchNorm on", "class balance", "flatness", "top class (%)", "classes answered"]
+    rows = [
+        [
+            f"{statistics} statistics",
+            f"{answers['class_balance']:.3f}",
+            f"{answers['flatness']:.3f}",
+            f"{answers['top_class_share']:.1f}",
+            f"{answers['classes_answered']:,} of {facts['num_classes']:,}",
+        ]
+        for statistics, answers in facts["answers"].items()
+    ]
+    return (
+        f"{facts['teacher']}: {facts['architecture']}, {facts['parameters']:,} parameters, input "
+        f"{format_size(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
+        f"BatchNorm layers: {layers}\n\n"
+        f"Answers to {facts['noise_images']:,} noise images:\n"
+        f"{table(header, rows)}\n"
+        "Class balance: 1 if noise reaches all classes alike, 0 if only one. Flatness: 1 if an answer is all classes "
+        "alike, 0 if it is one class.\n\n"
+        f"{facts['teacher']} {facts['verdict']}"
+    )
+
+
+def add_evaluate_options(parser: CommandParser) -> None:
+    """Add the options of `noisekd evaluate`."""
+    add_model(parser, "the model")
+    add_dataset(parser, split="test")
+    parser.add_argument("--label-column", metavar="NAME", help="its column of classes, where it has several")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="teacher to measure the agreement with: a timm name, or as --model"
+    )
+    add_batch_size(parser, "images in a batch; under batch statistics the accuracy depends on it")
+    parser.add_argument(
+        "--num-images", type=at_least(2), metavar="N", help="evaluate on N images, drawn at random (default: all)"
+    )
+    parser.add_argument("--output", type=path, metavar="FILE", help="write the numbers to this JSON file")
+    add_switch(
+        parser, "--update-card", "put the result into the card of the student in folder --model (default: false)"
+    )
+    add_trust_remote_code(parser, "model")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a model on labelled images; see [`hf_noisekd.evaluate`]."""
+    import hf_noisekd
+    from hf_noisekd.files import json_text
+    from hf_noisekd.release.card import write_model_card
+    from hf_noisekd.release.record import Evaluation, read_record
+
+    if args.update_card and not Path(args.model).is_dir():
+        args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
+    record = read_record(args.model) if args.update_card else None
+    model = load_model(args.model, args)
+    dataset = load_dataset(args, model, label_column=args.label_column)
+    teacher = None if args.teacher is None else load_model(args.teacher, args)
+    scores = hf_noisekd.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
+    print(f"{args.model} on {len(dataset):,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
+    print(scores_table(scores))
+    if args.output is not None:
+        result = {"model": args.model, "dataset": args.dataset, "split": args.split, "images": len(dataset)}
+        result |= {"batch_size": args.batch_size, "teacher": args.teacher}
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json_text(result | scores))
+    if record is not None:
+        evaluation = Evaluation(
+            dataset=dataset.name,
+            split=args.split,
+            images=len(dataset),
+            batch_size=min(args.batch_size, len(dataset)),
+            precision="float32",
+            step=record.steps,
+            **scores,
+        )
+        write_model_card(record.measured(evaluation), args.model)
+    return 0
+
+
+COMMANDS = (
+    Command(
+        evaluate,
+        add_evaluate_options,
+        "--model MODEL --dataset DATASET [options]",
+        "measure a model on labelled images",
+    ),
+    Command(
+        info,
+        add_info_options,
+        "--teacher MODEL [options]",
+        "say whether a model can be a teacher; if not, exit code 1",
+    ),
+)

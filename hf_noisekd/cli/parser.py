@@ -1,0 +1,91 @@
+"""A parser of options that also reads them from a YAML file, and names the nearest one to one that it does not know."""
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """What `noisekd` knows of a command; its name is that of the function."""
+
+    run: Callable[[argparse.Namespace], int]
+    add_options: Callable[["CommandParser"], None]
+    usage: str
+    help: str
+
+    @property
+    def name(self) -> str:
+        """What it is called by."""
+        return self.run.__name__
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes `--max_steps` for `--max-steps`, reads `--config`, and names the nearest option."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def expand(self, tokens: Sequence[str]) -> list[str]:
+        """Return the tokens in the spelling that the parser knows, with those of the configuration file before them."""
+        tokens = [_with_dashes(token) for token in tokens]
+        for token in tokens[: tokens.index("--") if "--" in tokens else None]:
+            name = token.partition("=")[0]
+            # argparse, too, takes a word with a space in it for a value.
+            if name.startswith("--") and " " not in name and name not in self._option_string_actions:
+                self.error(f"unknown option {name}.{self._nearest(name)}")
+        finder = argparse.ArgumentParser(prog=self.prog, usage=self.usage, add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        config = finder.parse_known_args(tokens)[0].config
+        return tokens if config is None else [*self._read_config(config), *tokens]
+
+    def _read_config(self, path: str) -> list[str]:
+        import yaml
+
+        try:
+            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        except OSError as error:
+            self.error(f"cannot read the configuration file {path}: {error.strerror}.")
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            self.error(f"the configuration file {path} is no YAML: {in_one_line(error)}")
+        if not isinstance(content, dict):
+            self.error(
+                f"the configuration file {path} holds {'nothing' if content is None else type(content).__name__}: it "
+                "must map names of options to values, such as `learning_rate: 0.001`."
+            )
+        tokens = []
+        for key, value in content.items():
+            option = f"--{key}".replace("_", "-")
+            action = self._option_string_actions.get(option)
+            # `no_...` and `help` take no value: there is `...: false`, and a file asks for no help.
+            if action is None or action.nargs == 0 or action.dest == "config":
+                self.error(f"the configuration file {path} has an unknown option {key!r}.{self._nearest(option)}")
+            if isinstance(value, list) and action.nargs == "+":
+                tokens += [option, *map(as_text, value)]
+            elif value is not None:
+                tokens.append(f"{option}={as_text(value)}")
+        return tokens
+
+    def _nearest(self, name: str) -> str:
+        nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)
+        return f" Did you mean {nearest[0]}?" if nearest else f" `{self.prog} --help` lists all options."
+
+
+def _with_dashes(token: str) -> str:
+    """Return an option in the spelling with dashes; values as they are."""
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") and " " not in name else token
+
+
+def as_text(value: Any) -> str:
+    """Return a value as it would stand on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else str(value)
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,43 @@
+"""Dataclasses as plain data, for JSON, and back."""
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+Schema = TypeVar("Schema")
+
+
+def to_dict(value: Any) -> Any:
+    """Return a dataclass as a mapping, without what is not known (None); other values as they are."""
+    if is_dataclass(value):
+        named = {each.name: getattr(value, each.name) for each in fields(value)}
+        return {name: to_dict(part) for name, part in named.items() if part not in (None, {})}
+    return [to_dict(part) for part in value] if isinstance(value, list) else value
+
+
+def from_dict(kind: type[Schema], data: Mapping) -> Schema:
+    """Return a mapping as a dataclass. What the dataclass does not know is passed over.
+
+    Raises:
+        ValueError: Something that must be known is missing, or is of another kind.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{kind.__name__} must be a mapping, found {type(data).__name__}")
+    hints = typing.get_type_hints(kind)
+    known = {name: _convert(hints[name], value) for name, value in data.items() if name in hints and value is not None}
+    try:
+        return kind(**known)
+    except TypeError as error:  # names what is missing
+        raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", kind.__name__)) from error
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
+    if is_dataclass(hint):
+        return from_dict(typing.cast(type, hint), value)
+    if typing.get_origin(hint) is list and is_dataclass(part := typing.get_args(hint)[0]):
+        return [from_dict(typing.cast(type, part), each) for each in value]
+    return value

@@ -1,0 +1,243 @@
+"""What all trainers here share: they train classifiers, read them in two ways, save and record them."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_noisekd.batches import DrawnDataset, dataset_name
+from hf_noisekd.files import replacing_files
+from hf_noisekd.models.classifier import compute_logits
+from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.saving import save_model
+from hf_noisekd.release.environment import Machine, versions
+from hf_noisekd.release.record import Evaluation, ModelFacts, Provenance, Record, current_evaluations
+from hf_noisekd.training.config import ClassifierConfig
+from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
+
+
+class BaseTrainer(Trainer):
+    """transformers' Trainer for any image classifier, timm's, transformers' or a plain module.
+
+    It reports accuracy under running and under batch statistics at each evaluation (`eval_running_accuracy`,
+    `eval_batch_accuracy`, ..., see [`evaluate`]), saves checkpoints that timm and transformers read, and keeps a
+    [`Record`]. Children say what the loss is.
+
+    Args:
+        model: The classifier.
+        args: Training arguments.
+        data_collator: Collator of images.
+        train_dataset: What to train on.
+        eval_dataset: What to evaluate on, or a mapping of several by name.
+        **kwargs: Anything else that transformers' Trainer takes, apart from what replaces the model, the loss or the
+            metrics.
+
+    Raises:
+        ValueError: There are several processes, and a BatchNorm layer that waits for all of them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ClassifierConfig,
+        data_collator: Callable,
+        train_dataset: Dataset | None,
+        eval_dataset: Dataset | dict[str, Dataset] | None,
+        **kwargs,
+    ):
+        check_batch_norm_is_local(model, args.world_size)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
+        # divided it by the number of accumulation steps already.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+        self._resumed = False
+        self._evaluations: list[tuple[Evaluation, bool]] = []  # each with whether it was made in the training
+        self.memory_format = training_memory_format(self.model, self.args.device)
+        self.model.to(memory_format=self.memory_format)
+
+    def train(self, *args, **kwargs):
+        """Train the model; see transformers' `Trainer.train`.
+
+        The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
+        float32 in anybody's hands.
+        """
+        # What a loaded model says of its own making does not hold for what it becomes.
+        Provenance.detach(self.model)
+        self.model.__dict__.pop("origin", None)
+        self._evaluations = []
+        self._resumed = bool(kwargs.get("resume_from_checkpoint") or (args and args[0]))
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._unwrap_model()
+
+    def _unwrap_model(self) -> None:
+        """Take off what Accelerate put around the model, so that another call wraps it anew."""
+        # Accelerate's own `unwrap_model(keep_fp32_wrapper=False)` would strip the decorators of transformers' models.
+        for attribute in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            self.model.__dict__.pop(attribute, None)
+        self.model_wrapped = self.model
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Return this process's share of the evaluation batches; see [`evaluation_loader`]."""
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
+            raise ValueError("There is nothing to evaluate on: pass an eval_dataset.")
+        return evaluation_loader(
+            eval_dataset,
+            self.args.eval_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator,
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate under running and under batch statistics; `Trainer.evaluate` calls it."""
+        if description == "Prediction":
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            if not self.is_in_train:
+                self._unwrap_model()
+            return output
+        self._broadcast_buffers()
+        self.callback_handler.eval_dataloader = dataloader
+        # Out of training the model is measured as it will be deployed, in float32.
+        with self.accelerator.autocast() if self.is_in_train else nullcontext():
+            scores = evaluate_loader(
+                self.model,
+                dataloader,
+                teacher_answers=self.answers_to_compare_with(evaluated_dataset(dataloader)),
+                reduce=self._sum_over_processes,
+                on_batch=self._on_prediction_step,
+            )
+        metrics = {
+            f"{metric_key_prefix}_{statistics}_{name}": value
+            for statistics, values in scores.items()
+            for name, value in values.items()
+        }
+        images = int(self._sum_over_processes(torch.tensor([float(sum(counts_of(dataloader)))])))
+        self._evaluations.append((self._evaluation(dataloader, images, metric_key_prefix, scores), self.is_in_train))
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=images)
+
+    def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Return the function from pixels of `dataset` to the logits that the model's agreement is measured with.
+
+        None where it is measured with nothing's.
+        """
+        return None
+
+    def _evaluation(self, dataloader: DataLoader, images: int, log_prefix: str, scores: dict) -> Evaluation:
+        dataset = evaluated_dataset(dataloader)
+        named = self.eval_dataset.items() if isinstance(self.eval_dataset, dict) else ()
+        batch_size = dataset.batch_size if isinstance(dataset, DrawnDataset) else self.args.eval_batch_size
+        autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        return Evaluation(
+            dataset=next((key for key, value in named if value is dataset), dataset_name(dataset)),
+            images=images,
+            batch_size=min(batch_size, images),
+            step=self._step_of_weights(),
+            precision=(self.is_in_train and autocast) or "float32",
+            log_prefix=log_prefix,
+            **scores,
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return the loss, the logits under running statistics and the labels of a batch; for `Trainer.predict`."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.get("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = compute_logits(model, inputs["pixel_values"]).float()
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return loss, logits, labels
+
+    def record(self) -> Record:
+        """Return what is known of the training so far. On process 0.
+
+        The evaluations in it are those made after the training, or else the last ones made in it.
+        """
+        history = self.state.log_history
+        record = Record(
+            model=ModelFacts.of(self.model),
+            steps=self._step_of_weights(),
+            evaluations=self._current_evaluations(),
+            processes=self.args.world_size,
+            machine=Machine.of(self.args.device),
+            versions=versions(),
+            curve=[entry for entry in history if "train_runtime" not in entry],
+        )
+        for entry in history:
+            if "train_runtime" in entry and not self._resumed:
+                record.seconds = round(entry["train_runtime"], 1)
+                record.images_per_second = round(entry["train_samples_per_second"], 1)
+        return record
+
+    def _current_evaluations(self) -> list[Evaluation]:
+        return current_evaluations(self._evaluations, self._step_of_weights())
+
+    def _step_of_weights(self) -> int:
+        """Return the step after which the model had its weights: the last, or that of the checkpoint loaded as best."""
+        best = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and not self.is_in_train and best:
+            return int(Path(best).name.rpartition("-")[2])
+        return self.state.global_step
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.
+        if self.args.should_save:
+            output_dir = output_dir or self.args.output_dir
+            self._save_classifier(output_dir)
+            if self.processing_class is not None:
+                with replacing_files(output_dir) as staging:
+                    self.processing_class.save_pretrained(staging)
+
+    def _save_classifier(self, output_dir: str) -> None:
+        save_model(self.model, output_dir)
+
+    def _on_prediction_step(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.args.world_size == 1:
+            return tensor
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
+
+    def _broadcast_buffers(self) -> None:
+        """Give every process the running statistics of process 0, as DDP does before each forward pass."""
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+
+def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
+    """Check that the BatchNorm layers of `model` take their statistics within each of `world_size` processes.
+
+    Raises:
+        ValueError: There are several processes, and a layer that waits for all of them, which may have other numbers of
+            batches.
+    """
+    if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "
+            "processes: build it with nn.BatchNorm2d, and take larger batches in each process if they are too small."
+        )

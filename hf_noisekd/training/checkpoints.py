@@ -1,0 +1,89 @@
+"""Checkpoints to resume from: which is the last whole one, and whether one is of this training."""
+
+import json
+import logging
+import zipfile
+from pathlib import Path
+
+import safetensors
+from torch import nn
+
+from hf_noisekd.files import WEIGHTS_NAME
+from hf_noisekd.models.loading import differing
+
+logger = logging.getLogger(__name__)
+
+
+def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
+    """Return the last checkpoint in a folder to resume from, passing over one that a kill left half written.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    problems = []
+    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+        try:
+            check_checkpoint(str(path), model)
+        except ValueError as error:
+            logger.warning("Passing over a checkpoint. %s", error)
+            problems.append(str(error))
+        else:
+            return str(path)
+    raise ValueError(
+        problems[0]
+        if problems
+        else f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
+    )
+
+
+def check_checkpoint(folder: str, model: nn.Module) -> None:
+    """Check that `folder` holds a whole checkpoint of `model`.
+
+    Raises:
+        ValueError: A file is missing or damaged, or the weights are those of another model.
+    """
+    path = Path(folder)
+    advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
+    if not path.is_dir():
+        raise ValueError(f"There is no checkpoint folder {folder!r}. {advice}")
+    missing = [
+        name
+        for name in (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+        if not (path / name).is_file()
+    ]
+    if missing:
+        raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
+    file = path / "trainer_state.json"
+    try:
+        json.loads(file.read_text())
+        for file in [*path.glob("*.pt"), *path.glob("*.pth")]:
+            with zipfile.ZipFile(file) as archive:  # torch's format; reading it this way unpickles nothing
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("wrong check sum")
+        file = path / WEIGHTS_NAME
+        with safetensors.safe_open(file, framework="pt") as weights:
+            shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if names := differing(expected, shapes):
+        raise ValueError(
+            f"The checkpoint {folder!r} is of another model: {len(names)} tensors differ, first {names[0]!r}. {advice}"
+        )
+
+
+def check_length(folder: str, steps: int) -> None:
+    """Check that the checkpoint in `folder` is of a training of `steps` steps.
+
+    Raises:
+        ValueError: It is not.
+    """
+    found = json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"]
+    if found != steps:
+        raise ValueError(
+            f"The checkpoint {folder!r} is of a training of {found:,} steps, and this one has {steps:,}: the sizes of "
+            f"its noise are shares of that number. Resume with max_steps={found}, or go on in full size with "
+            "resolutions='1'."
+        )

@@ -1,0 +1,87 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import made_by_noise, modes, snapshot
+
+from hf_noisekd import batch_statistics, recalibrate_batch_norm
+from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.release.plain import to_dict
+from hf_noisekd.release.record import ImagesFacts, Provenance
+
+
+def test_recalibration_equals_one_training_pass_over_all_images(tiny_cnn):
+    images = 0.5 + torch.randn(37, 1, 8, 8)
+    reference = copy.deepcopy(tiny_cnn)
+    for layer in find_batch_norm(reference).values():
+        layer.momentum = 1.0
+        layer.train()
+    reference(images)
+    counts = {name: layer.num_batches_tracked.clone() for name, layer in find_batch_norm(tiny_cnn).items()}
+    recalibrate_batch_norm(tiny_cnn, [images])
+    for name, layer in find_batch_norm(tiny_cnn).items():
+        expected = find_batch_norm(reference)[name]
+        # Training mode normalises by the biased variance and stores the unbiased one; the first layer is exact.
+        tolerance = 1e-6 if name == "bn1" else 2e-2
+        torch.testing.assert_close(layer.running_mean, expected.running_mean, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(layer.running_var, expected.running_var, atol=tolerance, rtol=tolerance)
+        assert torch.equal(layer.num_batches_tracked, counts[name])
+
+
+@pytest.mark.parametrize("sizes", [[37], [1, 36], [10, 10, 10, 7], [1] * 37])
+def test_recalibration_does_not_depend_on_the_batches(tiny_cnn, sizes):
+    images = 0.5 + torch.randn(37, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    reference = copy.deepcopy(tiny_cnn)
+    recalibrate_batch_norm(reference, [images])
+    # One-shot iterators and mappings are fine, too.
+    recalibrate_batch_norm(tiny_cnn, iter([{"pixel_values": batch} for batch in images.split(sizes)]))
+    for name, expected in reference.state_dict().items():
+        torch.testing.assert_close(tiny_cnn.state_dict()[name], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_recalibration_restores_modes_and_changes_running_statistics_only(tiny_cnn):
+    tiny_cnn.train()
+    tiny_cnn.bn2.eval()
+    before, modes_before = snapshot(tiny_cnn), modes(tiny_cnn)
+    recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8)])
+    assert modes(tiny_cnn) == modes_before
+    changed = {name for name, tensor in tiny_cnn.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {f"bn{i}.running_{kind}" for i in (1, 2, 3) for kind in ("mean", "var")}
+    assert not tiny_cnn.bn1._forward_pre_hooks
+
+
+def test_recalibration_brings_running_to_batch_accuracy_on_whole_images(tiny_cnn):
+    images = 3 + torch.randn(64, 1, 8, 8)
+    with torch.no_grad():
+        with batch_statistics(tiny_cnn):
+            expected = tiny_cnn(images)
+        recalibrate_batch_norm(tiny_cnn, [images])
+        torch.testing.assert_close(tiny_cnn(images), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_recalibration_refuses_too_few_images(tiny_cnn):
+    with pytest.raises(ValueError, match="got no batch"):
+        recalibrate_batch_norm(tiny_cnn, [])
+    with pytest.raises(ValueError, match="'bn3' saw one value a channel"):
+        recalibrate_batch_norm(tiny_cnn, [torch.randn(1, 1, 8, 8)])
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_recalibrated_student_knows_that_it_is(tiny_cnn, library):
+    provenance = made_by_noise(batch_norm="batch", steps=3)
+    if library == "timm":
+        provenance.attach(tiny_cnn)
+    else:
+        tiny_cnn.config = SimpleNamespace(noisekd=to_dict(provenance))
+    recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8), torch.randn(4, 1, 8, 8)], dataset="digits")
+    images = ImagesFacts(images=12, dataset="digits")
+    assert Provenance.of(tiny_cnn) == made_by_noise(batch_norm="running", steps=3, recalibration=images)
+
+
+def test_recalibrates_a_model_in_half_precision(tiny_cnn):
+    images = torch.randn(16, 1, 8, 8)
+    recalibrate_batch_norm(tiny_cnn.bfloat16(), [images])
+    assert tiny_cnn.bn1.running_var.dtype == torch.bfloat16
+    expected = tiny_cnn.conv1(images.bfloat16()).float().mean((0, 2, 3))
+    torch.testing.assert_close(tiny_cnn.bn1.running_mean.float(), expected, atol=0.02, rtol=0.02)
