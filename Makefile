@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 test: export OMP_NUM_THREADS := 1
 test: export CUDA_VISIBLE_DEVICES :=
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_OPTIONS)
 
 test-slow test-gpu test-network: test-%: $(VENV)/.installed
 	$(BIN)/python -m pytest -m $*
@@ -27,6 +27,8 @@ test-gpu: export CUDA_VISIBLE_DEVICES ?= 0
 quality: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=recipes $(BIN)/lint-imports --no-logo --no-cache
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,7 @@
 """Batches of images: drawn as a whole, or collated from samples; all of one size, with labels that fit."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
@@ -20,6 +21,17 @@ class DrawnDataset(IterableDataset):
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of a step."""
         raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise TypeError(f"This {type(self).__name__} is unbounded: it has no length.")
+
+
+class SizedDataset(Protocol):
+    """A data set of a known number of samples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class FullBatchSampler(Sampler[list[int]]):
@@ -96,9 +108,9 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
         )
 
 
-def dataset_name(dataset: Dataset, default: str | None = "evaluation images") -> str | None:
-    """Return the name that a data set has (`name`, or that of `datasets`), or else `default`."""
+def dataset_name(dataset: Dataset | SizedDataset) -> str | None:
+    """Return the name that a data set has (`name`, or that of `datasets`), or None."""
     for name in (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None)):
         if isinstance(name, str):
             return name
-    return default
+    return None

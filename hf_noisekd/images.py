@@ -60,7 +60,7 @@ class Images(Dataset):
         index = self.indices[position]
         with naming_the_image(index, self.name):
             image = convert_image(self.images[index], self.mode)
-        sample = {"pixel_values": self.transform(image)}
+        sample: dict[str, torch.Tensor | int] = {"pixel_values": self.transform(image)}
         return sample if self.labels is None else sample | {"labels": self.labels[index]}
 
 
@@ -227,7 +227,7 @@ def convert_image(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
 def find_column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
     """Return `column` after a check of its type, or the only one of type `kind`."""
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
-    if column in found:
+    if column is not None and column in found:
         return column
     if column is not None:
         raise ValueError(f"{name} has no column {column!r} of type {kind.__name__}; found {found or dict(features)}.")

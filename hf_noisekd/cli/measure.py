@@ -128,7 +128,8 @@ def evaluate(args: argparse.Namespace) -> int:
             batch_size=min(args.batch_size, len(dataset)),
             precision="float32",
             step=record.steps,
-            **scores,
+            running=scores["running"],
+            batch=scores["batch"],
         )
         write_model_card(record.measured(evaluation), args.model)
     return 0

@@ -25,8 +25,8 @@ class Command(NamedTuple):
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes `--max_steps` for `--max-steps`, reads `--config`, and names the nearest option."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def expand(self, tokens: Sequence[str]) -> list[str]:
         """Return the tokens in the spelling that the parser knows, with those of the configuration file before them."""

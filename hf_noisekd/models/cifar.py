@@ -12,6 +12,7 @@ timm and transformers. Their shapes and parameter counts are those of the author
 """
 
 from collections import OrderedDict
+from typing import TypeVar
 
 import torch
 from timm.layers import BatchNormAct2d, create_classifier, create_conv2d
@@ -20,6 +21,8 @@ from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 class CifarResNet(ResNet):
@@ -155,8 +158,9 @@ class CifarWideResNet(ResNetV2):
             conv_layer=create_conv2d,
             **kwargs,
         )
-        self.stem = nn.Sequential(OrderedDict(conv=create_conv2d(in_chans, 16, 3)))
-        nn.init.kaiming_normal_(self.stem.conv.weight, mode="fan_in", nonlinearity="relu")
+        conv = create_conv2d(in_chans, 16, 3)
+        self.stem = nn.Sequential(OrderedDict(conv=conv))
+        nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
         for feature in self.feature_info:
             # timm counts a stem of stride 2 and a pooling of stride 2; the first entry lies before the pooling.
             feature["reduction"] //= 2 if feature["module"] == "stem.conv" else 4
@@ -191,7 +195,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _build(model_cls, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _build(model_cls: type[Network], variant: str, pretrained: bool, **kwargs) -> Network:
     return build_model_with_cfg(
         model_cls, variant, pretrained, feature_cfg={"flatten_sequential": issubclass(model_cls, ResNetV2)}, **kwargs
     )

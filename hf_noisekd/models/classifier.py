@@ -5,7 +5,7 @@ classification model, whose output carries `logits`.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-def compute_logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+def compute_logits(model: nn.Module | Callable, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the logits `[B, num_classes]` of `model` for `pixel_values` `[B, C, H, W]`."""
     output = model(pixel_values)
     return getattr(output, "logits", output)

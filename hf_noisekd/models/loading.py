@@ -9,6 +9,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -41,7 +42,7 @@ def load_teacher(
         ValueError: There is no such model, or it is damaged; the message says what was found.
     """
     if checkpoint is not None:
-        return _load_checkpoint(source, Path(checkpoint).expanduser())
+        return _load_checkpoint(str(source), Path(checkpoint).expanduser())
     return _load(source, trust_remote_code, pretrained=True)
 
 
@@ -64,7 +65,7 @@ def load_student(
     Raises:
         ValueError: There is no such model, or it is damaged; the message says what was found.
     """
-    kwargs = {}
+    kwargs: dict[str, Any] = {}
     if not isinstance(source, nn.Module) and not has_weights(str(source)):
         kwargs["num_classes"] = num_classes
         if input_size is not None:
@@ -83,10 +84,11 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, **kwargs) -> 
     model = _create_timm_model(source, **kwargs)
     if kwargs.get("pretrained"):
         cfg = pretrained_cfg_of(model)
-        model.origin = {"id": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+        origin: Any = {"id": cfg.get("hf_hub_id"), "license": cfg.get("license")}
         weights = try_to_load_from_cache(cfg["hf_hub_id"], WEIGHTS_NAME) if cfg.get("hf_hub_id") else None
         if isinstance(weights, str):
-            model.origin["revision"] = Path(weights).parent.name
+            origin["revision"] = Path(weights).parent.name
+        model.origin = origin
     return model
 
 
@@ -117,6 +119,7 @@ def has_weights(source: str) -> bool:
 
 
 def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
+    origin: Any
     folder, origin = model_folder(source, trust_remote_code)
     if origin and not any(folder.glob("model*.safetensors")):
         raise ValueError(f"{source} has no {WEIGHTS_NAME} on the Hub: ask for one there, or convert its weights.")

@@ -5,6 +5,7 @@ import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -90,14 +91,16 @@ def check_config_can_be_saved(model: nn.Module) -> None:
 
 def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:
     """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
-    preprocessing = preprocessing_of(like) | {"input_size": declared_input_size(like) or declared_input_size(model)}
-    label_names = class_names(like, model.num_classes)
+    size: Any = declared_input_size(model)  # a timm model says it
+    preprocessing = preprocessing_of(like) | {"input_size": declared_input_size(like) or size}
+    num_classes: Any = model.num_classes
+    label_names = class_names(like, num_classes)
     save_config_for_hf(
         model,
         path,
         model_config={"pretrained_cfg": preprocessing, "label_names": label_names}
         | ({"noisekd": dict(section)} if section else {}),
-        model_args={"in_chans": declared_input_size(model)[0]} | getattr(model, "model_args", {}),
+        model_args={"in_chans": size[0]} | getattr(model, "model_args", {}),
     )
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.

@@ -97,7 +97,8 @@ class NoiseDataset(DrawnDataset):
             raise ValueError(f"std must be positive and finite, got {std}.")
         seed = operator.index(seed)  # NumPy's integers overflow
         draw_seed(seed, rank, 0, held_out)  # checks the rank
-        self.input_size = tuple(input_size)
+        channels, height, width = input_size
+        self.input_size = (channels, height, width)
         self.batch_size = batch_size
         self.num_steps = num_steps
         self.seed = seed
@@ -109,8 +110,9 @@ class NoiseDataset(DrawnDataset):
         if resolutions is None:
             structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
             resolutions = STRUCTURED_RESOLUTIONS if structured and not held_out else {1.0: 1.0}
-        read = parse_resolutions if isinstance(resolutions, str) else check_resolutions
-        self.resolutions = read(resolutions)
+        if isinstance(resolutions, str):
+            resolutions = parse_resolutions(resolutions)
+        self.resolutions = check_resolutions(resolutions)
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.dtype = dtype
@@ -183,9 +185,10 @@ class NoiseDataset(DrawnDataset):
 
     def image_sizes(self) -> list[tuple[tuple[int, int], float]]:
         """Return the sizes `(height, width)` in their order, each with its share of the steps; together 1."""
-        sizes = []
+        sizes: list[tuple[tuple[int, int], float]] = []
         for scale, share in self.resolutions.items():
-            size = tuple(max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            height, width = (max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            size = (height, width)
             share /= sum(self.resolutions.values())
             if sizes and sizes[-1][0] == size:
                 share += sizes.pop()[1]

@@ -68,7 +68,7 @@ def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
     batch, channels, height, width = shape
     octaves = max(1, math.ceil(math.log2(max(height, width))))
     decay = uniform(generator, (batch, 1, 1, 1), 0.0, 2.0)
-    x = 0
+    x = torch.zeros((), device=generator.device)
     for octave in range(1, octaves + 1):
         size = (batch, channels, min(height, 2**octave), min(width, 2**octave))
         weight = torch.exp(-decay * octave / 2 + normal(generator, (batch, 1, 1, 1)) * 0.7)

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
-from hf_noisekd.batches import collate_images, dataset_name
+from hf_noisekd.batches import SizedDataset, collate_images
 from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
 
 
@@ -35,7 +34,7 @@ class MixedDataset(NoiseDataset):
         ```
     """
 
-    def __init__(self, *args, images: Dataset, **kwargs):
+    def __init__(self, *args, images: SizedDataset, **kwargs):
         super().__init__(*args, **kwargs)
         if not len(images):
             raise ValueError("images is empty: pass at least one, or use NoiseDataset.")
@@ -58,11 +57,6 @@ class MixedDataset(NoiseDataset):
             )
             pixel_values = collate_images(samples)["pixel_values"]
         return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
-
-    def describe_images(self) -> dict[str, str | int]:
-        """Return what a record says of the images: their number, and their data set if it has a name."""
-        name = dataset_name(self.real_images, default=None)
-        return {"images": len(self.real_images)} | ({"dataset": name} if name else {})
 
 
 @contextmanager

@@ -78,10 +78,12 @@ class Mixture:
 
     def __call__(self, generator: torch.Generator, shape: Shape) -> torch.Tensor:
         """Return images `[B, C, H, W]`, those of each distribution side by side."""
-        batch, *size = shape
+        batch, channels, height, width = shape
         counts = _counts(batch, list(self.weights.values()), generator.initial_seed())
         parts = [
-            _call(name, generator, (count, *size)) for name, count in zip(self.weights, counts, strict=True) if count
+            _call(name, generator, (count, channels, height, width))
+            for name, count in zip(self.weights, counts, strict=True)
+            if count
         ]
         images = parts[0] if len(parts) == 1 else torch.cat(parts)
         for name, probability in self.augmentations.items():

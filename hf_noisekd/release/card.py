@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -152,7 +153,7 @@ def _card_data(record: Record) -> ModelCardData:
         for statistics in STATISTICS
         if "accuracy" in evaluation.scores(statistics)
     ]
-    values = {
+    values: dict[str, Any] = {
         "language": record.language,
         "license": record.license or made.teacher.license,
         "base_model": made.teacher.id,
@@ -286,7 +287,7 @@ def _noise_fact(noise: NoiseFacts) -> str:
 
 def _draw_figures(record: Record, runs: Sequence[Record], folder: Path) -> dict[str, str]:
     """Draw the figures that the record has the data for, and return their captions by file name."""
-    figures = {}
+    figures: dict[str, str] = {}
     for metric, what in (("accuracy", "Accuracy on"), ("agreement", "Agreement with the teacher on")):
         evaluation = charted_evaluation(record, metric)
         if evaluation and record.curve and not figures:

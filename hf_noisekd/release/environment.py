@@ -60,8 +60,8 @@ def command_line(argv: Sequence[str] | None = None) -> str | None:
 
     It is made to be published: folders are named without the path to them, and access tokens are left out.
     """
-    script, *arguments = sys.argv if argv is None else argv
-    script = Path(script)
+    first, *arguments = sys.argv if argv is None else argv
+    script = Path(first)
     if script.name in ("noisekd", "noisekd.py") or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):
         words = ["noisekd"]
     elif script.suffix == ".py" and script.name not in ("__main__.py", "ipykernel_launcher.py"):

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from typing import TYPE_CHECKING, Any
 
 from hf_noisekd.release.record import STATISTICS, Evaluation, Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_BARS = 30
 ACCURACY_LABEL = "test accuracy (%)"
@@ -43,13 +43,15 @@ class Panel:
 
 def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> "Figure":
     """Plot lines in panels side by side, with one legend for all, save them as a PNG, and return the figure."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
-    handles = {}
+    handles: dict[str, Any] = {}
     several = len({name for panel in panels for name in panel.lines}) > 10
-    palette = colormaps["tab20" if several else "tab10"].colors
+    palette = [colormaps["tab20" if several else "tab10"](index) for index in range(20 if several else 10)]
     for axis, panel in zip(axes, panels, strict=True):
         for name, points in panel.lines.items():
             if not points:
@@ -128,6 +130,7 @@ def plot_class_balance(
         label_names: Name of each class.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     count = len(frequencies)
     figure = Figure(figsize=(9, 3.2), layout="constrained")

@@ -10,6 +10,7 @@ import os
 import warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,23 +57,12 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
     source, model = model, load_teacher(model)
-    _refuse_batch_statistics(model, "..." if source is model else source)
+    _refuse_batch_statistics(model, "..." if isinstance(source, nn.Module) else source)
     input_size = _check_exportable(model)
 
     # A copy, so that the model keeps its mode, device, precision and memory format.
     classifier = _Logits(copy.deepcopy(model)).float().cpu().to(memory_format=torch.contiguous_format).eval()
-    with warnings.catch_warnings():
-        # torch 2.13 warns of functions of its own.
-        warnings.simplefilter("ignore", FutureWarning)
-        program = torch.onnx.export(
-            classifier,
-            (torch.zeros(2, *input_size),),
-            input_names=["pixel_values"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
-            verbose=False,
-        )
+    program = _exported(classifier, input_size)
     num_classes = program.model.graph.outputs[0].shape[1]
     _describe(program.model, _metadata(model, input_size, num_classes))
 
@@ -84,6 +74,22 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
+    """Return torch's ONNX program of a classifier for batches of any size."""
+    with warnings.catch_warnings():
+        # torch 2.13 warns of functions of its own.
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.onnx.export(
+            classifier,
+            (torch.zeros(2, *input_size),),
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
 
 
 class _Logits(nn.Module):

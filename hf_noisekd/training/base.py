@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_noisekd.batches import DrawnDataset, dataset_name
@@ -41,6 +42,13 @@ class BaseTrainer(Trainer):
     Raises:
         ValueError: There are several processes, and a BatchNorm layer that waits for all of them.
     """
+
+    # What transformers' Trainer keeps, for the type checker.
+    args: ClassifierConfig
+    model: nn.Module
+    control: TrainerControl
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -94,14 +102,13 @@ class BaseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """Return this process's share of the evaluation batches; see [`evaluation_loader`]."""
-        if eval_dataset is None:
-            eval_dataset = self.eval_dataset
-        elif isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        if eval_dataset is None:
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            dataset = self.eval_dataset[eval_dataset]
+        if dataset is None:
             raise ValueError("There is nothing to evaluate on: pass an eval_dataset.")
         return evaluation_loader(
-            eval_dataset,
+            dataset,
             self.args.eval_batch_size,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -152,8 +159,9 @@ class BaseTrainer(Trainer):
         named = self.eval_dataset.items() if isinstance(self.eval_dataset, dict) else ()
         batch_size = dataset.batch_size if isinstance(dataset, DrawnDataset) else self.args.eval_batch_size
         autocast = {"bf16": "bfloat16", "fp16": "float16"}.get(self.accelerator.mixed_precision)
+        own_name = dataset_name(dataset) or "evaluation images"
         return Evaluation(
-            dataset=next((key for key, value in named if value is dataset), dataset_name(dataset)),
+            dataset=next((name for name, value in named if value is dataset), own_name),
             images=images,
             batch_size=min(batch_size, images),
             step=self._step_of_weights(),

@@ -85,7 +85,7 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
     """
     if not isinstance(dataset, NoiseDataset):
         return
-    said = {"per_device_train_batch_size": (args.per_device_train_batch_size, dataset.batch_size)}
+    said: dict[str, tuple] = {"per_device_train_batch_size": (args.per_device_train_batch_size, dataset.batch_size)}
     if args.noise != NoiseKDConfig.noise:
         said["noise"] = (noise_name(parse_noise(args.noise)), noise_name(dataset.distribution))
     if args.noise_std is not None:
@@ -178,9 +178,11 @@ def training_input_size(
             )
         return train_dataset.input_size
     if args.input_size is not None:
-        return tuple(args.input_size)
+        channels, height, width = args.input_size
+        return channels, height, width
     if train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
-        return tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
+        _, channels, height, width = collate_fn([train_dataset[0]])["pixel_values"].shape
+        return channels, height, width
     return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
 
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -53,17 +54,17 @@ class ClassifierConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        on_cpu = self.use_cpu or not torch.accelerator.is_available()
+        on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
         # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
         self.use_cpu = on_cpu
         # transformers would choose the loss, which is reported under both kinds of statistics here.
-        if self.metric_for_best_model is None and (
+        if self.metric_for_best_model is None and (  # type: ignore[has-type]
             self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
             self.metric_for_best_model = self._default_metric
-        if self.metric_for_best_model is not None and self.greater_is_better is None:
+        if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
         super().__post_init__()
         for name, advice in {
@@ -201,7 +202,7 @@ class NoiseKDConfig(ClassifierConfig):
             output_dir: Where to write.
             **overrides: Options to set otherwise.
         """
-        setting = {
+        setting: dict[str, Any] = {
             # AdamW without weight decay is Adam.
             "optim": "adamw_torch_fused",
             "weight_decay": 0.0,

@@ -133,7 +133,7 @@ def evaluation_loader(
             f"Cannot evaluate on {type(dataset).__name__}: it has no length. Pass a map-style data set; for a stream, "
             "take a number of images and keep them in a list; for noise, pass num_steps."
         )
-    size = len(dataset)
+    size = len(dataset)  # type: ignore[arg-type]
     if isinstance(dataset, DrawnDataset):
         return DataLoader(
             _DrawnBatches(dataset), batch_size=None, sampler=range(rank, size, world_size), generator=torch.Generator()
@@ -154,7 +154,9 @@ def counts_of(loader: DataLoader) -> list[int]:
     """Return how many images of each batch of an [`evaluation_loader`] count."""
     if isinstance(loader.batch_sampler, FullBatchSampler):
         return loader.batch_sampler.counts
-    return [evaluated_dataset(loader).batch_size] * len(loader)
+    dataset = evaluated_dataset(loader)
+    assert isinstance(dataset, DrawnDataset)
+    return [dataset.batch_size] * len(loader)
 
 
 def evaluated_dataset(loader: DataLoader) -> Dataset:

@@ -80,6 +80,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         ```
     """
 
+    args: NoiseKDConfig
+
     def __init__(
         self,
         model: str | nn.Module,

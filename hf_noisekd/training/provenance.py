@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch.utils.data import Dataset
 from transformers.trainer_utils import SchedulerType
 
+from hf_noisekd.batches import dataset_name
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.noise.spec import noise_name
@@ -34,7 +35,9 @@ def describe_training(
         has_statistics: Whether it has BatchNorm layers.
     """
     noise = train_dataset if isinstance(train_dataset, NoiseDataset) else None
-    images = ImagesFacts(**noise.describe_images()) if isinstance(noise, MixedDataset) else None
+    images = None
+    if isinstance(noise, MixedDataset):
+        images = ImagesFacts(images=len(noise.real_images), dataset=dataset_name(noise.real_images))
     if noise is None:
         method = "distillation on images"
     else:

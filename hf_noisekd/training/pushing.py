@@ -3,6 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -19,6 +20,8 @@ class PushingTrainer(Trainer):
 
     transformers' own push would upload the pickled training arguments, with the token in them, and lose the errors.
     """
+
+    push_in_progress: Any
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make sure, before the first step, that the student's repository is there and can be written to.
@@ -116,8 +119,8 @@ class PushingTrainer(Trainer):
                     **to,
                 )
             )
-        unfinished = [] if self.push_in_progress is None else self.push_in_progress.jobs
-        self.push_in_progress = PushInProgress(unfinished + jobs)
+        unfinished = () if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress([*unfinished, *jobs])
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()

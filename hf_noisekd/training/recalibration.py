@@ -53,8 +53,9 @@ def recalibrate_batch_norm(
             count, mean, squares = _pooled_moments(model, layers[name], calls, batches)
             if count < 2:
                 raise ValueError(f"BatchNorm layer {name!r} saw one value a channel: recalibrate on 2 images or more.")
-            layers[name].running_mean.copy_(mean)
-            layers[name].running_var.copy_(squares / (count - 1))
+            stored = layers[name].state_dict()
+            stored["running_mean"].copy_(mean)
+            stored["running_var"].copy_(squares / (count - 1))
     if provenance := Provenance.of(model):
         images = sum(len(_pixel_values(batch)) for batch in batches)
         recalibration = ImagesFacts(images=images, dataset=dataset, split=split)

@@ -34,7 +34,6 @@ class Teacher:
 
     Attributes:
         model: The classifier.
-        input_size: As given or declared; None where neither is.
     """
 
     def __init__(
@@ -46,9 +45,9 @@ class Teacher:
         seed: int = 0,
     ):
         self.model = model
-        self.input_size = input_size or declared_input_size(model)
+        self._input_size = input_size
         self._statistics = batch_statistics(model, batch_norm_fraction, seed) if has_batch_norm(model) else None
-        self._forward: Callable = model
+        self._forward: nn.Module | Callable = model
 
     def settle(self, device: torch.device, memory_format: torch.memory_format, **compile_options) -> "Teacher":
         """Bring the model to the device that trains, in evaluation mode.
@@ -58,7 +57,7 @@ class Teacher:
             memory_format: Memory format of its weights.
             **compile_options: Options of `torch.compile` for the answers to training batches; none: not compiled.
         """
-        self.model.to(device, memory_format=memory_format).eval()
+        self.model.to(device=device, memory_format=memory_format).eval()  # type: ignore[call-overload]
         self._forward = torch.compile(self.model, **compile_options) if compile_options else self.model
         return self
 
@@ -88,11 +87,23 @@ class Teacher:
         """
         return self._answer(self.model, pixel_values, noise=noise)
 
-    def _answer(self, forward: Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
+    def _answer(self, forward: nn.Module | Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
         if not noise:
             return compute_logits(forward, pixel_values).float()
         with self._statistics or batch_statistics(self.model):
             return compute_logits(forward, pixel_values).float()
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """`(channels, height, width)` of the training batches.
+
+        Raises:
+            ValueError: None was given, and the model declares none.
+        """
+        size = self._input_size or declared_input_size(self.model)
+        if size is None:
+            raise ValueError(f"{type(self.model).__name__} does not say what input size it takes: pass input_size.")
+        return size
 
     @cached_property
     def num_classes(self) -> int:

@@ -63,7 +63,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         if layers:
             answers["batch"] = describe_answers(answer_noise(teacher, noise, "batch"))
     if nonfinite is not None:
-        obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
+        obstacle: str | None = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     elif num_classes < 2:
         obstacle = "it has one class, and nothing to tell about it."
     else:
