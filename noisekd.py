@@ -6,6 +6,7 @@ and loads the folder `hf_noisekd/cli` as a package of its own, which imports `hf
 to run.
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -20,10 +21,10 @@ def main() -> int:
     spec = importlib.util.spec_from_file_location("noisekd_cli", file, submodule_search_locations=[str(file.parent)])
     if spec is None or spec.loader is None:
         raise ModuleNotFoundError(f"{file} cannot be loaded: install hf-noisekd again.")
-    cli = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = cli
-    spec.loader.exec_module(cli)
-    return cli.main()
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+    return importlib.import_module(f"{spec.name}.__main__").main()
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
-from hf_noisekd import NoiseKDConfig, cli
-from hf_noisekd.cli import main
+from hf_noisekd import NoiseKDConfig
+from hf_noisekd.cli import __main__ as cli
+from hf_noisekd.cli.__main__ import main
 from hf_noisekd.cli.distill import noise_config
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model

@@ -1,7 +1,96 @@
-"""`python -m hf_noisekd.cli`."""
+"""The command `noisekd` itself: which commands there are, and their exit codes."""
 
+import argparse
 import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
 
-from hf_noisekd.cli import main
+from . import deploy, distill, measure, publish
+from .parser import CommandParser, in_one_line
 
-sys.exit(main())
+EPILOG = """\
+examples:
+  noisekd info --teacher resnet18.a1_in1k
+  noisekd distill --teacher resnet18.a1_in1k --student resnet10t --output-dir student
+  noisekd push --model student --repo-id organisation/student
+  noisekd evaluate --model organisation/student --dataset FOLDER_OR_HUB_ID --split test
+
+`noisekd COMMAND --help` lists the options of a command.
+"""
+COMMANDS = (*distill.COMMANDS, *measure.COMMANDS, *deploy.COMMANDS, *publish.COMMANDS)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of a command, with its `run` and its `parser`.
+
+    Raises:
+        SystemExit: The usage is wrong, or help was asked for; it has been printed.
+    """
+    parser = CommandParser(
+        prog="noisekd",
+        usage="noisekd COMMAND [options]",
+        description="Distil a CNN into a smaller one with pure noise: no images, no labels, no generator network.",
+        epilog=EPILOG,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"hf_noisekd {version('hf-noisekd')}", help="print the version"
+    )
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND [options]", required=True, title="commands", prog="noisekd"
+    )
+    tokens = list(argv)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(
+            command.name,
+            usage=f"noisekd {command.name} {command.usage}",
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+        )
+        if tokens[:1] != [command.name]:
+            continue  # not asked for: `distill` would import transformers
+        subparser.set_defaults(run=command.run, parser=subparser)
+        subparser.add_argument(
+            "--config",
+            metavar="FILE",
+            help="YAML file of options, such as `output_dir: student`; those of the command line go over it",
+        )
+        command.add_options(subparser)
+        tokens[1:] = subparser.expand(tokens[1:])
+    args, rest = parser.parse_known_args(tokens)
+    if rest:
+        args.parser.error(f"unexpected: {' '.join(rest)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        argv: The words after `noisekd`. Default: those of this process.
+    """
+    prog = "noisekd"
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        prog = args.parser.prog
+        return args.run(args)
+    except SystemExit as stop:  # of argparse, which has said why
+        return int(stop.code or 0)
+    except Exception as error:
+        if not _says_all(error):
+            raise
+        print(f"{prog}: error: {in_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _says_all(error: Exception) -> bool:
+    """Whether the message of an error tells the user enough: of the system, of the Hub, or raised by this package."""
+    if isinstance(error, OSError) or type(error).__module__.startswith(("huggingface_hub", "httpx")):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_in = str(frame.f_globals.get("__package__")).partition(".")[0]
+    return raised_in in ("hf_noisekd", __package__) and isinstance(error, ValueError | RuntimeError | ImportError)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -86,8 +86,8 @@ def distill(args: argparse.Namespace) -> int:
         check_unused(args, " Or continue the run in it with --resume-from-checkpoint.")
     config = noise_config(args)
 
-    from hf_noisekd import NoiseKDTrainer
     from hf_noisekd.models.loading import load_teacher
+    from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
     teacher = load_teacher(args.teacher, checkpoint=args.teacher_checkpoint, trust_remote_code=args.trust_remote_code)
     eval_dataset = None

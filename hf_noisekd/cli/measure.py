@@ -101,10 +101,10 @@ def add_evaluate_options(parser: CommandParser) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a model on labelled images; see [`hf_noisekd.evaluate`]."""
-    import hf_noisekd
     from hf_noisekd.files import json_text
     from hf_noisekd.release.card import write_model_card
     from hf_noisekd.release.record import Evaluation, read_record
+    from hf_noisekd.training import evaluation
 
     if args.update_card and not Path(args.model).is_dir():
         args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
@@ -112,7 +112,7 @@ def evaluate(args: argparse.Namespace) -> int:
     model = load_model(args.model, args)
     dataset = load_dataset(args, model, label_column=args.label_column)
     teacher = None if args.teacher is None else load_model(args.teacher, args)
-    scores = hf_noisekd.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
+    scores = evaluation.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
     print(f"{args.model} on {len(dataset):,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
     print(scores_table(scores))
     if args.output is not None:
@@ -121,7 +121,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json_text(result | scores))
     if record is not None:
-        evaluation = Evaluation(
+        measured = Evaluation(
             dataset=dataset.name,
             split=args.split,
             images=len(dataset),
@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
             running=scores["running"],
             batch=scores["batch"],
         )
-        write_model_card(record.measured(evaluation), args.model)
+        write_model_card(record.measured(measured), args.model)
     return 0
 
 

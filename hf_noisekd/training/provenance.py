@@ -7,7 +7,6 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_noisekd.batches import dataset_name
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.release.environment import versions
 from hf_noisekd.release.record import Evaluation, ImagesFacts, NoiseFacts, Provenance, TeacherFacts, better_statistics
@@ -36,8 +35,8 @@ def describe_training(
     """
     noise = train_dataset if isinstance(train_dataset, NoiseDataset) else None
     images = None
-    if isinstance(noise, MixedDataset):
-        images = ImagesFacts(images=len(noise.real_images), dataset=dataset_name(noise.real_images))
+    if real_images := getattr(noise, "real_images", None):
+        images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
     if noise is None:
         method = "distillation on images"
     else:
