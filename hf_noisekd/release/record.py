@@ -1,8 +1,6 @@
-"""What is known of a student, as one typed record.
+"""What is known of a student, as one typed record, stored as JSON in which what is not known is left out.
 
-Its trainer writes it, `noisekd recalibrate` and `noisekd evaluate --update-card` write it anew, and the card, the
-figures, the push and the export read it. It is stored as JSON: [`Record`] as `noisekd.json` beside the student, and
-[`Provenance`] also as the section `noisekd` of its `config.json`. What is not known is left out there.
+Trainer, `noisekd recalibrate` and `noisekd evaluate --update-card` write it; card, figures, push and export read it.
 """
 
 from collections.abc import Sequence
@@ -30,21 +28,12 @@ STATISTICS = ("running", "batch")
 
 @dataclass(kw_only=True)
 class ModelFacts:
-    """What a network is.
+    """What a network is."""
 
-    Attributes:
-        architecture: timm's name, or that of the class.
-        library: What can build it: `timm`, `transformers` or else `torch`.
-        parameters: Their number.
-        input_size: `[channels, height, width]`.
-        label_names: Names of the classes of a student.
-        num_classes: Their number.
-    """
-
-    architecture: str
-    library: str
+    architecture: str  # timm's name, or that of the class
+    library: str  # what can build it: timm, transformers or else torch
     parameters: int
-    input_size: list[int] | None = None
+    input_size: list[int] | None = None  # channels, height, width
     label_names: list[str] | None = None
     num_classes: int | None = None
 
@@ -75,22 +64,13 @@ class TeacherFacts:
 
 @dataclass(kw_only=True)
 class NoiseFacts:
-    """What a student was taught with.
-
-    Attributes:
-        distribution: Text of the noise.
-        mean: Its mean, in the units of the teacher's input.
-        std: Its standard deviation, likewise.
-        input_size: `[channels, height, width]` in full size.
-        image_sizes: `[[height, width], share of the steps]` in turn.
-        seed: Its seed.
-    """
+    """What a student was taught with; see [`NoiseDataset`]."""
 
     distribution: str
     mean: float
     std: float
     input_size: list[int]
-    image_sizes: list[Any] = field(default_factory=list)
+    image_sizes: list[Any] = field(default_factory=list)  # [[height, width], share of the steps], in turn
     seed: int | None = None
 
 
@@ -105,41 +85,23 @@ class ImagesFacts:
 
 @dataclass(kw_only=True)
 class Provenance:
-    """How a student was made; the section `noisekd` of its `config.json`.
-
-    Attributes:
-        method: In words.
-        batch_norm: The statistics to read it with, `"batch"` or `"running"`; see [`better_statistics`].
-        teacher_batch_norm_fraction: Share of the teacher's BatchNorm layers on the statistics of the batch.
-        loss_type: As in [`NoiseKDConfig`], and so `temperature`, `learning_rate`, `lr_scheduler_type` and `seed`.
-        temperature: Likewise.
-        steps: Number of training steps.
-        batch_size: Images in a step, over all devices.
-        seed: Likewise.
-        teacher: Which teacher.
-        learning_rate: Likewise.
-        lr_scheduler_type: Likewise.
-        versions: Of Python and the packages that matter.
-        noise: The noise, if there was any.
-        real_images: Those that took turns with the noise.
-        recalibration: Those that the running statistics are of.
-    """
+    """How a student was made; the section `noisekd` of its `config.json`. Arguments are as in [`NoiseKDConfig`]."""
 
     method: str
-    batch_norm: str
+    batch_norm: str  # the statistics to read it with, "batch" or "running"; see `better_statistics`
     teacher_batch_norm_fraction: float
     loss_type: str
     temperature: float
-    steps: int
-    batch_size: int
-    seed: int
-    teacher: TeacherFacts
     learning_rate: float | None = None
     lr_scheduler_type: str | None = None
+    steps: int
+    batch_size: int  # over all devices
+    seed: int
+    teacher: TeacherFacts
     versions: dict[str, str] = field(default_factory=dict)
     noise: NoiseFacts | None = None
-    real_images: ImagesFacts | None = None
-    recalibration: ImagesFacts | None = None
+    real_images: ImagesFacts | None = None  # those that took turns with the noise
+    recalibration: ImagesFacts | None = None  # those that the running statistics are of
 
     @classmethod
     def of(cls, model: nn.Module) -> "Provenance | None":
@@ -170,28 +132,15 @@ class Provenance:
 
 @dataclass(kw_only=True)
 class Evaluation:
-    """What was measured on a data set.
-
-    Attributes:
-        dataset: Its name.
-        split: Its split.
-        images: Number of images.
-        batch_size: Images in a batch.
-        step: The training step after which.
-        precision: `float32`, or that of autocast.
-        log_prefix: Prefix of its entries in the curve, if it was made in the training, too.
-        running: What [`evaluate`] measured with running statistics: `accuracy` and so on in percent, `loss` and `kl` in
-            nats. On noise there are only `agreement` with the teacher and `kl`.
-        batch: Likewise with those of the batch.
-    """
+    """What [`evaluate`] measured on a data set: accuracies in percent, `loss` and `kl` in nats."""
 
     dataset: str
     split: str | None = None
     images: int
     batch_size: int
-    step: int
-    precision: str
-    log_prefix: str | None = None
+    step: int  # the training step after which
+    precision: str  # float32, or that of autocast
+    log_prefix: str | None = None  # of its entries in the curve, if it was made in the training, too
     running: dict[str, float]
     batch: dict[str, float]
 
@@ -202,38 +151,18 @@ class Evaluation:
 
 @dataclass(kw_only=True)
 class Record:
-    """All that is known of a model that was trained here.
+    """All that is known of a model that was trained here."""
 
-    Attributes:
-        name: Its name among others in a file of several.
-        model: The network.
-        steps: Training steps.
-        seconds: From the first step to the last, with the evaluations in between. A resumed training has none.
-        images_per_second: Over these seconds.
-        processes: How many trained.
-        evaluations: How good it is now, one for each data set.
-        curve: The training log, entries with `step`.
-        noisekd: Of a student, how it was made.
-        class_frequencies: The teacher's mean answer to the training noise, a probability for each class; of a resumed
-            training, to that since then.
-        machine: What trained.
-        versions: Of Python and the packages that matter.
-        command: The command that was given.
-        commit: The commit of this package.
-        repo_id: Where the model is on the Hub.
-        language: For the card, and so `license`, `tags` and `title`.
-    """
-
-    name: str | None = None
+    name: str | None = None  # among others in a file of several
     model: ModelFacts
     steps: int
-    seconds: float | None = None
+    seconds: float | None = None  # from the first step to the last, with the evaluations; none if resumed
     images_per_second: float | None = None
     processes: int = 1
-    evaluations: list[Evaluation] = field(default_factory=list)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)  # how good it is now, one for each data set
+    curve: list[dict[str, Any]] = field(default_factory=list)  # the training log, entries with `step`
     noisekd: Provenance | None = None
-    class_frequencies: list[float] | None = None
+    class_frequencies: list[float] | None = None  # the teacher's mean answer to the noise since the start or resumption
     machine: Machine | None = None
     versions: dict[str, str] = field(default_factory=dict)
     command: str | None = None
