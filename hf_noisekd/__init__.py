@@ -1,4 +1,4 @@
-"""hf_noisekd: distil a CNN with noise, when its training data is gone, private or forbidden.
+"""hf_noisekd: distill a CNN with noise, when its training data is gone, private or forbidden.
 
 Importing the package registers its CIFAR-size models with timm.
 """

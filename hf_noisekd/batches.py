@@ -8,22 +8,20 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 
 class DrawnDataset(IterableDataset):
-    """A data set that draws whole batches by their number, such as noise; it has no labels.
+    """A data set that draws whole batches by their number, such as noise; it has no labels."""
 
-    Attributes:
-        name: What results call it.
-        batch_size: Images in a batch.
-    """
-
-    name = "drawn images"
+    name: str  # in results
     batch_size: int
+    num_steps: int | None  # batches in an epoch
 
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of a step."""
         raise NotImplementedError
 
     def __len__(self) -> int:
-        raise TypeError(f"This {type(self).__name__} is unbounded: it has no length.")
+        if self.num_steps is None:
+            raise TypeError(f"This {type(self).__name__} is unbounded: it has no length. Pass num_steps for one.")
+        return self.num_steps
 
 
 class SizedDataset(Protocol):
@@ -35,19 +33,10 @@ class SizedDataset(Protocol):
 
 
 class FullBatchSampler(Sampler[list[int]]):
-    """Batches of equal size over a data set in order; the last one is filled up from its start.
+    """Batches of equal size over a data set of `size` images in order; the last one is filled up from its start.
 
-    Args:
-        size: Images in the data set.
-        batch_size: Images in a batch. A smaller data set is one batch.
-        rank: Process that this sampler serves; it gets every `world_size`-th batch.
-        world_size: Number of processes.
-
-    Attributes:
-        counts: Images of each batch that are not filling.
-
-    Raises:
-        ValueError: There are fewer than 2 images, so batch statistics do not exist.
+    A data set below `batch_size` is one batch. Process `rank` gets every `world_size`-th one. `counts` says how many
+    images of each batch are not filling. Batch statistics need 2 images; with fewer there is a `ValueError`.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -71,10 +60,8 @@ class FullBatchSampler(Sampler[list[int]]):
 def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
     """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
 
-    `label` counts as `labels`. A data set that already gave a whole batch from `__getitems__` passes unchanged.
-
-    Raises:
-        ValueError: The samples have no pixel tensor; the message says what was found.
+    `label` counts as `labels`. A whole batch, as a data set may give from `__getitems__`, passes unchanged. Samples
+    without a tensor of pixels are a `ValueError`.
     """
     if isinstance(samples, dict):
         return samples
@@ -95,11 +82,7 @@ def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Check that `labels` lie in [0, num_classes - 1].
-
-    Raises:
-        ValueError: Some do not; the message names the first.
-    """
+    """Raise a `ValueError` that names the first of `labels` out of [0, num_classes - 1], if there is one."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.numel():
         raise ValueError(
@@ -110,7 +93,5 @@ def check_labels(labels: torch.Tensor, num_classes: int) -> None:
 
 def dataset_name(dataset: Dataset | SizedDataset) -> str | None:
     """Return the name that a data set has (`name`, or that of `datasets`), or None."""
-    for name in (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None)):
-        if isinstance(name, str):
-            return name
-    return None
+    names = (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None))
+    return next((name for name in names if isinstance(name, str)), None)

@@ -20,8 +20,8 @@ CLASS_BALANCE_NAME = "class_balance.png"
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Context that gives an empty folder to write files to, which go to `folder` once all of them are written.
 
-    If `folder` is not there yet it appears whole or, after an exception or a kill, not at all. Otherwise each file is
-    replaced whole, one after another; other files stay.
+    If `folder` is new it appears whole or, after an exception or a kill, not at all. Otherwise each file is replaced
+    whole, one after another; other files stay.
     """
     folder = Path(folder)
     exists = folder.exists()
@@ -47,32 +47,23 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check that `folder` has the files of a model.
-
-    Raises:
-        ValueError: There is no such folder, or a file is missing; the message says what was found instead.
-    """
+    """Raise a `ValueError` that says what was found instead, unless `folder` has the files of a model."""
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}.")
     for name, pattern in ((CONFIG_NAME, "config.json"), (WEIGHTS_NAME, "model*.safetensors")):
         if not any(folder.glob(pattern)):
+            message = f"{folder} is not a model folder: it has no {name}."
             pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".pkl"))
-            hint = (
-                f" It has {', '.join(pickles)}, which may run code when it is read: convert it to safetensors, or name "
-                "its timm architecture and pass it as checkpoint, to be read with weights_only=True."
-                if pickles
-                else ""
-            )
-            raise ValueError(f"{folder} is not a model folder: it has no {name}.{hint}")
+            if pickles:
+                message += (
+                    f" It has {', '.join(pickles)}, which may run code when it is read: convert it to safetensors, or "
+                    "name its timm architecture and pass it as checkpoint, to be read with weights_only=True."
+                )
+            raise ValueError(message)
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is no JSON.
-    """
+    """Return what a JSON file holds; an `OSError` if it cannot be read, and a `ValueError` if it is no JSON."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -86,9 +77,8 @@ def _json_text(value: Any, indent: str) -> str:
     if not any(isinstance(part, dict | list | tuple) and part for part in parts):
         return json.dumps(value)
     inner = indent + " "
+    lines = [_json_text(part, inner) for part in parts]
     if isinstance(value, dict):
-        lines = [f"{json.dumps(str(name))}: {_json_text(part, inner)}" for name, part in value.items()]
-    else:
-        lines = [_json_text(part, inner) for part in value]
+        lines = [f"{json.dumps(str(name))}: {line}" for name, line in zip(value, lines, strict=True)]
     begin, end = "{}" if isinstance(value, dict) else "[]"
     return f"{begin}\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}{end}"

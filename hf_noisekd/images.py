@@ -1,8 +1,10 @@
-"""Real images, for training a teacher and for evaluation. Nothing that distils with noise imports this module."""
+"""Real images, for training a teacher and for evaluation. Nothing that distills with noise imports this module."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -15,43 +17,22 @@ from torch.utils.data import Dataset
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, pretrained_cfg_of
 from hf_noisekd.models.preprocessing import image_processor_of
 
-# Pillow's name for what a model of so many channels sees.
-IMAGE_MODES = {1: "L", 3: "RGB"}
 
-
+@dataclass(eq=False, repr=False)
 class Images(Dataset):
     """Images of any size and kind, decoded and preprocessed when they are asked for.
 
     Each comes as `{"pixel_values": [C, H, W], "labels": int}`, or without labels.
-
-    Args:
-        images: The images, as one column of a data set of the `datasets` library.
-        labels: Class of each image, or None.
-        transform: From a Pillow image of mode `mode` to pixels `[C, H, W]`.
-        mode: `"RGB"` or `"L"`. Transparency is dropped, as timm and transformers do.
-        indices: Which images to serve, in this order.
-        name: Name of the data set, for results and model cards.
-        pretrained_cfg: What a timm model trained on these images should say about them in its `pretrained_cfg`.
     """
 
-    def __init__(
-        self,
-        images: Sequence[PIL.Image.Image],
-        labels: Sequence[int] | None,
-        *,
-        transform: Callable[[PIL.Image.Image], torch.Tensor],
-        mode: str,
-        indices: Sequence[int],
-        name: str,
-        pretrained_cfg: Mapping | None = None,
-    ):
-        self.images = images
-        self.labels = labels
-        self.transform = transform
-        self.mode = mode
-        self.indices = indices
-        self.name = name
-        self.pretrained_cfg = dict(pretrained_cfg or {})
+    images: Sequence[PIL.Image.Image]  # one column of a data set of the `datasets` library
+    labels: Sequence[int] | None  # the class of each
+    _: KW_ONLY
+    transform: Callable[[PIL.Image.Image], torch.Tensor]  # from a Pillow image of mode `mode` to pixels `[C, H, W]`
+    mode: str  # "RGB" or "L"; transparency is dropped, as timm and transformers do
+    indices: Sequence[int]  # which images to serve, in this order
+    name: str  # of the data set, for results and model cards
+    pretrained_cfg: Mapping = field(default_factory=dict)  # that of a timm model trained on these images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -78,16 +59,14 @@ def load_images(
     """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
 
     Args:
-        name: Id on the Hugging Face Hub, a local folder that `datasets.load_dataset` reads, or a parquet file, which is
-            taken for the split.
+        name: Hub id, local folder that `datasets.load_dataset` reads, or parquet file, which is taken for the split.
         model: The classifier, which says how it wants its images.
         split: Which split.
-        num_images: Serve this many images only, drawn with `seed`, in the order in which they stand. With the same seed
-            a smaller number gives a part of what a larger one gives.
+        num_images: Serve this many only, drawn with `seed`, in their order; a smaller draw is a part of a larger one.
         seed: Seed of that draw.
-        image_column: As in [`load_image_datasets`].
-        label_column: Likewise.
-        labels: Whether labels are needed. Otherwise the data set need not have any.
+        image_column: Name of the column of images. Default: the only one of type `Image`.
+        label_column: Name of the column of classes. Default: the only one of type `ClassLabel`.
+        labels: Whether to serve labels. Otherwise the data set need not have any.
 
     Raises:
         ValueError: There is no such data set, split or column, or too few images; the data set has more classes than
@@ -95,14 +74,19 @@ def load_images(
     """
     mode, transform = _preprocessing(model)
     dataset = load_splits(name, split)[split]
-    return Images(
-        dataset[find_column(dataset.features, datasets.Image, image_column, name)],
-        _labels_for(model, dataset, label_column, f"the {split} split of {name}") if labels else None,
-        transform=transform,
-        mode=mode,
-        indices=draw_indices(len(dataset), num_images, seed, name),
-        name=short_name(name),
-    )
+    images = dataset[find_column(dataset.features, datasets.Image, image_column, name)]
+    classes = None
+    if labels:
+        name_of_split = f"the {split} split of {name}"
+        label_names, classes = read_labels(dataset, label_column, name_of_split)
+        num_classes = declared_num_classes(model)
+        if num_classes is not None and len(label_names) > num_classes:
+            raise ValueError(
+                f"{name_of_split} has {len(label_names)} classes, and the model only {num_classes}: use a data set of "
+                "the model's own classes."
+            )
+    indices = draw_indices(len(dataset), num_images, seed, name)
+    return Images(images, classes, transform=transform, mode=mode, indices=indices, name=short_name(name))
 
 
 def read_labels(dataset: datasets.Dataset, column: str | None, name: str) -> tuple[list[str], list[int]]:
@@ -113,18 +97,6 @@ def read_labels(dataset: datasets.Dataset, column: str | None, name: str) -> tup
     if unlabelled is not None:
         raise ValueError(f"Image {unlabelled} of {name} has no label: choose another split.")
     return dataset.features[column].names, labels
-
-
-def _labels_for(model: nn.Module, dataset: datasets.Dataset, column: str | None, name: str) -> list[int]:
-    """Return the class of each image, after a check that the model has as many."""
-    label_names, labels = read_labels(dataset, column, name)
-    num_classes = declared_num_classes(model)
-    if num_classes is not None and len(label_names) > num_classes:
-        raise ValueError(
-            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
-            "own classes."
-        )
-    return labels
 
 
 @contextmanager
@@ -171,18 +143,14 @@ def draw_indices(size: int, num_images: int | None, seed: int, name: str) -> Seq
 def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
     """Return the Pillow mode that `model` takes, and what makes pixels `[C, H, W]` of such an image."""
     cfg = pretrained_cfg_of(model)
-    if cfg:
-        return _timm_preprocessing(model, cfg)
-    processor = image_processor_of(model)
-    if processor is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say how it wants its images: save an image processor into its folder, "
-            "with AutoImageProcessor's save_pretrained, or pass a data set that is preprocessed already."
-        )
-    return image_mode(getattr(model.config, "num_channels", 3)), _Processed(processor)
-
-
-def _timm_preprocessing(model: nn.Module, cfg: dict) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
+    if not cfg:
+        processor = image_processor_of(model)
+        if processor is None:
+            raise ValueError(
+                f"{type(model).__name__} does not say how it wants its images: save an image processor into its "
+                "folder, with AutoImageProcessor's save_pretrained, or pass a data set that is preprocessed already."
+            )
+        return image_mode(getattr(model.config, "num_channels", 3)), partial(_processed, processor)
     config = resolve_data_config(pretrained_cfg=cfg)
     channels = (declared_input_size(model) or config["input_size"])[0]
     for key in ("mean", "std"):
@@ -195,21 +163,15 @@ def _timm_preprocessing(model: nn.Module, cfg: dict) -> tuple[str, Callable[[PIL
     return image_mode(channels), create_transform(**config, is_training=False)
 
 
-class _Processed:
-    """An image processor of transformers as a function of one image; a class, so that workers can be sent it."""
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, image: PIL.Image.Image) -> torch.Tensor:
-        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+def _processed(processor: Callable, image: PIL.Image.Image) -> torch.Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def image_mode(channels: int) -> str:
     """Return the Pillow mode of the images that a model of so many input channels sees."""
-    if channels not in IMAGE_MODES:
+    if channels not in (1, 3):
         raise ValueError(f"The model takes {channels} channels; images can be read for 1 (gray) or 3 (RGB).")
-    return IMAGE_MODES[channels]
+    return "L" if channels == 1 else "RGB"
 
 
 def convert_image(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
@@ -219,22 +181,20 @@ def convert_image(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its mode is {image.mode}, and Pillow would clip it at 255; convert it to 8 bits a channel")
     if image.mode == "P":
-        # The same colours; on the straight way Pillow warns of transparency.
-        image = image.convert("RGBA")
+        image = image.convert("RGBA")  # the same colours; on the straight way Pillow warns of transparency
     return image.convert(mode)
 
 
 def find_column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
     """Return `column` after a check of its type, or the only one of type `kind`."""
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
-    if column is not None and column in found:
-        return column
+    wanted = [key for key in found if column in (None, key)]
+    if len(wanted) == 1:
+        return wanted[0]
     if column is not None:
         raise ValueError(f"{name} has no column {column!r} of type {kind.__name__}; found {found or dict(features)}.")
-    if len(found) != 1:
-        option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
-        choose = f": name the one to use ({option})" if found else f" among {dict(features)}"
-        raise ValueError(
-            f"{name} needs exactly one column of type {kind.__name__}, found {', '.join(found) or 'none'}{choose}."
-        )
-    return found[0]
+    option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
+    choose = f": name the one to use ({option})" if found else f" among {dict(features)}"
+    raise ValueError(
+        f"{name} needs exactly one column of type {kind.__name__}, found {', '.join(found) or 'none'}{choose}."
+    )

@@ -61,7 +61,7 @@ def run_error(capsys, *argv: str) -> str:
         ("--help", 0),
         ("--version", 0),
         ("", 2),
-        ("distil", 2),
+        ("distll", 2),
         *((f"{command.name} --help", 0) for command in cli.COMMANDS if command.name != "distill"),
         ("info --teachr x", 2),
         ("push --model m", 2),
@@ -158,8 +158,8 @@ def test_wrong_usage(capsys, monkeypatch, tmp_path, argv, message):
 
 
 def test_an_unknown_command_is_wrong_usage(capsys):
-    assert main(["distil"]) == 2
-    assert "invalid choice: 'distil'" in capsys.readouterr().err
+    assert main(["distll"]) == 2
+    assert "invalid choice: 'distll'" in capsys.readouterr().err
 
 
 # Configuration files

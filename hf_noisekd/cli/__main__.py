@@ -3,8 +3,9 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import NamedTuple
 
 from . import deploy, distill, measure, publish
 from .parser import CommandParser, in_one_line
@@ -18,44 +19,59 @@ examples:
 
 `noisekd COMMAND --help` lists the options of a command.
 """
-COMMANDS = (*distill.COMMANDS, *measure.COMMANDS, *deploy.COMMANDS, *publish.COMMANDS)
+
+
+class Command(NamedTuple):
+    """What is known of a command."""
+
+    name: str
+    run: Callable[[argparse.Namespace], int]
+    add_options: Callable[[CommandParser], None]
+    help: str
+
+
+COMMANDS = (
+    Command("distill", distill.distill, distill.distill_options, "train a student with noise"),
+    Command("evaluate", measure.evaluate, measure.evaluate_options, "measure a model on labelled images"),
+    Command("info", measure.info, measure.info_options, "say whether a model can be a teacher; if not, exit code 1"),
+    Command(
+        "recalibrate",
+        deploy.recalibrate,
+        deploy.recalibrate_options,
+        "re-estimate running statistics from some real images",
+    ),
+    Command("export", deploy.export, deploy.export_options, "write a model as one file for other runtimes"),
+    Command("push", publish.push, publish.push_options, "push a student to the Hub"),
+    Command("card", publish.card, publish.card_options, "write the model card of a student anew"),
+)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options of a command, with its `run` and its `parser`.
-
-    Raises:
-        SystemExit: The usage is wrong, or help was asked for; it has been printed.
-    """
+    """Return the options of a command, with its `run` and its `parser`; wrong usage and help are a `SystemExit`."""
     parser = CommandParser(
         prog="noisekd",
         usage="noisekd COMMAND [options]",
-        description="Distil a CNN into a smaller one with pure noise: no images, no labels, no generator network.",
+        description="Distill a CNN into a smaller one with pure noise: no images, no labels, no generator network.",
         epilog=EPILOG,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"hf_noisekd {version('hf-noisekd')}", help="print the version"
-    )
+    text = f"hf_noisekd {version('hf-noisekd')}"
+    parser.add_argument("--version", action="version", version=text, help="print the version")
     subparsers = parser.add_subparsers(
         dest="command", metavar="COMMAND [options]", required=True, title="commands", prog="noisekd"
     )
     tokens = list(argv)
     for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name,
-            usage=f"noisekd {command.name} {command.usage}",
-            help=command.help,
-            description=f"{command.help[0].upper()}{command.help[1:]}.",
-        )
+        description = f"{command.help[0].upper()}{command.help[1:]}."
+        subparser = subparsers.add_parser(command.name, help=command.help, description=description)
         if tokens[:1] != [command.name]:
             continue  # not asked for: `distill` would import transformers
         subparser.set_defaults(run=command.run, parser=subparser)
-        subparser.add_argument(
-            "--config",
-            metavar="FILE",
-            help="YAML file of options, such as `output_dir: student`; those of the command line go over it",
-        )
+        help = "YAML file of options, such as `output_dir: student`; those of the command line go over it"
+        subparser.add_argument("--config", metavar="FILE", help=help)
         command.add_options(subparser)
+        required = [action for action in subparser._actions if action.required]
+        words = [word for action in required for word in (*action.option_strings, str(action.metavar))]
+        subparser.usage = " ".join([subparser.prog, *words, "[options]"])
         tokens[1:] = subparser.expand(tokens[1:])
     args, rest = parser.parse_known_args(tokens)
     if rest:
@@ -64,11 +80,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    Args:
-        argv: The words after `noisekd`. Default: those of this process.
-    """
+    """Run the command of some words, by default those of this process after `noisekd`, and return its exit code."""
     prog = "noisekd"
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)

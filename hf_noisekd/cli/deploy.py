@@ -2,42 +2,24 @@
 
 import argparse
 
-from .options import (
-    MODEL,
-    add_batch_size,
-    add_dataset,
-    add_model,
-    add_trust_remote_code,
-    at_least,
-    check_unused,
-    load_dataset,
-    load_model,
-    path,
-)
-from .parser import Command, CommandParser
+from . import options
+from .parser import CommandParser
 
 
-def add_recalibrate_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd recalibrate`."""
-    add_model(parser, "the student")
-    add_dataset(parser, split="train")
-    parser.add_argument(
-        "--num-images",
-        type=at_least(2),
-        default=256,
-        metavar="N",
-        help="images to use, drawn at random, at least 2; more are better (default: 256)",
-    )
-    add_batch_size(parser, "images in a batch; the result does not depend on it")
-    parser.add_argument(
-        "--output-dir", required=True, type=path, metavar="FOLDER", help="where the new model goes; new or empty"
-    )
-    add_trust_remote_code(parser, "model")
+def recalibrate_options(parser: CommandParser) -> None:
+    options.add_model(parser, "the student:")
+    options.add_dataset(parser, split="train")
+    help = "images to use, drawn at random, at least 2; more are better (default: 256)"
+    parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
+    options.add_batch_size(parser, "images in a batch; the result does not depend on it")
+    help = "where the new model goes; new or empty"
+    parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
+    options.add_trust_remote_code(parser, "model")
 
 
 def recalibrate(args: argparse.Namespace) -> int:
     """Re-estimate the running statistics of a student; see [`recalibrate_batch_norm`]."""
-    check_unused(args)
+    options.check_unused(args)
     from torch.utils.data import DataLoader
 
     from hf_noisekd.batches import collate_images
@@ -48,8 +30,8 @@ def recalibrate(args: argparse.Namespace) -> int:
     from hf_noisekd.release.record import Provenance, read_record
     from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
-    model = load_model(args.model, args)
-    images = load_dataset(args, model, labels=False)
+    model = options.load_model(args.model, args)
+    images = options.load_dataset(args, model, labels=False)
     loader = DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images)
     recalibrate_batch_norm(model, loader, dataset=images.name, split=args.split)
     save_model(model, args.output_dir)
@@ -62,11 +44,11 @@ def recalibrate(args: argparse.Namespace) -> int:
     return 0
 
 
-def add_export_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd export`."""
-    parser.add_argument("--model", required=True, metavar="MODEL", help=f"the model: a timm name, {MODEL}")
+def export_options(parser: CommandParser) -> None:
+    options.add_model(parser, "the model: a timm name,")
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="format of the file (default: onnx)")
-    parser.add_argument("--output", required=True, type=path, metavar="FILE", help="the file, such as student.onnx")
+    help = "the file, such as student.onnx"
+    parser.add_argument("--output", required=True, type=options.path, metavar="FILE", help=help)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -76,19 +58,3 @@ def export(args: argparse.Namespace) -> int:
     export_onnx(args.model, args.output)
     print(args.output)
     return 0
-
-
-COMMANDS = (
-    Command(
-        recalibrate,
-        add_recalibrate_options,
-        "--model MODEL --dataset DATASET --output-dir FOLDER [options]",
-        "re-estimate running statistics from some real images",
-    ),
-    Command(
-        export,
-        add_export_options,
-        "--model MODEL --output FILE [options]",
-        "write a model as one file for other runtimes",
-    ),
-)

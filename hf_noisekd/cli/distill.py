@@ -3,34 +3,26 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from .options import DATASET, MODEL, add_teacher, check_unused
-from .parser import Command, CommandParser, as_text, in_one_line
+from .options import DATASET, add_model, add_teacher, check_unused
+from .parser import CommandParser, as_text, in_one_line
 from .text import scores_table
 
 if TYPE_CHECKING:
     from hf_noisekd.training.config import NoiseKDConfig
 
 
-def add_distill_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd distill`. Those of the configuration are what `HfArgumentParser` makes of it."""
+def distill_options(parser: CommandParser) -> None:
+    """Add what `HfArgumentParser` makes of the configuration, and the models and images."""
     from transformers import HfArgumentParser, TrainingArguments
 
     from hf_noisekd.training.config import NoiseKDConfig
 
     group = parser.add_argument_group("models, images and output")
     add_teacher(group, "trained model to learn from")
-    group.add_argument(
-        "--student",
-        required=True,
-        metavar="MODEL",
-        help=f"model to train: a timm name, for a new model that fits the teacher; or, to train one further, {MODEL}",
-    )
-    group.add_argument(
-        "--output-dir",
-        required=True,
-        metavar="FOLDER",
-        help="where the student goes, and its checkpoints; new or empty, unless a run in it is resumed",
-    )
+    help = "model to train: a timm name, for a new model that fits the teacher; or, to train one further,"
+    add_model(group, help, "--student")
+    help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
+    group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
     group.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, to evaluate on (default: held-out noise)")
     group.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
     group.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
@@ -67,20 +59,17 @@ def _shown(action: argparse.Action) -> argparse.Action:
 
 def noise_config(args: argparse.Namespace) -> "NoiseKDConfig":
     """Build the [`NoiseKDConfig`] of the options; a value that it refuses is wrong usage."""
-    from transformers import HfArgumentParser
-
     from hf_noisekd.training.config import NoiseKDConfig
 
     values = {name: value for name, value in vars(args).items() if name in NoiseKDConfig.__dataclass_fields__}
     try:
-        (config,) = HfArgumentParser(NoiseKDConfig).parse_dict(values)
+        config = NoiseKDConfig(**values)
     except (ValueError, FileNotFoundError) as error:
         args.parser.error(in_one_line(error))
     return config
 
 
 def distill(args: argparse.Namespace) -> int:
-    """Train a student."""
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     if not resume:
         check_unused(args, " Or continue the run in it with --resume-from-checkpoint.")
@@ -90,14 +79,12 @@ def distill(args: argparse.Namespace) -> int:
     from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
     teacher = load_teacher(args.teacher, checkpoint=args.teacher_checkpoint, trust_remote_code=args.trust_remote_code)
-    eval_dataset = None
+    images = None
     if args.eval_dataset is not None:
         from hf_noisekd.images import load_images
 
-        eval_dataset = load_images(
-            args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column
-        )
-    trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=eval_dataset)
+        images = load_images(args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column)
+    trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=images)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     if config.push_to_hub:
@@ -113,31 +100,13 @@ def distill(args: argparse.Namespace) -> int:
 def _summary(config: "NoiseKDConfig", metrics: dict[str, float], eval_dataset: str | None) -> str:
     """Return what a distillation came to, and what can be done with it."""
     scores = {
-        statistics: {
-            name.removeprefix(f"eval_{statistics}_"): value
-            for name, value in metrics.items()
-            if name.startswith(f"eval_{statistics}_")
-        }
-        for statistics in ("running", "batch")
+        statistics: {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
+        for statistics, prefix in (("running", "eval_running_"), ("batch", "eval_batch_"))
     }
     folder = config.output_dir
-    lines = [
-        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:",
-        scores_table(scores),
-        "Next:",
-        f"  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test",
-        f"  noisekd recalibrate --model {folder} --dataset FOLDER_OR_HUB_ID --split train --output-dir FOLDER",
-    ]
-    if not config.push_to_hub:
-        lines.append(f"  noisekd push --model {folder} --repo-id ORGANISATION/NAME")
-    return "\n".join(lines)
-
-
-COMMANDS = (
-    Command(
-        distill,
-        add_distill_options,
-        "--teacher MODEL --student MODEL --output-dir FOLDER [options]",
-        "train a student with noise",
-    ),
-)
+    text = (
+        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n{scores_table(scores)}\nNext:\n"
+        f"  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test\n"
+        f"  noisekd recalibrate --model {folder} --dataset FOLDER_OR_HUB_ID --split train --output-dir FOLDER"
+    )
+    return text if config.push_to_hub else f"{text}\n  noisekd push --model {folder} --repo-id ORGANISATION/NAME"

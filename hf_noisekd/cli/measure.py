@@ -5,44 +5,26 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from .options import (
-    add_batch_size,
-    add_dataset,
-    add_model,
-    add_switch,
-    add_teacher,
-    add_trust_remote_code,
-    at_least,
-    load_dataset,
-    load_model,
-    path,
-)
-from .parser import Command, CommandParser
+from . import options
+from .parser import CommandParser
 from .text import scores_table, table
 
 
-def add_info_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd info`."""
-    add_teacher(parser, "the model")
-    add_batch_size(parser, "noise images in a batch")
-    parser.add_argument(
-        "--input-size",
-        nargs="+",
-        type=at_least(1),
-        metavar="N",
-        help="channels, height and width of the noise images (default: what the model declares)",
-    )
-    add_switch(parser, "--json", "print JSON (default: false)")
+def info_options(parser: CommandParser) -> None:
+    options.add_teacher(parser, "the model")
+    options.add_batch_size(parser, "noise images in a batch")
+    help = "channels, height and width of the noise images (default: what the model declares)"
+    parser.add_argument("--input-size", nargs="+", type=options.at_least(1), metavar="N", help=help)
+    options.add_switch(parser, "--json", "print JSON (default: false)")
 
 
 def info(args: argparse.Namespace) -> int:
-    """Say whether a model can be a teacher."""
     if args.input_size is not None and len(args.input_size) != 3:
         args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
     from hf_noisekd.models.classifier import declared_input_size
     from hf_noisekd.training.teacher_check import describe_teacher
 
-    model = load_model(args.teacher, args, checkpoint=args.teacher_checkpoint)
+    model = options.load_model(args.teacher, args, checkpoint=args.teacher_checkpoint)
     if args.input_size is None and declared_input_size(model) is None:
         args.parser.error(
             f"{args.teacher} does not declare its input size: give it as --input-size CHANNELS HEIGHT WIDTH."
@@ -71,32 +53,26 @@ def _teacher_text(facts: Mapping) -> str:
     return (
         f"{facts['teacher']}: {facts['architecture']}, {facts['parameters']:,} parameters, input "
         f"{format_size(facts['input_size'])}, {facts['num_classes']:,} classes ({names})\n"
-        f"BatchNorm layers: {layers}\n\n"
-        f"Answers to {facts['noise_images']:,} noise images:\n"
-        f"{table(header, rows)}\n"
+        f"BatchNorm layers: {layers}\n\nAnswers to {facts['noise_images']:,} noise images:\n{table(header, rows)}\n"
         "Class balance: 1 if noise reaches all classes alike, 0 if only one. Flatness: 1 if an answer is all classes "
         "alike, 0 if it is one class.\n\n"
         f"{facts['teacher']} {facts['verdict']}"
     )
 
 
-def add_evaluate_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd evaluate`."""
-    add_model(parser, "the model")
-    add_dataset(parser, split="test")
-    parser.add_argument("--label-column", metavar="NAME", help="its column of classes, where it has several")
-    parser.add_argument(
-        "--teacher", metavar="MODEL", help="teacher to measure the agreement with: a timm name, or as --model"
-    )
-    add_batch_size(parser, "images in a batch; under batch statistics the accuracy depends on it")
-    parser.add_argument(
-        "--num-images", type=at_least(2), metavar="N", help="evaluate on N images, drawn at random (default: all)"
-    )
-    parser.add_argument("--output", type=path, metavar="FILE", help="write the numbers to this JSON file")
-    add_switch(
-        parser, "--update-card", "put the result into the card of the student in folder --model (default: false)"
-    )
-    add_trust_remote_code(parser, "model")
+def evaluate_options(parser: CommandParser) -> None:
+    options.add_model(parser, "the model:")
+    options.add_dataset(parser, split="test")
+    add = parser.add_argument
+    add("--label-column", metavar="NAME", help="its column of classes, where it has several")
+    add("--teacher", metavar="MODEL", help="teacher to measure the agreement with: a timm name, or as --model")
+    options.add_batch_size(parser, "images in a batch; under batch statistics the accuracy depends on it")
+    help = "evaluate on N images, drawn at random (default: all)"
+    add("--num-images", type=options.at_least(2), metavar="N", help=help)
+    add("--output", type=options.path, metavar="FILE", help="write the numbers to this JSON file")
+    help = "put the result into the card of the student in folder --model (default: false)"
+    options.add_switch(parser, "--update-card", help)
+    options.add_trust_remote_code(parser, "model")
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -109,9 +85,9 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.update_card and not Path(args.model).is_dir():
         args.parser.error(f"--update-card needs a local folder as --model, found {args.model}.")
     record = read_record(args.model) if args.update_card else None
-    model = load_model(args.model, args)
-    dataset = load_dataset(args, model, label_column=args.label_column)
-    teacher = None if args.teacher is None else load_model(args.teacher, args)
+    model = options.load_model(args.model, args)
+    dataset = options.load_dataset(args, model, label_column=args.label_column)
+    teacher = None if args.teacher is None else options.load_model(args.teacher, args)
     scores = evaluation.evaluate(model, dataset, teacher_model=teacher, batch_size=args.batch_size)
     print(f"{args.model} on {len(dataset):,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
     print(scores_table(scores))
@@ -133,19 +109,3 @@ def evaluate(args: argparse.Namespace) -> int:
         )
         write_model_card(record.measured(measured), args.model)
     return 0
-
-
-COMMANDS = (
-    Command(
-        evaluate,
-        add_evaluate_options,
-        "--model MODEL --dataset DATASET [options]",
-        "measure a model on labelled images",
-    ),
-    Command(
-        info,
-        add_info_options,
-        "--teacher MODEL [options]",
-        "say whether a model can be a teacher; if not, exit code 1",
-    ),
-)

@@ -37,40 +37,28 @@ def add_switch(parser, name: str, help: str) -> None:
 
 
 def add_batch_size(parser, help: str) -> None:
-    """Add `--batch-size`."""
-    parser.add_argument(
-        "--batch-size", type=at_least(2), default=256, metavar="N", help=f"{help}, at least 2 (default: 256)"
-    )
+    help += ", at least 2 (default: 256)"
+    parser.add_argument("--batch-size", type=at_least(2), default=256, metavar="N", help=help)
 
 
 def add_trust_remote_code(parser, whose: str) -> None:
-    """Add `--trust-remote-code`."""
-    add_switch(
-        parser,
-        "--trust-remote-code",
-        f"run the Python code that a transformers {whose} on the Hub brings along (default: false)",
-    )
+    help = f"run the Python code that a transformers {whose} on the Hub brings along (default: false)"
+    add_switch(parser, "--trust-remote-code", help)
+
+
+def add_model(parser, help: str, name: str = "--model") -> None:
+    parser.add_argument(name, required=True, metavar="MODEL", help=f"{help} {MODEL}")
 
 
 def add_teacher(parser, use: str) -> None:
-    """Add `--teacher` and how to load it."""
-    parser.add_argument("--teacher", required=True, metavar="MODEL", help=f"{use}: a timm name, {MODEL}")
-    parser.add_argument(
-        "--teacher-checkpoint",
-        metavar="FILE",
-        help="file of weights for the timm architecture that --teacher names: safetensors, or what `torch.save` wrote",
-    )
+    add_model(parser, f"{use}: a timm name,", "--teacher")
+    help = "file of weights for the timm architecture that --teacher names: safetensors, or what `torch.save` wrote"
+    parser.add_argument("--teacher-checkpoint", metavar="FILE", help=help)
     add_trust_remote_code(parser, "teacher")
 
 
-def add_model(parser, help: str) -> None:
-    """Add `--model`."""
-    parser.add_argument("--model", required=True, metavar="MODEL", help=f"{help}: {MODEL}")
-
-
 def add_dataset(parser, *, split: str) -> None:
-    """Add `--dataset`, its split and its column of images."""
-    parser.add_argument("--dataset", required=True, help=DATASET)
+    parser.add_argument("--dataset", required=True, metavar="DATASET", help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
 
@@ -95,10 +83,10 @@ def load_model(source: str, args: argparse.Namespace, **kwargs):
 
 def check_unused(args: argparse.Namespace, advice: str = "") -> None:
     """Refuse an output folder that holds something, before anything is loaded."""
-    folder = Path(args.output_dir).expanduser()
     # Other processes may be late, and find what the first one has written.
     if os.environ.get("RANK", "0") != "0":
         return
+    folder = Path(args.output_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         args.parser.error(f"the output folder {folder} is not empty: choose another --output-dir.{advice}")
     if folder.is_file():

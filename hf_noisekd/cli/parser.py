@@ -3,23 +3,9 @@
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-
-class Command(NamedTuple):
-    """What `noisekd` knows of a command; its name is that of the function."""
-
-    run: Callable[[argparse.Namespace], int]
-    add_options: Callable[["CommandParser"], None]
-    usage: str
-    help: str
-
-    @property
-    def name(self) -> str:
-        """What it is called by."""
-        return self.run.__name__
+from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -3,54 +3,36 @@
 import argparse
 
 from .options import add_switch, path
-from .parser import Command, CommandParser
+from .parser import CommandParser
 
 
-def add_push_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd push`."""
-    parser.add_argument("--model", required=True, type=path, metavar="FOLDER", help="folder of the student")
-    parser.add_argument(
-        "--repo-id", required=True, metavar="ORGANISATION/NAME", help="where to push; made if it is not there"
-    )
+def push_options(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, type=path, metavar="FOLDER", help="folder of the student")
+    add("--repo-id", required=True, metavar="ORGANISATION/NAME", help="where to push; made if it is not there")
     add_switch(parser, "--private", "make a new repository private (default: as the organisation says)")
-    parser.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: the main one)")
-    parser.add_argument(
-        "--commit-message",
-        default="Upload student",
-        metavar="TEXT",
-        help="title of the commit (default: Upload student)",
-    )
+    add("--revision", metavar="BRANCH", help="branch to commit to (default: the main one)")
+    add("--commit-message", default="Upload student", metavar="TEXT", help="title of the commit (default: %(default)s)")
 
 
 def push(args: argparse.Namespace) -> int:
     """Push a student; see [`hf_noisekd.release.push.push_model`]."""
     from hf_noisekd.release.push import push_model
 
+    private = args.private or None
     url = push_model(
-        args.model,
-        args.repo_id,
-        private=args.private or None,
-        revision=args.revision,
-        commit_message=args.commit_message,
+        args.model, args.repo_id, private=private, revision=args.revision, commit_message=args.commit_message
     )
     print(f"{url}\nAnybody who may read it can run:\n  noisekd evaluate --model {args.repo_id} --dataset DATASET")
     return 0
 
 
-def add_card_options(parser: CommandParser) -> None:
-    """Add the options of `noisekd card`."""
-    parser.add_argument(
-        "source", type=path, metavar="SOURCE", help="folder of a student, or a JSON file of the records of several"
-    )
-    parser.add_argument(
-        "--output-dir", type=path, metavar="FOLDER", help="where the card goes (default: SOURCE, if it is a folder)"
-    )
-    parser.add_argument(
-        "--repo-id", metavar="ORGANISATION/NAME", help="where the student is on the Hub (default: as recorded)"
-    )
-    parser.add_argument(
-        "--run", dest="run_name", metavar="NAME", help="which record of a file of several (default: the last one)"
-    )
+def card_options(parser: CommandParser) -> None:
+    add = parser.add_argument
+    add("source", type=path, metavar="SOURCE", help="folder of a student, or a JSON file of the records of several")
+    add("--output-dir", type=path, metavar="FOLDER", help="where the card goes (default: SOURCE, if it is a folder)")
+    add("--repo-id", metavar="ORGANISATION/NAME", help="where the student is on the Hub (default: as recorded)")
+    add("--run", dest="run_name", metavar="NAME", help="which record of a file of several (default: the last one)")
 
 
 def card(args: argparse.Namespace) -> int:
@@ -63,11 +45,3 @@ def card(args: argparse.Namespace) -> int:
         source = model_folder(str(source))[0]  # of the Hub
     print(write_model_card(source, args.output_dir, repo_id=args.repo_id, run=args.run_name))
     return 0
-
-
-COMMANDS = (
-    Command(
-        push, add_push_options, "--model FOLDER --repo-id ORGANISATION/NAME [options]", "push a student to the Hub"
-    ),
-    Command(card, add_card_options, "SOURCE [options]", "write the model card of a student anew"),
-)

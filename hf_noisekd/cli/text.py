@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows under a header, the first column on the left, all others on the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in (header, *rows)
-    )
+    columns = []
+    for number, column in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if number else cell.ljust(width) for cell in column])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -24,11 +22,8 @@ def scores_table(scores: Mapping[str, Mapping[str, float]]) -> str:
         "kl": "KL from teacher",
     }
     columns = [name for name in units if name in scores["running"]]
-    rows = [
-        [
-            f"{statistics} statistics",
-            *(f"{values[name]:.2f}" if "%" in units[name] else f"{values[name]:.4f}" for name in columns),
-        ]
-        for statistics, values in scores.items()
-    ]
+    rows = []
+    for statistics, values in scores.items():
+        cells = [f"{values[name]:.2f}" if "%" in units[name] else f"{values[name]:.4f}" for name in columns]
+        rows.append([f"{statistics} statistics", *cells])
     return table(["BatchNorm on", *(units[name] for name in columns)], rows)

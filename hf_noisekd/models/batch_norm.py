@@ -1,9 +1,7 @@
 """BatchNorm layers: find them, and run them on the statistics of the batch at hand.
 
-A teacher that is fed noise sees a covariate shift in every hidden layer: its BatchNorm layers normalise by the running
-statistics of real images. Normalising by the mean and variance of the batch at hand instead brings the hidden layers
-back to about N(0, 1), and with them the teacher's knowledge (Raikwar & Mishra, NeurIPS 2022, section 3.2 and
-Algorithm 1). [`batch_statistics`] does that without touching the model otherwise.
+Noise shifts all hidden layers of a teacher, as these normalise by the running statistics of real images. Those of the
+batch bring them back to about N(0, 1) (Raikwar & Mishra, NeurIPS 2022, section 3.2 and Algorithm 1).
 """
 
 import random
@@ -20,10 +18,7 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of `model` by name, in the order of `model.named_modules()`.
-
-    All kinds of `torch.nn.modules.batchnorm._BatchNorm` count: 1d, 2d, 3d, Sync, and timm's `BatchNormAct2d`. Frozen
-    variants (timm's, torchvision's, those inside transformers) do not: they have no batch mode.
+    """Return the BatchNorm layers of `model` by name, in its order; frozen ones have no batch mode and do not count.
 
     Raises:
         ValueError: The model has no such layer. The message names the normalisation layers that were found.
@@ -44,26 +39,18 @@ def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
 class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: `with batch_statistics(teacher): ...`
     """Context under which BatchNorm layers normalise by the batch at hand (Raikwar & Mishra 2022, Algorithm 1).
 
-    Inside it the chosen layers use the mean and variance of their input. No buffer changes in value, dtype or count,
-    and no other module changes its mode: drop-out and drop-path of an `eval()` model stay off. On exit, also after an
-    exception, everything is as it was. The object is cheap to enter and can be entered many times, also nested, so a
-    training loop builds it once.
+    No buffer changes, and no other module changes its mode: drop-out and drop-path of an `eval()` model stay off. On
+    exit, also after an exception, everything is as it was. It can be entered many times, also nested, so a training
+    loop builds it once.
 
     Args:
-        model: Any module with BatchNorm layers.
-        fraction: Share of the layers to put on batch statistics, in [0, 1]; the number is rounded to the nearest
-            layer. The others keep the mode they have (Table 3 of the paper). Layers are taken in the order of
-            `random.Random(seed).sample` over `model.named_modules()`, so a larger fraction contains a smaller one.
-        seed: Seed of that order.
+        model: Any module with BatchNorm layers, of 1d, 2d, 3d, Sync, or timm's `BatchNormAct2d`.
+        fraction: Share of the layers to put on batch statistics, in [0, 1], rounded to the nearest layer. The others
+            keep the mode they have (Table 3 of the paper). A larger fraction contains a smaller one.
+        seed: Seed of the order in which layers are taken.
 
     Raises:
         ValueError: `model` has no BatchNorm layer, or `fraction` is out of range.
-
-    Example:
-        ```python
-        with torch.no_grad(), batch_statistics(teacher):
-            logits = teacher(noise)
-        ```
     """
 
     def __init__(self, model: nn.Module, fraction: float = 1.0, seed: int = 0):
@@ -80,11 +67,9 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
         for layer in self._layers:
             # Set as attributes: `layer.train()` would also switch on the drop-out inside timm's BatchNormAct2d.
             # Without `track_running_stats` torch passes no buffer to the kernel, so none can change.
-            layer.training = True
-            layer.track_running_stats = False
+            layer.training, layer.track_running_stats = True, False
         return self
 
     def __exit__(self, *exception) -> None:
-        for layer, (training, track_running_stats) in zip(self._layers, self._saved.pop(), strict=True):
-            layer.training = training
-            layer.track_running_stats = track_running_stats
+        for layer, saved in zip(self._layers, self._saved.pop(), strict=True):
+            layer.training, layer.track_running_stats = saved

@@ -1,18 +1,10 @@
 """The CIFAR-size networks of the paper, registered with timm.
 
-After `import hf_noisekd`, `timm.create_model("resnet18_cifar", num_classes=10)` builds them, as do the Hub loaders of
-timm and transformers. Their shapes and parameter counts are those of the authors' networks for 32x32 images:
-
-- ResNets: timm's ResNet with a 3x3 stem of stride 1 and no pooling. `width` (64) is the number of channels of the first
-  stage; `stem_stride=2` makes a network for CPUs that costs a quarter. `resnet10_cifar` has one block a stage.
-- MobileNetV2 as in the authors' code: stem and second stage of stride 1, ReLU instead of ReLU6, and a 1x1 convolution
-  on the shortcut of each block that keeps the size and changes the channels.
-- Wide ResNets (Zagoruyko & Komodakis, 2016): timm's pre-activation blocks. The classifier is timm's 1x1 convolution,
-  which has the parameters of a linear layer.
+Their shapes and parameter counts are those of the authors' networks for 32x32 images.
 """
 
 from collections import OrderedDict
-from typing import TypeVar
+from collections.abc import Callable
 
 import torch
 from timm.layers import BatchNormAct2d, create_classifier, create_conv2d
@@ -22,21 +14,12 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
-Network = TypeVar("Network", bound=nn.Module)
-
 
 class CifarResNet(ResNet):
     """timm's ResNet with a 3x3 stem and no pooling, for small images `[B, in_chans, H, W]`.
 
-    Args:
-        layers: Basic blocks in each of the four stages.
-        width: Channels of the stem and the first stage, even; each further stage doubles them.
-        stem_stride: Stride of the stem.
-        in_chans: Channels of the image.
-        **kwargs: Anything else that timm's `ResNet` takes.
-
-    Attributes:
-        model_args: What a checkpoint has to record, beside the name, to build the same network again.
+    The stem and the first stage have `width` channels, an even number, and each further stage has twice as many. A stem
+    of stride 2 makes a network for CPUs that costs a quarter.
 
     Raises:
         ValueError: The width is not a positive even number.
@@ -57,6 +40,7 @@ class CifarResNet(ResNet):
             zero_init_last=False,
             **kwargs,
         )
+        # What a checkpoint has to record, beside the name, to build the same network again.
         self.model_args = {"width": width, "stem_stride": stem_stride}
         self.conv1 = create_conv2d(in_chans, width, 3, stride=stem_stride)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -67,7 +51,7 @@ class CifarResNet(ResNet):
 
 
 class _CifarInvertedResidual(InvertedResidual):
-    """timm's inverted residual with a projection on the shortcut where the channels change and the size does not."""
+    """timm's inverted residual with a 1x1 convolution on the shortcut where only the number of channels changes."""
 
     def __init__(self, in_chs: int, out_chs: int, stride: int = 1, **kwargs):
         super().__init__(in_chs, out_chs, stride=stride, **kwargs)
@@ -80,37 +64,27 @@ class _CifarInvertedResidual(InvertedResidual):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018) for small images `[B, in_chans, H, W]`, in the shape the authors used."""
+    """MobileNetV2 (Sandler et al., 2018) as the authors used it: stem and second stage of stride 1, ReLU, not ReLU6."""
 
     # (expansion, channels, blocks, stride of the first block)
-    stages = (
-        (1, 16, 1, 1),
-        (6, 24, 2, 1),
-        (6, 32, 3, 2),
-        (6, 64, 4, 2),
-        (6, 96, 3, 1),
-        (6, 160, 3, 2),
-        (6, 320, 1, 1),
-    )
+    stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg", drop_rate: float = 0.0):
         super().__init__()
-        self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = 1280
         self.conv_stem = create_conv2d(in_chans, 32, 3)
         self.bn1 = BatchNormAct2d(32)
         blocks, in_chs = [], 32
         for expansion, out_chs, depth, first_stride in self.stages:
-            for index in range(depth):
-                stride = first_stride if index == 0 else 1
+            for stride in [first_stride] + [1] * (depth - 1):
                 blocks.append(_CifarInvertedResidual(in_chs, out_chs, stride=stride, exp_ratio=expansion))
                 in_chs = out_chs
         self.blocks = nn.Sequential(*blocks)
         self.conv_head = create_conv2d(in_chs, self.num_features, 1)
         self.bn2 = BatchNormAct2d(self.num_features)
         self.head_drop = nn.Dropout(drop_rate)
-        self.global_pool, self.classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.reset_classifier(num_classes, global_pool)
 
     def get_classifier(self) -> nn.Module:
         """Return the last linear layer."""
@@ -137,13 +111,9 @@ class CifarMobileNetV2(nn.Module):
 
 
 class CifarWideResNet(ResNetV2):
-    """Wide ResNet of `depth = 6 * blocks + 4` layers for small images: timm's ResNetV2 with three stages.
+    """Wide ResNet (Zagoruyko & Komodakis, 2016) of `6 * blocks + 4` layers for small images, as a timm ResNetV2.
 
-    Args:
-        blocks: Basic blocks in each stage.
-        widen: Channels of a stage relative to 16, 32, 64.
-        in_chans: Channels of the image.
-        **kwargs: Anything else that timm's `ResNetV2` takes.
+    Each of the three stages has `blocks` basic blocks of 16, 32 or 64 times `widen` channels.
     """
 
     def __init__(self, blocks: int, widen: int, in_chans: int = 3, **kwargs):
@@ -167,77 +137,33 @@ class CifarWideResNet(ResNetV2):
 
 
 def _cfg(first_conv: str, classifier: str) -> dict:
-    return {
-        "url": "",
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2470, 0.2435, 0.2616),
-        "first_conv": first_conv,
-        "classifier": classifier,
-    }
+    shape = {"num_classes": 10, "input_size": (3, 32, 32), "first_conv": first_conv, "classifier": classifier}
+    return shape | {"crop_pct": 1.0, "mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
 
 
 default_cfgs = generate_default_cfgs(
-    {
-        "resnet10_cifar": _cfg("conv1", "fc"),
-        "resnet18_cifar": _cfg("conv1", "fc"),
-        "resnet34_cifar": _cfg("conv1", "fc"),
-        "mobilenetv2_cifar": _cfg("conv_stem", "classifier"),
-        "wide_resnet28_10_cifar": _cfg("stem.conv", "head.fc"),
-        "wide_resnet16_8_cifar": _cfg("stem.conv", "head.fc"),
-        "wide_resnet16_2_cifar": _cfg("stem.conv", "head.fc"),
-    }
+    {f"resnet{depth}_cifar": _cfg("conv1", "fc") for depth in (10, 18, 34)}
+    | {"mobilenetv2_cifar": _cfg("conv_stem", "classifier")}
+    | {f"wide_resnet{shape}_cifar": _cfg("stem.conv", "head.fc") for shape in ("28_10", "16_8", "16_2")}
 )
 
 
-def _build(model_cls: type[Network], variant: str, pretrained: bool, **kwargs) -> Network:
-    return build_model_with_cfg(
-        model_cls, variant, pretrained, feature_cfg={"flatten_sequential": issubclass(model_cls, ResNetV2)}, **kwargs
-    )
+def _register(name: str, network: type[nn.Module], **architecture) -> Callable[..., nn.Module]:
+    """Register with timm, and return, a function `name` that builds a network."""
+
+    def build(pretrained: bool = False, **kwargs) -> nn.Module:
+        feature_cfg = {"flatten_sequential": issubclass(network, ResNetV2)}
+        return build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **architecture, **kwargs)
+
+    build.__name__ = name
+    return register_model(build)
 
 
-@register_model
-def resnet10_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-10 for 32x32 images, for CPUs: 4,903,242 parameters at width 64, and about `(width / 64) ** 2` of it."""
-    return _build(CifarResNet, "resnet10_cifar", pretrained, layers=(1, 1, 1, 1), **kwargs)
-
-
-@register_model
-def resnet18_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-18 for 32x32 images: 11,173,962 parameters with 10 classes."""
-    return _build(CifarResNet, "resnet18_cifar", pretrained, layers=(2, 2, 2, 2), **kwargs)
-
-
-@register_model
-def resnet34_cifar(pretrained: bool = False, **kwargs) -> CifarResNet:
-    """ResNet-34 for 32x32 images: 21,282,122 parameters with 10 classes."""
-    return _build(CifarResNet, "resnet34_cifar", pretrained, layers=(3, 4, 6, 3), **kwargs)
-
-
-@register_model
-def mobilenetv2_cifar(pretrained: bool = False, **kwargs) -> CifarMobileNetV2:
-    """MobileNetV2 for 32x32 images: 2,296,922 parameters with 10 classes."""
-    return _build(CifarMobileNetV2, "mobilenetv2_cifar", pretrained, **kwargs)
-
-
-@register_model
-def wide_resnet28_10_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-28-10 for 32x32 images: 36,479,194 parameters with 10 classes, 36,536,884 with 100."""
-    return _build(CifarWideResNet, "wide_resnet28_10_cifar", pretrained, blocks=4, widen=10, **kwargs)
-
-
-@register_model
-def wide_resnet16_8_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-16-8 for 32x32 images: 10,961,370 parameters with 10 classes, 11,007,540 with 100."""
-    return _build(CifarWideResNet, "wide_resnet16_8_cifar", pretrained, blocks=2, widen=8, **kwargs)
-
-
-@register_model
-def wide_resnet16_2_cifar(pretrained: bool = False, **kwargs) -> CifarWideResNet:
-    """WRN-16-2 for 32x32 images, small enough for CPUs: 691,674 parameters with 10 classes."""
-    return _build(CifarWideResNet, "wide_resnet16_2_cifar", pretrained, blocks=2, widen=2, **kwargs)
+# With the number of parameters for 10 classes; ResNets have it at width 64.
+resnet10_cifar = _register("resnet10_cifar", CifarResNet, layers=(1, 1, 1, 1))  # 4,903,242, for CPUs
+resnet18_cifar = _register("resnet18_cifar", CifarResNet, layers=(2, 2, 2, 2))  # 11,173,962
+resnet34_cifar = _register("resnet34_cifar", CifarResNet, layers=(3, 4, 6, 3))  # 21,282,122
+mobilenetv2_cifar = _register("mobilenetv2_cifar", CifarMobileNetV2)  # 2,296,922
+wide_resnet28_10_cifar = _register("wide_resnet28_10_cifar", CifarWideResNet, blocks=4, widen=10)  # 36,479,194
+wide_resnet16_8_cifar = _register("wide_resnet16_8_cifar", CifarWideResNet, blocks=2, widen=8)  # 10,961,370
+wide_resnet16_2_cifar = _register("wide_resnet16_2_cifar", CifarWideResNet, blocks=2, widen=2)  # 691,674, for CPUs

@@ -1,7 +1,6 @@
 """What every other module needs to know about an image classifier, whichever library built it.
 
-A classifier is an `nn.Module` from pixels `[B, C, H, W]` to logits `[B, num_classes]`, or a transformers image
-classification model, whose output carries `logits`.
+It maps pixels `[B, C, H, W]` to logits `[B, num_classes]`, or, if it is a transformers model, to what carries `logits`.
 """
 
 import hashlib
@@ -30,9 +29,8 @@ def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: s
         with torch.no_grad(), evaluation_mode(model):
             logits = compute_logits(model, pixel_values)
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ValueError(
-            f"The {role} does not take images of {format_size(input_size)}: {error}. Give another size."
-        ) from error
+        size = format_size(input_size)
+        raise ValueError(f"The {role} does not take images of {size}: {error}. Give another size.") from error
     if not torch.is_tensor(logits) or logits.ndim != 2:
         found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
@@ -57,11 +55,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return the `(channels, height, width)` that `model` says it takes, or None where it says nothing.
-
-    timm models say it in `in_chans` and `pretrained_cfg["input_size"]`, transformers models in `config.num_channels`
-    and `config.image_size`.
-    """
+    """Return the `(channels, height, width)` that `model` says it takes, or None where it says nothing."""
     cfg = pretrained_cfg_of(model)
     if cfg.get("input_size"):
         # timm leaves the channels in `pretrained_cfg` as they were when a model is built with other `in_chans`.
@@ -76,25 +70,18 @@ def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 def declared_num_classes(model: nn.Module) -> int | None:
     """Return the number of classes that `model` says it has, or None where it says nothing."""
-    if isinstance(model, PreTrainedModel):
-        return model.config.num_labels
-    return getattr(model, "num_classes", None)
+    return model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
 
 
 def pretrained_cfg_of(model: nn.Module) -> dict:
-    """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict.
-
-    transformers builds the timm model that it wraps without the checkpoint's own entries, and keeps those in `config`.
-    """
+    """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict."""
+    # transformers builds the timm model that it wraps without the entries of a checkpoint, and keeps those in `config`.
     cfg = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
     return dict(cfg or {}) | dict(getattr(getattr(model, "config", None), "pretrained_cfg", None) or {})
 
 
 def noisekd_section(model: nn.Module) -> dict:
-    """Return what a student of this package says of how it was made, the section `noisekd` of its `config.json`.
-
-    Empty for any other model. It is kept here as it is; [`Provenance`] knows what it means.
-    """
+    """Return the section `noisekd` of the `config.json` of a student of this package; empty for any other model."""
     section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
     return dict(section or {})
 
@@ -132,17 +119,12 @@ def architecture_of(model: nn.Module) -> str:
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
-    """Return the class names a model carries, or their numbers where it carries none.
-
-    They have to be written, else transformers guesses those of ImageNet.
-    """
+    """Return the class names a model carries, or their numbers, for transformers would guess those of ImageNet."""
     names = pretrained_cfg_of(model).get("label_names")
-    id2label = getattr(getattr(model, "config", None), "id2label", None)
-    if names is None and id2label:
+    if names is None:
+        id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
         names = [id2label[index] for index in sorted(id2label)]
-    if names is None or len(names) != num_classes:
-        return [str(index) for index in range(num_classes)]
-    return list(names)
+    return list(names) if len(names) == num_classes else [str(index) for index in range(num_classes)]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -155,10 +137,7 @@ def teacher_identity(teacher_model: nn.Module) -> dict:
 
     The hash is SHA-256 over the names, types, shapes and bytes of all parameters and buffers.
     """
-    identity = {
-        "architecture": architecture_of(teacher_model),
-        "parameters": count_parameters(teacher_model),
-    }
+    identity = {"architecture": architecture_of(teacher_model), "parameters": count_parameters(teacher_model)}
     origin = getattr(teacher_model, "origin", {})
     identity |= {key: origin[key] for key in ("id", "revision", "license") if origin.get(key)}
     if "revision" not in identity:

@@ -11,9 +11,8 @@ from hf_noisekd.models.classifier import answer_to_blanks
 def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """Return the memory format in which `model` trains fastest and correctly on `device`.
 
-    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels:
-    its backward pass in channels last writes outside its workspace and corrupts the heap (oneDNN issue 6035, seen with
-    torch 2.15).
+    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels,
+    whose backward pass would corrupt the heap (oneDNN issue 6035, seen with torch 2.15).
     """
     breaks_channels_last = device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)
@@ -28,9 +27,8 @@ def training_memory_format(model: nn.Module, device: torch.device) -> torch.memo
 def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:
     """Return the name of a convolution whose gradient a CPU computes wrongly in bfloat16, or None.
 
-    That is one whose maps, when the images are of `input_size`, have a side shorter than its stride or than half of its
-    kernel: the gradient of its weights holds memory that nobody wrote. Not so 1x1 and depthwise ones (seen with torch
-    2.15 and its oneDNN).
+    That is one whose maps, of images of `input_size`, have a side shorter than its stride or than half of its kernel,
+    unless it is 1x1 or depthwise: its gradient holds memory that nobody wrote (seen with torch 2.15 and its oneDNN).
     """
     broken = []
 

@@ -1,8 +1,6 @@
 """Load a teacher or a student from where people keep them: a name, the Hub, a folder, a file.
 
-Only weights in safetensors are read from a folder or the Hub, and a file that the user points at by `weights_only`; no
-pickled code runs. A model that was loaded remembers, in the attribute `origin`, its Hub id, revision and licence, as
-far as there are any, and in `noisekd` what a folder of this package says about how it was made.
+No pickled code runs. A loaded model keeps its Hub id, revision and licence in `origin`, as far as there are any.
 """
 
 import difflib
@@ -32,8 +30,7 @@ def load_teacher(
 
     Args:
         source: A module, returned as it is; a timm name with pretrained weights (`resnet34.a1_in1k`); a Hub id
-            (`org/repo`, `org/repo@revision`, either with `hf-hub:` before it); or a folder in timm's or transformers'
-            layout.
+            (`org/repo`, `hf-hub:org/repo@revision`); or a folder in timm's or transformers' layout, with safetensors.
         checkpoint: File of weights for the timm architecture that `source` names: safetensors, or what `torch.save`
             wrote, read with `weights_only=True`. The numbers of classes and of input channels are read off it.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
@@ -53,27 +50,20 @@ def load_student(
     input_size: tuple[int, int, int] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """Build a student, or load one to train further.
+    """Load a student like a teacher, or build one with random weights where `source` is a timm name.
 
-    Args:
-        source: A module, returned as it is; a timm name (`resnet18_cifar`), which gives random weights; or a Hub id or
-            folder as in [`load_teacher`], which gives the weights found there.
-        num_classes: Classes of a model built by name.
-        input_size: `(channels, height, width)` of a model built by name.
-        trust_remote_code: As in [`load_teacher`].
+    `num_classes` and `input_size`, `(channels, height, width)`, are those of a model built by name.
 
     Raises:
         ValueError: There is no such model, or it is damaged; the message says what was found.
     """
-    kwargs: dict[str, Any] = {}
-    if not isinstance(source, nn.Module) and not has_weights(str(source)):
-        kwargs["num_classes"] = num_classes
-        if input_size is not None:
-            kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
+    kwargs: dict[str, Any] = {"num_classes": num_classes}
+    if input_size is not None:
+        kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
     return _load(source, trust_remote_code, pretrained=False, **kwargs)
 
 
-def _load(source: str | Path | nn.Module, trust_remote_code: bool, **kwargs) -> nn.Module:
+def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: bool, **kwargs) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
     if not isinstance(source, str | Path):
@@ -81,8 +71,8 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, **kwargs) -> 
     source = str(source)
     if has_weights(source):
         return _load_with_weights(source, trust_remote_code)
-    model = _create_timm_model(source, **kwargs)
-    if kwargs.get("pretrained"):
+    model = _create_timm_model(source, pretrained=pretrained, **kwargs)
+    if pretrained:
         cfg = pretrained_cfg_of(model)
         origin: Any = {"id": cfg.get("hf_hub_id"), "license": cfg.get("license")}
         weights = try_to_load_from_cache(cfg["hf_hub_id"], WEIGHTS_NAME) if cfg.get("hf_hub_id") else None
@@ -129,7 +119,7 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_NAME} holds no JSON object")
         if "architecture" in config:
-            model = _load_timm_folder(folder, config)
+            model = _load_timm_folder(folder, config["architecture"])
         else:
             model = _load_transformers_folder(folder, trust_remote_code)
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
@@ -157,45 +147,27 @@ def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, di
     if source.startswith(("/", ".", "~", "local-dir:")):
         raise ValueError(f"There is no folder {str(folder)!r}.")
     repo_id, _, revision = source.removeprefix("hf-hub:").partition("@")
-    patterns = [
-        CONFIG_NAME,
-        "model*.safetensors",
-        "model.safetensors.index.json",
-        "preprocessor_config.json",
-        CARD_NAME,
-        RECORD_NAME,
-    ]
+    files = [CONFIG_NAME, CARD_NAME, RECORD_NAME, "preprocessor_config.json", "model.safetensors.index.json"]
+    files += ["model*.safetensors", *["*.py"] * trust_remote_code]
     try:
-        folder = Path(
-            snapshot_download(
-                repo_id,
-                revision=revision or None,
-                allow_patterns=patterns + ["*.py"] * trust_remote_code,
-                library_name="hf_noisekd",
-            )
-        )
+        copy = snapshot_download(repo_id, revision=revision or None, allow_patterns=files, library_name="hf_noisekd")
     except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
-        raise ValueError(
-            f"There is no folder {source!r}, and no such model could be had from the Hub: {_missing(error)}"
-        ) from error
-    return folder, {"id": repo_id, "revision": folder.name}
+        text = f"There is no folder {source!r}, and no such model could be had from the Hub: {_missing(error)}"
+        raise ValueError(text) from error
+    return Path(copy), {"id": repo_id, "revision": Path(copy).name}
 
 
 def _missing(error: Exception) -> str:
-    if constants.HF_HUB_OFFLINE:
-        return (
-            "it is not in the local cache, and HF_HUB_OFFLINE=1 forbids requests. Fetch it once with `hf download`, or "
-            "unset HF_HUB_OFFLINE."
-        )
-    return str(error)
+    if not constants.HF_HUB_OFFLINE:
+        return str(error)
+    advice = "Fetch it once with `hf download`, or unset HF_HUB_OFFLINE."
+    return f"it is not in the local cache, and HF_HUB_OFFLINE=1 forbids requests. {advice}"
 
 
-def _load_timm_folder(folder: Path, config: Mapping) -> nn.Module:
-    if not timm.is_model(config["architecture"]):
-        raise ValueError(
-            f"timm {timm.__version__} knows no architecture {config['architecture']!r}."
-            + (nearest_architecture(config["architecture"]) or " Import the package that registers it, or update timm.")
-        )
+def _load_timm_folder(folder: Path, architecture: str) -> nn.Module:
+    if not timm.is_model(architecture):
+        advice = nearest_architecture(architecture) or " Import the package that registers it, or update timm."
+        raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r}.{advice}")
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     # By our own hand: timm would read whatever else lies in the folder, older versions by unpickling it.
     _fit(model, safetensors.torch.load_file(folder / WEIGHTS_NAME))
@@ -236,14 +208,9 @@ def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
 
 
 def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load weights that must fit exactly.
-
-    Raises:
-        ValueError: Names or shapes differ; the message names the first.
-    """
-    expected, found = (
-        {name: list(tensor.shape) for name, tensor in tensors.items()} for tensors in (model.state_dict(), state_dict)
-    )
+    """Load weights, or raise a `ValueError` where names or shapes differ."""
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
     if names := differing(expected, found):
         raise ValueError(
             f"the weights do not fit the architecture: {len(names)} tensors differ, first {names[0]!r}: the model has "
@@ -258,7 +225,6 @@ def differing(expected: Mapping, found: Mapping) -> list[str]:
 
 
 def _card_license(folder: Path) -> str | None:
-    """Return the licence that the card of a model folder names, or None."""
     try:
         return ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, yaml.YAMLError):

@@ -7,14 +7,11 @@ from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
 
 # What a student takes over from its teacher's `pretrained_cfg`: how to turn an image into pixels.
 PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
+PIL_NUMBERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
 def preprocessing_of(model: nn.Module) -> dict:
-    """Return how `model` wants its images, in timm's terms (`mean`, `std`, `interpolation`, `crop_pct`, ...).
-
-    timm models say it in `pretrained_cfg`, transformers models in the image processor beside their weights. What is not
-    known is left out.
-    """
+    """Return what is known of how `model` wants its images, in timm's terms: those of [`PREPROCESSING_KEYS`]."""
     cfg = pretrained_cfg_of(model)
     if cfg or not isinstance(model, PreTrainedModel):
         return {key: cfg[key] for key in PREPROCESSING_KEYS if cfg.get(key) is not None}
@@ -22,11 +19,9 @@ def preprocessing_of(model: nn.Module) -> dict:
     if processor is None:
         return {}
     processor = processor.to_dict()
+    names = {number: name for name, number in PIL_NUMBERS.items()}
     preprocessing = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    if processor.get("resample") is not None:
-        preprocessing["interpolation"] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(
-            int(processor["resample"])
-        )
+    preprocessing["interpolation"] = names.get(processor.get("resample"))
     size = processor.get("size") or {}
     if processor.get("crop_pct"):
         preprocessing["crop_pct"] = processor["crop_pct"]
@@ -50,12 +45,11 @@ def image_processor_of(model: nn.Module):
         return None
     size = {"height": input_size[1], "width": input_size[2]}
     squash = preprocessing.get("crop_mode") == "squash"
-    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
     return BitImageProcessor(
         size=size if squash else {"shortest_edge": int(min(input_size[1:]) / preprocessing.get("crop_pct", 1.0))},
         do_center_crop=not squash,
         crop_size=size,
-        resample=resample[preprocessing.get("interpolation", "bicubic")],
+        resample=PIL_NUMBERS[preprocessing.get("interpolation", "bicubic")],
         image_mean=list(preprocessing["mean"]),
         image_std=list(preprocessing["std"]),
     )

@@ -3,7 +3,6 @@
 import json
 import logging
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,15 @@ OF_OTHER_WEIGHTS = (
 
 
 def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module | None = None) -> None:
-    """Save a classifier: timm models in timm's Hub format, transformers models in theirs.
+    """Save a classifier: transformers models in their format, timm models in timm's, which transformers reads too.
 
-    timm's format is `model.safetensors` with the bare timm names and a `config.json` that timm, transformers'
-    `AutoModelForImageClassification` and `AutoImageProcessor` all read. Of any other module only the weights can be
-    saved, with a warning. What stands in `model.noisekd` becomes the section `noisekd` of `config.json`.
-
-    A new folder appears whole or not at all. In a folder that is there each file is replaced whole.
-
-    Args:
-        model: The classifier.
-        folder: Where to write; made if missing.
-        teacher_model: The teacher whose preprocessing and class names the model shares.
+    Of any other module only the weights can be saved, with a warning. What stands in `model.noisekd` becomes the
+    section `noisekd` of `config.json`. A new folder appears whole or not at all; in one that is there each file is
+    replaced whole. The model shares the preprocessing and the class names of `teacher_model`.
     """
     bare = getattr(model, "timm_model", model)  # the timm model in transformers' wrapper
     section = noisekd_section(model)
+    like = model if teacher_model is None else teacher_model
     with replacing_files(folder) as staging:
         if isinstance(bare, PreTrainedModel):
             if section:
@@ -50,7 +43,7 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
                 names = class_names(teacher_model, bare.config.num_labels)
                 bare.config.id2label = dict(enumerate(names))
                 bare.config.label2id = {name: index for index, name in enumerate(names)}
-            if processor := image_processor_of(bare if teacher_model is None else teacher_model):
+            if processor := image_processor_of(like):
                 processor.save_pretrained(staging)
             bare.save_pretrained(staging)
             return
@@ -61,22 +54,14 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
         }
         safetensors.torch.save_file(state_dict, staging / WEIGHTS_NAME, metadata={"format": "pt"})
         if pretrained_cfg_of(bare).get("architecture"):
-            like = model if teacher_model is None else teacher_model
             _save_timm_config(bare, staging / CONFIG_NAME, like, section)
         else:
-            logger.warning(
-                "%s is not a timm or transformers model: its weights were saved, without a %s to build it from.",
-                type(model).__name__,
-                CONFIG_NAME,
-            )
+            text = "%s is not a timm or transformers model: its weights were saved, without a %s to build it from."
+            logger.warning(text, type(model).__name__, CONFIG_NAME)
 
 
 def check_config_can_be_saved(model: nn.Module) -> None:
-    """Check that [`save_model`] can write the configuration of `model`.
-
-    Raises:
-        ValueError: It is a timm model that was built with an argument which a configuration cannot hold.
-    """
+    """Raise a `ValueError` if a timm model was built with an argument that its `config.json` cannot hold."""
     bare = getattr(model, "timm_model", model)
     if pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
@@ -89,19 +74,18 @@ def check_config_can_be_saved(model: nn.Module) -> None:
                 ) from error
 
 
-def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: Mapping) -> None:
+def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: dict) -> None:
     """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
     size: Any = declared_input_size(model)  # a timm model says it
-    preprocessing = preprocessing_of(like) | {"input_size": declared_input_size(like) or size}
     num_classes: Any = model.num_classes
-    label_names = class_names(like, num_classes)
-    save_config_for_hf(
-        model,
-        path,
-        model_config={"pretrained_cfg": preprocessing, "label_names": label_names}
-        | ({"noisekd": dict(section)} if section else {}),
-        model_args={"in_chans": size[0]} | getattr(model, "model_args", {}),
-    )
+    model_config = {
+        "pretrained_cfg": preprocessing_of(like) | {"input_size": declared_input_size(like) or size},
+        "label_names": class_names(like, num_classes),
+    }
+    if section:
+        model_config["noisekd"] = section
+    model_args = {"in_chans": size[0]} | getattr(model, "model_args", {})
+    save_config_for_hf(model, path, model_config=model_config, model_args=model_args)
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.
     config["model_args"].pop("num_classes", None)

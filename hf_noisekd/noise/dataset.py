@@ -1,9 +1,9 @@
-"""The data set of noise.
+"""The data set of noise: batches that depend on the seed, the rank and the step alone.
 
-[`NoiseDataset`] makes training batches of a distribution (see [`hf_noisekd.noise.distributions`]) that depend on the
-seed, the rank and the step alone, so a resumed run, a second rank and a held-out evaluation need no stored state.
+So a resumed run, a second rank and a held-out evaluation need no stored state.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,12 @@ from torch.utils.data import get_worker_info
 
 from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
+from hf_noisekd.noise import spec
 from hf_noisekd.noise.distributions import Distribution
-from hf_noisekd.noise.spec import (
-    STRUCTURED_RESOLUTIONS,
-    Mixture,
-    check_resolutions,
-    noise_name,
-    parse_noise,
-    parse_resolutions,
-)
 
 # Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
 MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
-
 
 # Small noise images are no smaller than this, unless the full ones are.
 MIN_SIDE = 16
@@ -36,8 +28,8 @@ MIN_SIDE = 16
 class NoiseDataset(DrawnDataset):
     """Batches of noise, drawn on the device that trains on them.
 
-    Iterating gives mappings `{"pixel_values": [B, C, H, W]}`: whole batches, so a `DataLoader` over it needs
-    `batch_size=None`, and no worker processes. With worker processes each draws its share; the batches are the same.
+    Iterating gives whole batches, `{"pixel_values": [B, C, H, W]}`, so a `DataLoader` over it needs `batch_size=None`.
+    It needs no worker processes; with some, the batches are the same.
 
     Step `k` of a rank is a function of `(seed, rank, k)` alone. Under one seed no two steps or ranks, nor the held-out
     noise, ever share a batch. Two kinds of device give different numbers for the same step.
@@ -45,22 +37,21 @@ class NoiseDataset(DrawnDataset):
     Args:
         input_size: `(channels, height, width)` of one image.
         batch_size: Images in a batch.
-        num_steps: Batches in an epoch, which is then the length. None for an unbounded data set without length.
+        num_steps: Batches in an epoch, which is then the length. None for neither end nor length.
         seed: Any integer.
         rank: Process that this copy serves, in [0, 255].
-        held_out: Draw from a stream apart from the training noise of this seed, whatever its rank and step.
+        held_out: Draw from a stream apart from the training noise of this seed.
         mean: Mean of the noise, in the units of the network's input.
-        std: Standard deviation of the noise, in the same units.
-        distribution: What to draw: a text such as "white", "structured" or "dead_leaves:3,spectrum:1", see
-            [`hf_noisekd.noise.spec`], or a function, see [`hf_noisekd.noise.distributions`].
-        resolutions: Share of the steps for each size of the images, in this order; a size is relative to
-            `input_size`, in (0, 1], and rounded, and no side gets below 16 pixels where it is not in full size. Noise
-            of a low resolution first and of full resolution last teaches more in the same time. A mapping, or a text
-            such as "0.5:0.6,1:0.4". Default: `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held
-            out, else full size throughout.
+        std: Its standard deviation, likewise.
+        distribution: A text such as "dead_leaves:3,spectrum:1", see [`hf_noisekd.noise.spec`], or a function, see
+            [`hf_noisekd.noise.distributions`].
+        resolutions: Share of the steps for each size of the images, in this order, as a mapping or a text such as
+            "0.5:0.6,1:0.4". A size is relative to `input_size`, in (0, 1]; no side gets below 16 pixels, or below its
+            full size if that is less. Small images first teach more in the same time. Default: `{0.5: 0.6, 0.75: 0.25,
+            1: 0.15}` for structured noise that is not held out, else `{1: 1}`.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
-        dtype: Type of the pixels, for example `torch.bfloat16` under autocast, which saves a conversion.
+        dtype: Type of the pixels; `torch.bfloat16` saves a conversion under autocast.
         memory_format: Memory format of a batch.
 
     Raises:
@@ -95,24 +86,22 @@ class NoiseDataset(DrawnDataset):
             raise ValueError(f"batch_size and num_steps must be positive, got {batch_size} and {num_steps}.")
         if not 0 < std < math.inf:
             raise ValueError(f"std must be positive and finite, got {std}.")
-        seed = operator.index(seed)  # NumPy's integers overflow
-        draw_seed(seed, rank, 0, held_out)  # checks the rank
-        channels, height, width = input_size
-        self.input_size = (channels, height, width)
+        self.seed = operator.index(seed)  # NumPy's integers overflow
+        draw_seed(self.seed, rank, 0, held_out)  # checks the rank
+        self.input_size = (*input_size,)
         self.batch_size = batch_size
         self.num_steps = num_steps
-        self.seed = seed
         self.rank = rank
         self.held_out = held_out
         self.mean = mean
         self.std = std
-        self.distribution = parse_noise(distribution) if isinstance(distribution, str) else distribution
+        self.distribution = spec.parse_noise(distribution) if isinstance(distribution, str) else distribution
         if resolutions is None:
-            structured = isinstance(self.distribution, Mixture) and self.distribution.name == "structured"
-            resolutions = STRUCTURED_RESOLUTIONS if structured and not held_out else {1.0: 1.0}
+            structured = isinstance(self.distribution, spec.Mixture) and self.distribution.name == "structured"
+            resolutions = spec.STRUCTURED_RESOLUTIONS if structured and not held_out else {1.0: 1.0}
         if isinstance(resolutions, str):
-            resolutions = parse_resolutions(resolutions)
-        self.resolutions = check_resolutions(resolutions)
+            resolutions = spec.parse_resolutions(resolutions)
+        self.resolutions = spec.check_resolutions(resolutions)
         self.total_steps = total_steps
         self.device = torch.device(device)
         self.dtype = dtype
@@ -123,14 +112,12 @@ class NoiseDataset(DrawnDataset):
     def for_model(cls, model: nn.Module, **kwargs) -> "NoiseDataset":
         """Build the noise that suits the input of `model`, usually the teacher.
 
-        The size is the one the model declares (timm's `pretrained_cfg["input_size"]`, transformers'
-        `config.image_size`). The paper's N(0, 1) fits inputs that were standardised. A model whose `pretrained_cfg`
-        says that it takes raw pixels in [0, 1] (mean 0, standard deviation 1) gets mean 0.5 and standard deviation
-        0.25, which is about what photos have.
+        The paper's N(0, 1) fits inputs that were standardised. A model whose `pretrained_cfg` says that it takes raw
+        pixels in [0, 1] (mean 0, standard deviation 1) gets mean 0.5 and standard deviation 0.25, about as photos have.
 
         Args:
-            model: The classifier that will answer the noise.
-            **kwargs: Anything the constructor takes, and overrides of what was read off the model.
+            model: The classifier, which declares its input size in timm's `pretrained_cfg` or in `config.image_size`.
+            **kwargs: Anything the constructor takes; it goes over what was read off the model.
 
         Raises:
             ValueError: The model does not declare an input size and none was given.
@@ -155,19 +142,15 @@ class NoiseDataset(DrawnDataset):
             noise = self.distribution(generator, shape)
         if noise.shape != shape:
             raise ValueError(
-                f"The noise {noise_name(self.distribution)!r} gave the shape {tuple(noise.shape)} where {shape} was "
-                "asked for: a distribution takes a generator and a shape, and returns a tensor of that shape."
+                f"The noise {spec.noise_name(self.distribution)!r} gave the shape {tuple(noise.shape)} where {shape} "
+                "was asked for: a distribution takes a generator and a shape, and returns a tensor of that shape."
             )
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
         return noise.to(dtype=self.dtype, memory_format=self.memory_format)
 
     def image_size(self, step: int) -> tuple[int, int]:
-        """Return height and width of the images of training step `step`.
-
-        Raises:
-            ValueError: They change in the course of the training, and the data set does not know how long that is.
-        """
+        """Return height and width of the images of training step `step`."""
         *others, (last, _) = self.image_sizes()
         if not others:
             return last
@@ -188,11 +171,10 @@ class NoiseDataset(DrawnDataset):
         sizes: list[tuple[tuple[int, int], float]] = []
         for scale, share in self.resolutions.items():
             height, width = (max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
-            size = (height, width)
             share /= sum(self.resolutions.values())
-            if sizes and sizes[-1][0] == size:
+            if sizes and sizes[-1][0] == (height, width):
                 share += sizes.pop()[1]
-            sizes.append((size, share))
+            sizes.append(((height, width), share))
         return sizes
 
     def set_epoch(self, epoch: int) -> None:
@@ -201,11 +183,7 @@ class NoiseDataset(DrawnDataset):
 
     def steps(self) -> Iterator[int]:
         """Yield the step numbers of this epoch, without drawing anything."""
-        step = self.epoch * (self.num_steps or 0)
-        end = None if self.num_steps is None else step + self.num_steps
-        while end is None or step < end:
-            yield step
-            step += 1
+        yield from itertools.islice(itertools.count(self.epoch * (self.num_steps or 0)), self.num_steps)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         # A DataLoader takes from its workers in turn, so every n-th step from each keeps the order.
@@ -213,11 +191,6 @@ class NoiseDataset(DrawnDataset):
         for index, step in enumerate(self.steps()):
             if worker is None or index % worker.num_workers == worker.id:
                 yield {"pixel_values": self.draw(step)}
-
-    def __len__(self) -> int:
-        if self.num_steps is None:
-            raise TypeError("This NoiseDataset is unbounded: it has no length. Pass num_steps for one that has.")
-        return self.num_steps
 
 
 def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:

@@ -1,8 +1,7 @@
 """Noise distributions: pure functions of a generator and a shape.
 
-A distribution takes a generator and a shape `[B, C, H, W]` and returns a float32 tensor on the generator's device, with
-about zero mean and unit variance over a batch. It draws all images at once, of any number of channels and any size.
-[`hf_noisekd.noise.spec`] mixes them.
+A distribution takes a generator and a shape `[B, C, H, W]`, of any number of channels and any size, and returns a
+float32 tensor on the generator's device, with about zero mean and unit variance over a batch.
 """
 
 import math
@@ -26,7 +25,7 @@ def low_resolution(generator: torch.Generator, shape: Shape, factor: float = 4.0
         raise ValueError(f"the factor must be at least 1, got {factor:g}")
     batch, channels, height, width = shape
     small = (batch, channels, math.ceil(height / factor), math.ceil(width / factor))
-    return _standardise(_enlarge(normal(generator, small), height, width))
+    return _standardise(F.interpolate(normal(generator, small), (height, width), mode="bilinear"))
 
 
 def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = None) -> torch.Tensor:
@@ -72,28 +71,24 @@ def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
     for octave in range(1, octaves + 1):
         size = (batch, channels, min(height, 2**octave), min(width, 2**octave))
         weight = torch.exp(-decay * octave / 2 + normal(generator, (batch, 1, 1, 1)) * 0.7)
-        x = x + weight * _enlarge(normal(generator, size), height, width)
+        x = x + weight * F.interpolate(normal(generator, size), (height, width), mode="bilinear")
     return _standardise(x, dims=(1, 2, 3))
 
 
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
     """Patterns of an iterated sine map: the coordinates of a pixel go through `z <- sin(W z + b)` with random `W`, `b`.
 
-    A random network of coordinates; each of the `iterations`, 1 to 20, folds the pattern of the one before, and adds
-    detail.
+    Each of the `iterations`, 1 to 20, folds the pattern of the one before, and adds detail.
     """
     batch, channels, height, width = shape
     iterations = _whole(iterations, "iterations", 20)
     hidden = 8
-    device = generator.device
-    y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
-    x = torch.linspace(-1, 1, width, device=device)[None].expand(height, width)
-    z = torch.stack([x, y]).reshape(1, 2, -1).expand(batch, -1, -1)
+    x, y = (torch.linspace(-1, 1, side, device=generator.device) for side in (width, height))
+    z = torch.stack(torch.meshgrid(x, y, indexing="xy")).view(1, 2, -1).expand(batch, -1, -1)
     gain = torch.exp(uniform(generator, (batch, 1, 1), math.log(0.7), math.log(5)))
     for iteration in range(iterations):
-        weight = (
-            normal(generator, (batch, hidden, z.shape[1])) * gain / (1 if iteration == 0 else math.sqrt(hidden) * 0.7)
-        )
+        scale = 1 if iteration == 0 else math.sqrt(hidden) * 0.7
+        weight = normal(generator, (batch, hidden, z.shape[1])) * gain / scale
         bias = uniform(generator, (batch, hidden, 1), -math.pi, math.pi)
         z = torch.sin(torch.baddbmm(bias, weight, z))
     z = torch.bmm(normal(generator, (batch, channels, hidden)), z)
@@ -103,8 +98,8 @@ def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> 
 def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> torch.Tensor:
     """Regions, `leaves` of them (1 to 100), that cover each other, each with a colour and a texture of its own.
 
-    The dead leaves of Matheron, with smooth random outlines in place of discs: they have the sharp edges and the even
-    areas of photos, which Gaussian fields lack. The textures are of [`spectrum`].
+    The dead leaves of Matheron, with smooth random outlines in place of discs and the textures of [`spectrum`]: they
+    have the sharp edges and the even areas of photos, which Gaussian fields lack.
     """
     batch, channels, height, width = shape
     leaves = _whole(leaves, "leaves", 100)
@@ -119,23 +114,19 @@ def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> 
     # Each leaf shows the texture of an image drawn at random, at the place where the leaf is.
     source = torch.randint(batch, (batch, 1, count), generator=generator, device=device) * texture[0].numel()
     place = torch.arange(texture[0].numel(), device=device).view(1, channels, -1)
-    return torch.addcmul(
-        color.gather(2, leaf.expand(-1, channels, -1)),
-        strength.gather(2, leaf),
-        texture.take(source.gather(2, leaf) + place),
-    ).view(shape)
+    texture = texture.take(source.gather(2, leaf) + place)
+    color = color.gather(2, leaf.expand(-1, channels, -1))
+    return torch.addcmul(color, strength.gather(2, leaf), texture).view(shape)
 
 
-def _regions(generator: torch.Generator, shape: tuple[int, ...], frequencies: int = 5) -> torch.Tensor:
+def _regions(generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
     """Return random regions `[..., H, W]` with smooth outlines: where a sum of low cosines is high."""
     *number, height, width = shape
     device = generator.device
-    order = torch.arange(frequencies, device=device)
+    order = torch.arange(5.0, device=device)
     vertical = torch.cos(torch.pi / height * (torch.arange(height, device=device)[:, None] + 0.5) * order)
     horizontal = torch.cos(torch.pi / width * (torch.arange(width, device=device)[:, None] + 0.5) * order)
-    weight = normal(generator, (*number, frequencies, frequencies)) / (
-        1 + torch.hypot(order[:, None] * 1.0, order * 1.0)
-    )
+    weight = normal(generator, (*number, len(order), len(order))) / (1 + torch.hypot(order[:, None], order))
     weight[..., 0, 0] = 0
     return vertical @ (weight @ horizontal.T) > uniform(generator, (*number, 1, 1), -0.2, 1.2)
 
@@ -144,10 +135,6 @@ def _whole(number: float, of: str, most: int) -> int:
     if number not in range(1, most + 1):
         raise ValueError(f"the number of {of} must be whole, at least 1 and at most {most}, got {number:g}")
     return int(number)
-
-
-def _enlarge(x: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
 
 
 def _standardise(x: torch.Tensor, dims: tuple[int, ...] = (0, 1, 2, 3)) -> torch.Tensor:

@@ -15,9 +15,8 @@ class MixedDataset(NoiseDataset):
     """Noise in the even steps and real images in the odd ones, for distillation with few images.
 
     Batches are of one kind each, because a teacher on batch statistics would normalise the images by the noise and the
-    noise by the images. The images of a batch are drawn with replacement, so a few of them fill a batch of any size;
-    give them random augmentation. As for noise, step `k` of a rank is a function of `(seed, rank, k)` alone. Labels are
-    not used.
+    noise by the images. Images are drawn with replacement, so a few fill a batch of any size; give them random
+    augmentation. As for noise, step `k` of a rank is a function of `(seed, rank, k)` alone. Labels are not used.
 
     Args:
         *args: As for [`NoiseDataset`].
@@ -26,12 +25,6 @@ class MixedDataset(NoiseDataset):
 
     Raises:
         ValueError: There are no images, or they have another size than the noise; or as [`NoiseDataset`].
-
-    Example:
-        ```python
-        mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, distribution="dead_leaves")
-        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model=teacher, train_dataset=mixed)
-        ```
     """
 
     def __init__(self, *args, images: SizedDataset, **kwargs):
@@ -50,11 +43,10 @@ class MixedDataset(NoiseDataset):
             return super().draw(step)
         with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
             indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
-            samples = (
-                self.real_images.__getitems__(indices)
-                if hasattr(self.real_images, "__getitems__")
-                else [self.real_images[index] for index in indices]
-            )
+            if hasattr(self.real_images, "__getitems__"):
+                samples = self.real_images.__getitems__(indices)
+            else:
+                samples = [self.real_images[index] for index in indices]
             pixel_values = collate_images(samples)["pixel_values"]
         return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
 

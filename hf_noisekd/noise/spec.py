@@ -1,9 +1,8 @@
 """Noise by name: mixtures of distributions with weights, and augmentations of their images.
 
-A text such as `"dead_leaves:3,spectrum:1|cutmix:0.5,mixup:0.25"` says what to draw: three quarters of the images of a
-batch are dead leaves and one quarter has a power spectrum; then each image is cut and pasted into with probability 0.5,
-and mixed with another one with probability 0.25. A weight or probability that is left out is 1. A number in brackets
-is the parameter of a distribution: `"spectrum(1.5)"` has that exponent; see [`hf_noisekd.noise.distributions`].
+In `"dead_leaves:3,spectrum(1.5)|cutmix:0.5,mixup"` three quarters of the images of a batch are dead leaves, and a
+quarter has a power spectrum of the exponent 1.5, its parameter; see [`hf_noisekd.noise.distributions`]. Then each image
+is cut and pasted into with probability 0.5, and mixed with another one. A weight or probability left out is 1.
 """
 
 import difflib
@@ -11,7 +10,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,8 @@ from hf_noisekd.noise.distributions import Distribution, Shape, uniform
 
 Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 
-# What `noise="structured"` stands for.
+# What `noise="structured"` stands for, and its resolutions unless others are asked for.
 STRUCTURED = "dead_leaves"
-
-# The resolutions of `distribution="structured"`, unless others are asked for.
 STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
 
 BUILT_IN = ("white", "low_resolution", "spectrum", "pyramid", "fractal", "dead_leaves")
@@ -33,29 +30,23 @@ DISTRIBUTIONS: dict[str, Distribution] = {name: getattr(distributions, name) for
 
 def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
     """Paste a rectangle of another image, of uniform area and place, as CutMix does (Yun et al., 2019)."""
-    batch, _, height, width = images.shape
-    device = generator.device
+    batch = len(images)
     side = uniform(generator, (batch, 1)).sqrt()
     center = uniform(generator, (2, batch, 1))
-    rows = (torch.arange(height, device=device) + 0.5) / height
-    columns = (torch.arange(width, device=device) + 0.5) / width
+    rows, columns = ((torch.arange(size, device=generator.device) + 0.5) / size for size in images.shape[2:])
     inside = ((rows - center[0]).abs() < side / 2)[:, :, None] & ((columns - center[1]).abs() < side / 2)[:, None]
-    inside &= _chosen(generator, batch, probability)[:, None, None]
+    inside &= (uniform(generator, (batch,)) < probability)[:, None, None]
     return torch.where(inside[:, None], _others(generator, images), images)
 
 
 def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
     """Mix with another image, by `cos(t)` and `sin(t)` with uniform `t`, which keep the variance of a batch."""
     angle = uniform(generator, (len(images),)) * (math.pi / 2)
-    angle = torch.where(_chosen(generator, len(images), probability), angle, 0.0).view(-1, 1, 1, 1)
+    angle = torch.where(uniform(generator, (len(images),)) < probability, angle, 0.0).view(-1, 1, 1, 1)
     return images * angle.cos() + _others(generator, images) * angle.sin()
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup}
-
-
-def _chosen(generator: torch.Generator, batch: int, probability: float) -> torch.Tensor:
-    return uniform(generator, (batch,)) < probability
 
 
 def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:
@@ -64,27 +55,16 @@ def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A distribution made of several, with augmentations; a [`Distribution`] itself.
+    """A [`Distribution`] made of several, with augmentations."""
 
-    Attributes:
-        name: What it was asked for by: "structured", or the text of its parts.
-        weights: Weight of each distribution by its registered name.
-        augmentations: Probability of each augmentation by its name; applied in this order.
-    """
-
-    name: str
-    weights: Mapping[str, float]
-    augmentations: Mapping[str, float]
+    name: str  # what it was asked for by: "structured", or the text of its parts
+    weights: Mapping[str, float]  # of each distribution by its registered name
+    augmentations: Mapping[str, float]  # the probability of each by its name; applied in this order
 
     def __call__(self, generator: torch.Generator, shape: Shape) -> torch.Tensor:
         """Return images `[B, C, H, W]`, those of each distribution side by side."""
-        batch, channels, height, width = shape
-        counts = _counts(batch, list(self.weights.values()), generator.initial_seed())
-        parts = [
-            _call(name, generator, (count, channels, height, width))
-            for name, count in zip(self.weights, counts, strict=True)
-            if count
-        ]
+        counts = _counts(shape[0], self.weights, generator.initial_seed())
+        parts = [_call(name, generator, (count, *shape[1:])) for name, count in counts.items() if count]
         images = parts[0] if len(parts) == 1 else torch.cat(parts)
         for name, probability in self.augmentations.items():
             images = AUGMENTATIONS[name](generator, images, probability)
@@ -98,22 +78,18 @@ class Mixture:
 
 
 def parse_noise(text: str) -> Mixture:
-    """Return the mixture that a text means; see the module's.
-
-    Raises:
-        ValueError: The text cannot be read, a name is not registered, or a number is out of range.
-    """
+    """Return the mixture that a text means, see the top of this module, or raise a `ValueError`."""
     parts = (STRUCTURED if text == "structured" else text).split("|")
     if len(parts) > 2:
         raise ValueError(f"noise is {text!r}: use one '|', between distributions and augmentations.")
-    weights = parse_weights(parts[0])
-    augmentations = parse_weights(parts[1]) if len(parts) > 1 else {}
+    weights, *rest = map(parse_weights, parts)
+    augmentations = rest[0] if rest else {}
     for name in weights:
         _check_distribution(name)
-    for name in augmentations:
+    for name, probability in augmentations.items():
         _check_known(name, name, AUGMENTATIONS)
-    if too_large := [name for name, probability in augmentations.items() if probability > 1]:
-        raise ValueError(f"noise is {text!r}: the probability of {too_large[0]} must be in (0, 1].")
+        if probability > 1:
+            raise ValueError(f"noise is {text!r}: the probability of {name} must be in (0, 1].")
     return Mixture(text, weights, augmentations)
 
 
@@ -161,11 +137,7 @@ def _split_parameter(name: str) -> tuple[str, float | None]:
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Return the numbers by name that a text such as `"white:3,spectrum"` holds; one left out is 1.
-
-    Raises:
-        ValueError: It is not names with finite numbers above 0, each name once.
-    """
+    """Return the numbers by name that a text such as `"white:3,spectrum"` holds; one left out is 1."""
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
@@ -180,11 +152,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def parse_resolutions(text: str) -> dict[float, float]:
-    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`].
-
-    Raises:
-        ValueError: The text cannot be read, or a number is out of range.
-    """
+    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`]."""
     try:
         shares = parse_weights(text)
         resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
@@ -203,11 +171,7 @@ def resolutions_text(resolutions: Mapping[float, float]) -> str:
 
 
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
-    """Return resolutions as a new mapping, or say what is wrong with them.
-
-    Raises:
-        ValueError: There is none, a size is not in (0, 1], or a share is not above 0.
-    """
+    """Return resolutions as a new mapping, or raise a `ValueError` that says what is wrong with them."""
     if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
         raise ValueError(
             f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
@@ -224,28 +188,17 @@ def register_noise(name: str, distribution: Distribution) -> None:
 
     Raises:
         ValueError: The name is one of this package's or no identifier.
-
-    Example:
-        ```python
-        def stripes(generator, shape):
-            batch, channels, height, width = shape
-            return torch.randn((batch, channels, 1, width), generator=generator, device=generator.device).expand(shape)
-
-        register_noise("stripes", stripes)
-        noise = NoiseDataset((3, 32, 32), distribution="stripes:1,white:1")
-        ```
     """
     if name in (*BUILT_IN, *AUGMENTATIONS, "structured") or not name.isidentifier():
         raise ValueError(f"{name!r} is one of this package's names, or no identifier: choose another one.")
     DISTRIBUTIONS[name] = distribution
 
 
-def _counts(batch: int, weights: Sequence[float], seed: int) -> list[int]:
-    """Return the number of images for each weight, in proportion on average (systematic sampling).
-
-    Even batches of 2 meet every distribution now and then. The draw is made on the host, so that no device waits.
-    """
-    offset = random.Random(seed).random()
-    ends = [math.floor(end * batch / sum(weights) + offset) for end in itertools.accumulate(weights)]
+def _counts(batch: int, weights: Mapping[str, float], seed: int) -> dict[str, int]:
+    """Return the number of images for each name, in proportion to its weight on average even in small batches."""
+    # Systematic sampling, on the host, so that no device waits.
+    offset, total = random.Random(seed).random(), sum(weights.values())
+    ends = [math.floor(end * batch / total + offset) for end in itertools.accumulate(weights.values())]
+    ends[-1] = batch  # whatever rounding made of it
     ends[-1] = batch
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}

@@ -1,14 +1,9 @@
-"""Model cards: what a student is, how well it does, how to load it, how it was made, and what it is not.
-
-A card is rendered from a [`Record`] alone, by huggingface_hub's `ModelCard` from `templates/model_card.md`. So the card
-of a student on disk can be made again at any time, and that of one of several out of the file of their records.
-"""
+"""Model cards, each rendered from a [`Record`] alone, so that it can be made again at any time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -19,10 +14,8 @@ from hf_noisekd.release.record import (
     STATISTICS,
     Evaluation,
     ImagesFacts,
-    NoiseFacts,
     Provenance,
     Record,
-    TeacherFacts,
     read_record,
     read_runs,
     write_record,
@@ -43,18 +36,14 @@ def write_model_card(
     repo_id: str | None = None,
     run: str | None = None,
 ) -> Path:
-    """Write the card of a student, `README.md` with figures, and its record `noisekd.json`.
+    """Write the card of a student, `README.md` with figures, and its record `noisekd.json`; return the card's path.
 
     Args:
-        source: The record of a student; a folder that the trainer or `noisekd distill` wrote; or a file of the records
-            of several, of which one counts, the others are drawn beside it, and no record is written.
+        source: The record of a student; the folder of one; or a file of the records of several, of which one counts,
+            the others are drawn beside it, and no record is written.
         output_dir: Where to write. Default: the folder, if `source` is one.
-        repo_id: Where the student is on the Hub, for the code that loads it. Default: what the record says; without one
-            the code loads the folder that it is run in.
+        repo_id: Where the card's code finds the student on the Hub. Default: what the record says, else its own folder.
         run: Name of the record in a file of several; the first of that name counts. Default: the last one.
-
-    Returns:
-        The path of the card.
 
     Raises:
         ValueError: `source` tells of no distilled student, or there is nowhere to write.
@@ -95,20 +84,18 @@ def _student_among(runs: Sequence[Record], source: str | Path, name: str | None)
 
 
 def render_model_card(record: Record, figures: Mapping[str, str] | None = None) -> ModelCard:
-    """Render the card of a student.
-
-    Args:
-        record: What is known of it.
-        figures: Captions of the figures by file name.
+    """Render the card of a student; `figures` holds captions by file name.
 
     Raises:
         ValueError: The record is not of a distilled student.
     """
-    made, model = _provenance(record), record.model
+    made, model = record.noisekd, record.model
+    if made is None:
+        raise ValueError("The record tells of no distilled student: it has no section 'noisekd'.")
     on_batch = made.batch_norm == "batch"
     title = record.title or (record.repo_id or "").split("/")[-1]
     return ModelCard.from_template(
-        _card_data(record),
+        _card_data(record, made),
         template_str=(files("hf_noisekd.release") / "templates" / "model_card.md").read_text(encoding="utf-8"),
         title=title or f"{model.architecture}, taught by {made.teacher.architecture} with {_taught_by(made)}",
         model=model,
@@ -121,23 +108,16 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
         results_table=_results_table(record),
         results_note=_results_note(record.evaluations),
         has_accuracy=any("accuracy" in evaluation.batch for evaluation in record.evaluations),
-        statistics_advice=_statistics_advice(record),
+        statistics_advice=_statistics_advice(made, record.evaluations),
         code=CardCode(record, on_batch),
         on_batch=on_batch,
         library=model.library,
-        facts=_facts(record),
+        facts=_facts(record, made),
         figures=[{"file": file, "caption": caption} for file, caption in (figures or {}).items()],
     )
 
 
-def _provenance(record: Record) -> Provenance:
-    if record.noisekd is None:
-        raise ValueError("The record tells of no distilled student: it has no section 'noisekd'.")
-    return record.noisekd
-
-
-def _card_data(record: Record) -> ModelCardData:
-    made = _provenance(record)
+def _card_data(record: Record, made: Provenance) -> ModelCardData:
     results = [
         EvalResult(
             task_type="image-classification",
@@ -153,20 +133,16 @@ def _card_data(record: Record) -> ModelCardData:
         for statistics in STATISTICS
         if "accuracy" in evaluation.scores(statistics)
     ]
-    values: dict[str, Any] = {
-        "language": record.language,
-        "license": record.license or made.teacher.license,
-        "base_model": made.teacher.id,
-        "metrics": ["accuracy"] if results else None,
-        "eval_results": results or None,
-        "model_name": (record.repo_id or record.model.architecture).split("/")[-1] if results else None,
-    }
-    data_free = ["data-free"] if made.is_data_free else []
     return ModelCardData(
         library_name={"torch": "pytorch"}.get(record.model.library, record.model.library),
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*TAGS, *data_free, *(record.tags or ())])),
-        **{key: value for key, value in values.items() if value},
+        tags=[*TAGS, *["data-free"] * made.is_data_free, *(record.tags or ())],
+        language=record.language or None,
+        license=record.license or made.teacher.license or None,
+        base_model=made.teacher.id or None,
+        metrics=["accuracy"] if results else None,
+        eval_results=results or None,
+        model_name=(record.repo_id or record.model.architecture).split("/")[-1] if results else None,
     )
 
 
@@ -180,15 +156,13 @@ def _results_table(record: Record) -> str:
         f"|---|---|{'---:|' * len(columns)}",
     ]
     for evaluation in record.evaluations:
-        where = f"{evaluation.dataset}{f', {evaluation.split}' if evaluation.split else ''}"
+        split = f", {evaluation.split}" if evaluation.split else ""
         after = "" if evaluation.step == record.steps else f", after step {evaluation.step:,}"
+        where = f"{evaluation.dataset}{split} ({evaluation.images:,} images{after})"
         for statistics in STATISTICS:
             scores = evaluation.scores(statistics)
             values = [f"{scores[column]:.2f}" if column in scores else "" for column in columns]
-            lines.append(
-                f"| {where} ({evaluation.images:,} images{after}) | {_reading(statistics, evaluation)} "
-                f"| {' | '.join(values)} |"
-            )
+            lines.append(f"| {where} | {_reading(statistics, evaluation)} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -201,15 +175,12 @@ def _results_note(evaluations: Sequence[Evaluation]) -> str:
 
 
 def _reading(statistics: str, evaluation: Evaluation) -> str:
-    if statistics == "running":
-        return "running statistics"
-    return f"batch statistics, batches of {evaluation.batch_size}"
+    return "running statistics" if statistics == "running" else f"batch statistics, batches of {evaluation.batch_size}"
 
 
-def _statistics_advice(record: Record) -> str:
-    made = _provenance(record)
+def _statistics_advice(made: Provenance, evaluations: Sequence[Evaluation]) -> str:
     if made.batch_norm == "batch":
-        sizes = dict.fromkeys(str(evaluation.batch_size) for evaluation in record.evaluations)
+        sizes = dict.fromkeys(str(evaluation.batch_size) for evaluation in evaluations)
         measured = f" (it was measured with {' and '.join(sizes)})" if sizes else ""
         return (
             "**Batch statistics.** The running statistics that this student stores are those of what it was taught "
@@ -217,12 +188,8 @@ def _statistics_advice(record: Record) -> str:
             f"classes, the larger the better up to about 256{measured}, and let its BatchNorm layers use the "
             "statistics of the batch at hand, as below; or recalibrate it once."
         )
-    if made.recalibration:
-        return (
-            "**Running statistics**, as for any other model: they were re-estimated from "
-            f"{_number_of_images(made.recalibration)}. Single images and batches of any size will do."
-        )
-    return "**Running statistics**, as for any other model. Single images and batches of any size will do."
+    again = f": they were re-estimated from {_number_of_images(made.recalibration)}" if made.recalibration else ""
+    return f"**Running statistics**, as for any other model{again}. Single images and batches of any size will do."
 
 
 def _taught_by(made: Provenance) -> str:
@@ -236,15 +203,25 @@ def _number_of_images(on: ImagesFacts) -> str:
     return f"{on.images:,} real images" + (f" of {on.dataset}" if on.dataset else "")
 
 
-def _facts(record: Record) -> list[str]:
+def _facts(record: Record, made: Provenance) -> list[str]:
     """Return how the student was made, a line each; what is not known has no line."""
-    made = _provenance(record)
     fraction = made.teacher_batch_norm_fraction
     layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
-    teacher = f"{made.teacher.architecture}{_identity(made.teacher)}"
+    teacher = made.teacher.architecture
+    if hub_id := made.teacher.id:
+        revision = f", revision `{made.teacher.revision}`" if made.teacher.revision else ""
+        teacher += f" ([{hub_id}](https://huggingface.co/{hub_id}){revision})"
+    elif made.teacher.sha256:
+        teacher += f" (SHA-256 of its weights `{made.teacher.sha256[:16]}`)"
     lines = [f"Teacher: {teacher}, with {layers} on the statistics of the batch at hand."]
-    if made.noise:
-        lines.append(_noise_fact(made.noise))
+    if noise := made.noise:
+        # Older records do not know sizes that change in the course of the training.
+        parts = [f"{h}x{w} pixels for {share:.0%} of the steps" for (h, w), share in noise.image_sizes]
+        in_turn = f"; in turn {', then '.join(parts)}" if len(parts) > 1 else ""
+        lines.append(
+            f"Noise: {noise.distribution}, mean {noise.mean:g}, standard deviation {noise.std:g}, images of "
+            f"{_pixels(noise.input_size)}, drawn afresh for each step{in_turn}."
+        )
     if made.real_images:
         images = _number_of_images(made.real_images)
         lines.append(f"In every second step a batch drawn from {images}, without labels, in its place.")
@@ -266,23 +243,6 @@ def _facts(record: Record) -> list[str]:
         lines.append(f"Command: `{record.command}`{at}.")
     lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made.versions.items()) + ".")
     return lines
-
-
-def _identity(teacher: TeacherFacts) -> str:
-    if teacher.id:
-        revision = f", revision `{teacher.revision}`" if teacher.revision else ""
-        return f" ([{teacher.id}](https://huggingface.co/{teacher.id}){revision})"
-    return f" (SHA-256 of its weights `{teacher.sha256[:16]}`)" if teacher.sha256 else ""
-
-
-def _noise_fact(noise: NoiseFacts) -> str:
-    # Older records do not know sizes that change in the course of the training.
-    parts = [f"{height}x{width} pixels for {share:.0%} of the steps" for (height, width), share in noise.image_sizes]
-    in_turn = f"; in turn {', then '.join(parts)}" if len(parts) > 1 else ""
-    return (
-        f"Noise: {noise.distribution}, mean {noise.mean:g}, standard deviation {noise.std:g}, images of "
-        f"{_pixels(noise.input_size)}, drawn afresh for each step{in_turn}."
-    )
 
 
 def _draw_figures(record: Record, runs: Sequence[Record], folder: Path) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """What a training ran on and how it was started, in a form that can be published."""
 
+import contextlib
 import os
 import platform
 import re
@@ -28,11 +29,8 @@ class Machine:
     def of(cls, device: torch.device) -> "Machine":
         """Describe this machine, and the device on it that trains."""
         processor = platform.processor() or platform.machine()
-        try:
-            with open("/proc/cpuinfo") as file:
-                processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-        except (OSError, StopIteration):
-            pass  # not Linux
+        with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:  # of Linux
+            processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
         accelerator = None if device.type == "cpu" else device.type
         if device.type == "cuda":
             accelerator = torch.cuda.get_device_name(device)
@@ -56,10 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def command_line(argv: Sequence[str] | None = None) -> str | None:
-    """Return the command that started this process, or None where it was no script, as in a notebook.
-
-    It is made to be published: folders are named without the path to them, and access tokens are left out.
-    """
+    """Return the command that started this process, fit to be published, or None where it was no script."""
     first, *arguments = sys.argv if argv is None else argv
     script = Path(first)
     if script.name in ("noisekd", "noisekd.py") or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):

@@ -1,7 +1,4 @@
-"""Figures of trainings: curves, and how often the teacher answers each class.
-
-matplotlib is imported when a figure is drawn.
-"""
+"""Figures of trainings. matplotlib is imported when one is drawn."""
 
 import math
 from collections.abc import Sequence
@@ -14,22 +11,14 @@ from hf_noisekd.release.record import STATISTICS, Evaluation, Record
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MAX_BARS = 30
 ACCURACY_LABEL = "test accuracy (%)"
 
 
 @dataclass
 class Panel:
-    """One coordinate system of a figure.
+    """One coordinate system of a figure; a logarithmic horizontal axis is marked at the points.
 
-    Attributes:
-        lines: Points by the name of their line: `(x, y)`, or `(x, y, spread)` for an error bar.
-        title: What stands above.
-        xlabel: What the horizontal axis shows, with its unit.
-        ylabel: Likewise the vertical one.
-        log_x: Whether the horizontal axis is logarithmic; it is marked at the points then.
-        log_y: Whether the vertical axis is.
-        marker: Whether the points are marked.
+    `lines` holds points by the name of their line: `(x, y)`, or `(x, y, spread)` for an error bar.
     """
 
     lines: dict[str, Sequence[tuple[float, ...]]]
@@ -43,24 +32,22 @@ class Panel:
 
 def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> "Figure":
     """Plot lines in panels side by side, with one legend for all, save them as a PNG, and return the figure."""
-    from matplotlib import colormaps
+    from matplotlib import color_sequences
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
     handles: dict[str, Any] = {}
-    several = len({name for panel in panels for name in panel.lines}) > 10
-    palette = [colormaps["tab20" if several else "tab10"](index) for index in range(20 if several else 10)]
+    palette = color_sequences["tab20" if len({name for panel in panels for name in panel.lines}) > 10 else "tab10"]
     for axis, panel in zip(axes, panels, strict=True):
         for name, points in panel.lines.items():
             if not points:
                 continue
             x, y, *spread = zip(*sorted(points), strict=True)
             color = handles[name].lines[0].get_color() if name in handles else palette[len(handles) % len(palette)]
-            handles[name] = axis.errorbar(
-                x, y, *spread, color=color, marker="o" if panel.marker else None, markersize=3, capsize=3
-            )
+            marker = "o" if panel.marker else None
+            handles[name] = axis.errorbar(x, y, *spread, color=color, marker=marker, markersize=3, capsize=3)
         if panel.log_x:
             marks = sorted({point[0] for points in panel.lines.values() for point in points})
             axis.set_xscale("log")
@@ -70,9 +57,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.log_y:
             axis.set_yscale("log")
-        axis.set_title(panel.title)
-        axis.set_xlabel(panel.xlabel)
-        axis.set_ylabel(panel.ylabel)
+        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
     columns = max(1, min(len(handles), int(130 / (8 + max(map(len, handles), default=1)))))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small")
@@ -81,13 +66,7 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
 
 
 def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accuracy") -> None:
-    """Plot a metric against training steps, a line for each run, and save it as a PNG.
-
-    Args:
-        runs: Records with names.
-        path: Where to save.
-        metric: What to plot, in percent: `accuracy`, or `agreement` with the teacher.
-    """
+    """Plot `accuracy` or `agreement` in percent against training steps, a line for each run, and save it as a PNG."""
     names = [run.name for run in runs]
     panels = []
     for statistics in STATISTICS:
@@ -97,8 +76,7 @@ def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accurac
                 key = f"{evaluation.log_prefix}_{statistics}_{metric}"
                 points = {entry["step"]: entry[key] for entry in run.curve if key in entry}
                 points[evaluation.step] = evaluation.scores(statistics)[metric]
-                several = names.count(run.name) > 1
-                label = f"{run.name}: {run.model.architecture}" if several else str(run.name)
+                label = f"{run.name}: {run.model.architecture}" if names.count(run.name) > 1 else str(run.name)
                 panel.lines[label] = list(points.items())
         panels.append(panel)
     panels[0].ylabel = ACCURACY_LABEL if metric == "accuracy" else "agreement with the teacher (%)"
@@ -107,27 +85,18 @@ def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accurac
 
 def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
     """Return the first evaluation of a run that has a metric and was also made in its training, if there was any."""
-    return next(
-        (
-            evaluation
-            for evaluation in run.evaluations
-            if metric in evaluation.batch and (evaluation.log_prefix is not None or not run.curve)
-        ),
-        None,
-    )
+    for evaluation in run.evaluations:
+        if metric in evaluation.batch and (evaluation.log_prefix is not None or not run.curve):
+            return evaluation
+    return None
 
 
 def plot_class_balance(
     frequencies: Sequence[float], path: str | Path, label_names: Sequence[str] | None = None
 ) -> None:
-    """Plot how often the teacher answers each class to noise, and save it as a PNG.
+    """Plot the teacher's mean answer to noise, a probability for each class, and save it as a PNG.
 
     Up to 30 classes are bars with names; more are a line, from the most to the least frequent.
-
-    Args:
-        frequencies: The teacher's mean answer, a probability for each class.
-        path: Where to save.
-        label_names: Name of each class.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -135,7 +104,7 @@ def plot_class_balance(
     count = len(frequencies)
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
-    if count <= MAX_BARS:
+    if count <= 30:
         names = label_names or [str(index) for index in range(count)]
         axis.bar(range(count), frequencies)
         long_names = max(map(len, names)) * count > 80
@@ -145,9 +114,8 @@ def plot_class_balance(
         axis.set_xlabel("classes, from the most to the least frequent")
     axis.axhline(1 / count, color="black", linestyle="--", linewidth=1, label="all classes equally often")
     entropy = -sum(p * math.log(p) for p in frequencies if p > 0) / math.log(count)
-    axis.set_title(f"The teacher's mean answer to the training noise (class balance {entropy:.2f} of 1)")
-    axis.set_ylabel("probability")
+    title = f"The teacher's mean answer to the training noise (class balance {entropy:.2f} of 1)"
+    axis.set(title=title, ylabel="probability", ylim=(0, 1.25 * max(frequencies)))  # with room for the legend
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(frequencies) > 0.05 else 2))
-    axis.set_ylim(0, 1.25 * max(frequencies))  # room for the legend
     axis.legend(loc="upper right")
     figure.savefig(path, dpi=120)

@@ -12,28 +12,20 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HFValidationError
 
-from hf_noisekd.files import (
-    CARD_NAME,
-    CLASS_BALANCE_NAME,
-    CONFIG_NAME,
-    CURVES_NAME,
-    RECORD_NAME,
-    WEIGHTS_NAME,
-)
+from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CONFIG_NAME, CURVES_NAME, RECORD_NAME, WEIGHTS_NAME
 
-# What belongs to a model on the Hub. Training arguments, which may hold a token, checkpoints and anything else that the
-# user keeps in the folder stay behind.
-RELEASED_FILES = (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    CARD_NAME,
-    RECORD_NAME,
-    CURVES_NAME,
-    CLASS_BALANCE_NAME,
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-    "preprocessor_config.json",
-)
+# Training arguments, which may hold a token, checkpoints and whatever else the user keeps in the folder stay behind.
+RELEASED_FILES = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, RECORD_NAME, CURVES_NAME, CLASS_BALANCE_NAME]
+RELEASED_FILES += ["model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]
+
+# What to do about a status that the Hub answers with.
+ADVICE = {
+    401: "there is no valid token: run `hf auth login`, or set HF_TOKEN to a token with write access",
+    403: "the token may not write there: use one with write access to this organisation",
+    404: "there is no such repository or branch: make the branch first, or push to the main one",
+    409: "somebody else wrote to the repository at the same time: push again",
+    429: "too many requests: wait some minutes and push again",
+}
 
 
 class HubError(RuntimeError):
@@ -49,10 +41,7 @@ def _api(token: str | None) -> HfApi:
 def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Make sure that `repo_id` exists on the Hub and can be written to, and return its full id.
 
-    Args:
-        repo_id: `organisation/name`, or a name alone for the user's own.
-        token: Access token; by default the one of `hf auth login` or of `HF_TOKEN`.
-        private: Whether a new repository is private; by default what the organisation says.
+    `private` is of a new repository; by default the organisation decides.
 
     Raises:
         HubError: The id has a bad form, there is no token or it cannot write, or the Hub cannot be reached.
@@ -68,21 +57,9 @@ def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | 
 
 
 def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> CommitInfo:
-    """Upload the [`RELEASED_FILES`] of a folder.
-
-    Args:
-        folder: What to upload from.
-        repo_id: Where to; it must be there.
-        token: As in [`check_hub_access`].
-        **kwargs: Anything else that `huggingface_hub.HfApi.upload_folder` takes.
-
-    Raises:
-        HubError: The Hub refuses or cannot be reached; the message says how to push again.
-    """
+    """Upload the [`RELEASED_FILES`] of a folder, like `HfApi.upload_folder`; a [`HubError`] says how to push again."""
     try:
-        return _api(token).upload_folder(
-            repo_id=repo_id, folder_path=folder, allow_patterns=list(RELEASED_FILES), **kwargs
-        )
+        return _api(token).upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=RELEASED_FILES, **kwargs)
     except Exception as error:  # as above
         raise HubError(push_again(folder, repo_id, error, kwargs.get("revision"))) from error
 
@@ -90,30 +67,17 @@ def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwar
 def upload_later(
     folder: str | Path, repo_id: str, *, patterns: Sequence[str] = RELEASED_FILES, token: str | None = None, **kwargs
 ) -> Future:
-    """Upload files of a folder as they are now, in the background and in the order of the calls.
+    """Upload files of a folder, as `HfApi.upload_folder` does, in the background and in the order of the calls.
 
-    A copy is uploaded, so training may go on to replace or delete them.
-
-    Args:
-        folder: What to upload from.
-        repo_id: Where to; it must be there.
-        patterns: Names of the files, with wildcards.
-        token: As in [`check_hub_access`].
-        **kwargs: Anything else that `huggingface_hub.HfApi.upload_folder` takes.
-
-    Returns:
-        A future, which raises what `upload_folder` raises.
+    A copy is uploaded, so training may go on to replace or delete them. `patterns` are names with wildcards.
     """
-    copy = tempfile.mkdtemp(prefix="noisekd-push-")
-    try:
-        for file in Path(folder).iterdir():
-            if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
-                shutil.copy(file, copy)
-    except OSError:
-        shutil.rmtree(copy, ignore_errors=True)
-        raise
-    job = _api(token).upload_folder(repo_id=repo_id, folder_path=copy, run_as_future=True, **kwargs)
-    job.add_done_callback(lambda _: shutil.rmtree(copy, ignore_errors=True))
+    # Removed with the last reference to it, where copying fails.
+    copy = tempfile.TemporaryDirectory(prefix="noisekd-push-", ignore_cleanup_errors=True)
+    for file in Path(folder).iterdir():
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
+            shutil.copy(file, copy.name)
+    job = _api(token).upload_folder(repo_id=repo_id, folder_path=copy.name, run_as_future=True, **kwargs)
+    job.add_done_callback(lambda _: copy.cleanup())
     return job
 
 
@@ -128,27 +92,20 @@ def push_again(folder: str | Path, repo_id: str, error: BaseException, revision:
 
 def hub_advice(error: BaseException) -> str:
     """Return what the Hub's error means and what to do about it, in one line."""
+    text = " ".join(str(error).split())
     # An upload of a large file hides the answer in the cause.
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, HFValidationError):
         advice = "the id must have the form organisation/name, of letters, digits, '-', '_' and '.'"
-    elif status == 401:
-        advice = "there is no valid token: run `hf auth login`, or set HF_TOKEN to a token with write access"
-    elif status == 403:
-        advice = "the token may not write there: use one with write access to this organisation"
-    elif status == 409:
-        advice = "somebody else wrote to the repository at the same time: push again"
-    elif status == 429:
-        advice = "too many requests: wait some minutes and push again"
+    elif status in ADVICE:
+        advice = ADVICE[status]
     elif status is not None and status >= 500:
         advice = "the Hub has a fault of its own: push again later"
-    elif status == 404:
-        advice = "there is no such repository or branch: make the branch first, or push to the main one"
     elif constants.HF_HUB_OFFLINE:
         advice = "HF_HUB_OFFLINE=1 forbids requests: unset it to push"
     elif status is None and type(error.__cause__ or error).__module__.startswith(("http", "builtins")):
         advice = "the connection failed: push again once the Hub can be reached"
     else:
-        return " ".join(str(error).split())
-    return f"{advice} ({' '.join(str(error).split())})"
+        return text
+    return f"{advice} ({text})"

@@ -1,7 +1,4 @@
-"""Write a classifier as one ONNX file, for runtimes without torch.
-
-The file holds the classifier with its *running* statistics: an answer depends on its own image alone.
-"""
+"""Write a classifier, with its *running* statistics, as one ONNX file, for runtimes without torch."""
 
 import copy
 import importlib.util
@@ -27,20 +24,17 @@ from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.release.record import Provenance
 
-# torch puts the weights of a larger model into a second file.
-MAX_BYTES = 3 * 2**29
-# The answers are compared on batches of these sizes; 1 is the one that exporters take for a constant.
-CHECKED_BATCH_SIZES = (1, 2, 5)
-# Largest difference from torch's logits, relative to the largest of them. Rounding gives about 1e-6.
-TOLERANCE = 1e-3
+MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
+CHECKED_BATCH_SIZES = (1, 2, 5)  # 1 is the one that exporters take for a constant
+TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gives about 1e-6
 
 
 def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
     """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
 
-    The input is `pixel_values`, float32 of shape `[B, C, H, W]` for any B, preprocessed as for the model; the output is
-    `logits`, float32 of shape `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is
-    known of the preprocessing: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+    The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
+    `logits`, float32 `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is known of
+    `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
 
     Args:
         model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
@@ -48,23 +42,24 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
 
     Raises:
         ImportError: onnxscript or onnxruntime is not installed.
-        ValueError: The model needs batch statistics, does not say its input size, is too large for one file, or holds
-            a number that is not finite; or it cannot be loaded.
+        ValueError: The model needs batch statistics, does not say its input size, is too large for one file, is not
+            finite, or cannot be loaded.
         RuntimeError: The file would answer differently from torch. None is left.
     """
-    _check_installed()
+    missing = " and ".join(name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None)
+    if missing:
+        raise ImportError(f'Export to ONNX needs {missing}: install with `pip install "hf-noisekd[export]"`.')
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
-    source, model = model, load_teacher(model)
-    _refuse_batch_statistics(model, "..." if isinstance(source, nn.Module) else source)
-    input_size = _check_exportable(model)
+    name = "..." if isinstance(model, nn.Module) else model
+    model = load_teacher(model)
+    input_size = _check_exportable(model, name)
 
     # A copy, so that the model keeps its mode, device, precision and memory format.
     classifier = _Logits(copy.deepcopy(model)).float().cpu().to(memory_format=torch.contiguous_format).eval()
     program = _exported(classifier, input_size)
-    num_classes = program.model.graph.outputs[0].shape[1]
-    _describe(program.model, _metadata(model, input_size, num_classes))
+    _describe(program.model, model, input_size)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -79,15 +74,13 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
 def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
     """Return torch's ONNX program of a classifier for batches of any size."""
     with warnings.catch_warnings():
-        # torch 2.13 warns of functions of its own.
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of functions of its own
         return torch.onnx.export(
             classifier,
             (torch.zeros(2, *input_size),),
             input_names=["pixel_values"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            dynamo=True,
             verbose=False,
         )
 
@@ -103,15 +96,8 @@ class _Logits(nn.Module):
         return compute_logits(self.model, pixel_values)
 
 
-def _check_installed() -> None:
-    missing = [name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f'Export to ONNX needs {" and ".join(missing)}: install with `pip install "hf-noisekd[export]"`.'
-        )
-
-
-def _refuse_batch_statistics(model: nn.Module, name: str | Path) -> None:
+def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int]:
+    """Return the input size of a model, called `name` by the user, that one ONNX file can hold."""
     provenance = Provenance.of(model)
     if provenance is not None and provenance.batch_norm == "batch":
         raise ValueError(
@@ -125,10 +111,6 @@ def _refuse_batch_statistics(model: nn.Module, name: str | Path) -> None:
                 f"BatchNorm layer {layer!r} keeps no running statistics, so an answer depends on the other images of "
                 "the batch: build the model with track_running_stats=True."
             )
-
-
-def _check_exportable(model: nn.Module) -> tuple[int, int, int]:
-    """Return the input size of a model that one ONNX file can hold."""
     input_size = declared_input_size(model)
     if input_size is None:
         raise ValueError(
@@ -141,30 +123,24 @@ def _check_exportable(model: nn.Module) -> tuple[int, int, int]:
         raise ValueError(
             f"The model takes {size / 2**30:.1f} GiB in float32, and one ONNX file {MAX_BYTES / 2**30} GiB at most."
         )
-    broken = nonfinite_tensor(model)
-    if broken:
+    if broken := nonfinite_tensor(model):
         raise ValueError(f"{broken!r} of the model holds a NaN or an infinity: export a checkpoint from before.")
     return input_size
 
 
-def _metadata(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> dict[str, str]:
-    values = {"label_names": class_names(model, num_classes), "input_size": input_size} | preprocessing_of(model)
-    return {key: json.dumps(value) for key, value in values.items()}
-
-
-def _describe(onnx_model, metadata: dict[str, str]) -> None:
-    """Put `metadata` into an ONNX model, in place of what torch notes on each node."""
+def _describe(onnx_model: Any, model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Put the metadata into an ONNX model, in place of what torch notes on each node."""
+    names = class_names(model, onnx_model.graph.outputs[0].shape[1])
+    values = {"label_names": names, "input_size": input_size} | preprocessing_of(model)
     onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", version("hf-noisekd")
-    onnx_model.metadata_props.update(metadata)
-    onnx_model.graph.metadata_props.clear()
-    for node in onnx_model.graph:
-        # Stack traces, with the paths of the machine that exports.
-        node.metadata_props.clear()
+    onnx_model.metadata_props.update({key: json.dumps(value) for key, value in values.items()})
+    for part in (onnx_model.graph, *onnx_model.graph):
+        part.metadata_props.clear()  # stack traces, with the paths of the machine that exports
 
 
 @torch.no_grad()
 def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Check that onnxruntime answers like torch on random images, in batches of several sizes."""
+    """Check that onnxruntime answers like torch on random images."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

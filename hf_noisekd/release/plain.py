@@ -3,7 +3,7 @@
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any, TypeVar
 
 Schema = TypeVar("Schema")
@@ -12,13 +12,12 @@ Schema = TypeVar("Schema")
 def to_dict(value: Any) -> Any:
     """Return a dataclass as a mapping, without what is not known (None); other values as they are."""
     if is_dataclass(value):
-        named = {each.name: getattr(value, each.name) for each in fields(value)}
-        return {name: to_dict(part) for name, part in named.items() if part not in (None, {})}
+        return {name: to_dict(part) for name, part in vars(value).items() if part not in (None, {})}
     return [to_dict(part) for part in value] if isinstance(value, list) else value
 
 
 def from_dict(kind: type[Schema], data: Mapping) -> Schema:
-    """Return a mapping as a dataclass. What the dataclass does not know is passed over.
+    """Return a mapping as a dataclass, which passes over what it does not know.
 
     Raises:
         ValueError: Something that must be known is missing, or is of another kind.

@@ -16,20 +16,17 @@ def push_model(
     revision: str | None = None,
     commit_message: str = "Upload student",
 ) -> str:
-    """Push a saved model to the Hub: its weights, configuration, card, record and figures, and nothing else.
+    """Push a saved model to the Hub with its card, record and figures, and return the address of the commit.
 
     The card is rendered anew before, to load the student from there.
 
     Args:
-        folder: What [`save_model`] or the trainer wrote.
+        folder: What [`save_model`] or the trainer wrote; its other files stay behind.
         repo_id: `organisation/name`, or a name alone for the user's own. Made if it is not there.
-        private: As in [`check_hub_access`].
-        token: Likewise.
+        private: Whether a new repository is private; by default the organisation decides.
+        token: By default that of `hf auth login` or of `HF_TOKEN`.
         revision: Branch to commit to; the main one by default.
         commit_message: Title of the commit.
-
-    Returns:
-        The address of the commit.
 
     Raises:
         ValueError: `folder` holds no model.

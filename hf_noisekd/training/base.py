@@ -28,19 +28,8 @@ class BaseTrainer(Trainer):
 
     It reports accuracy under running and under batch statistics at each evaluation (`eval_running_accuracy`,
     `eval_batch_accuracy`, ..., see [`evaluate`]), saves checkpoints that timm and transformers read, and keeps a
-    [`Record`]. Children say what the loss is.
-
-    Args:
-        model: The classifier.
-        args: Training arguments.
-        data_collator: Collator of images.
-        train_dataset: What to train on.
-        eval_dataset: What to evaluate on, or a mapping of several by name.
-        **kwargs: Anything else that transformers' Trainer takes, apart from what replaces the model, the loss or the
-            metrics.
-
-    Raises:
-        ValueError: There are several processes, and a BatchNorm layer that waits for all of them.
+    [`Record`]. Children say what the loss is. It takes what transformers' Trainer takes, apart from what replaces the
+    model, the loss or the metrics.
     """
 
     # What transformers' Trainer keeps, for the type checker.
@@ -50,24 +39,9 @@ class BaseTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: ClassifierConfig,
-        data_collator: Callable,
-        train_dataset: Dataset | None,
-        eval_dataset: Dataset | dict[str, Dataset] | None,
-        **kwargs,
-    ):
+    def __init__(self, model: nn.Module, args: ClassifierConfig, *others, **kwargs):
         check_batch_norm_is_local(model, args.world_size)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        super().__init__(model, args, *others, **kwargs)
         # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
         # divided it by the number of accumulation steps already.
         self.model_accepts_loss_kwargs = False
@@ -77,7 +51,7 @@ class BaseTrainer(Trainer):
         self.memory_format = training_memory_format(self.model, self.args.device)
         self.model.to(memory_format=self.memory_format)
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train the model; see transformers' `Trainer.train`.
 
         The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
@@ -87,9 +61,9 @@ class BaseTrainer(Trainer):
         Provenance.detach(self.model)
         self.model.__dict__.pop("origin", None)
         self._evaluations = []
-        self._resumed = bool(kwargs.get("resume_from_checkpoint") or (args and args[0]))
+        self._resumed = bool(resume_from_checkpoint)
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._unwrap_model()
 
@@ -127,7 +101,9 @@ class BaseTrainer(Trainer):
             if not self.is_in_train:
                 self._unwrap_model()
             return output
-        self._broadcast_buffers()
+        if self.args.world_size > 1:
+            for buffer in self.model.buffers():  # those of process 0 for all, as DDP does before each forward pass
+                torch.distributed.broadcast(buffer, src=0)
         self.callback_handler.eval_dataloader = dataloader
         # Out of training the model is measured as it will be deployed, in float32.
         with self.accelerator.autocast() if self.is_in_train else nullcontext():
@@ -148,10 +124,7 @@ class BaseTrainer(Trainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=images)
 
     def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Return the function from pixels of `dataset` to the logits that the model's agreement is measured with.
-
-        None where it is measured with nothing's.
-        """
+        """Return the function from pixels of `dataset` to the logits that the model's agreement is measured with."""
         return None
 
     def _evaluation(self, dataloader: DataLoader, images: int, log_prefix: str, scores: dict) -> Evaluation:
@@ -180,15 +153,12 @@ class BaseTrainer(Trainer):
         return loss, logits, labels
 
     def record(self) -> Record:
-        """Return what is known of the training so far. On process 0.
-
-        The evaluations in it are those made after the training, or else the last ones made in it.
-        """
+        """Return what is known of the training so far, with its [`current_evaluations`]. On process 0."""
         history = self.state.log_history
         record = Record(
             model=ModelFacts.of(self.model),
             steps=self._step_of_weights(),
-            evaluations=self._current_evaluations(),
+            evaluations=current_evaluations(self._evaluations, self._step_of_weights()),
             processes=self.args.world_size,
             machine=Machine.of(self.args.device),
             versions=versions(),
@@ -199,9 +169,6 @@ class BaseTrainer(Trainer):
                 record.seconds = round(entry["train_runtime"], 1)
                 record.images_per_second = round(entry["train_samples_per_second"], 1)
         return record
-
-    def _current_evaluations(self) -> list[Evaluation]:
-        return current_evaluations(self._evaluations, self._step_of_weights())
 
     def _step_of_weights(self) -> int:
         """Return the step after which the model had its weights: the last, or that of the checkpoint loaded as best."""
@@ -230,20 +197,9 @@ class BaseTrainer(Trainer):
             return tensor
         return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
 
-    def _broadcast_buffers(self) -> None:
-        """Give every process the running statistics of process 0, as DDP does before each forward pass."""
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-
 
 def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
-    """Check that the BatchNorm layers of `model` take their statistics within each of `world_size` processes.
-
-    Raises:
-        ValueError: There are several processes, and a layer that waits for all of them, which may have other numbers of
-            batches.
-    """
+    """Raise a `ValueError` if a layer waits for all of several processes, which may have other numbers of batches."""
     if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "

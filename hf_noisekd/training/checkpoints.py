@@ -15,44 +15,31 @@ logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
-    """Return the last checkpoint in a folder to resume from, passing over one that a kill left half written.
-
-    Raises:
-        ValueError: There is none.
-    """
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    """Return the last whole checkpoint in a folder, passing over any that a kill cut off; a `ValueError` if none."""
+    found = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
     problems = []
-    for path in sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-"))):
+    for step in sorted(filter(str.isdigit, found), key=int, reverse=True):
         try:
-            check_checkpoint(str(path), model)
+            check_checkpoint(str(found[step]), model)
+            return str(found[step])
         except ValueError as error:
             logger.warning("Passing over a checkpoint. %s", error)
             problems.append(str(error))
-        else:
-            return str(path)
+    if problems:
+        raise ValueError(problems[0])
     raise ValueError(
-        problems[0]
-        if problems
-        else f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
+        f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
     )
 
 
 def check_checkpoint(folder: str, model: nn.Module) -> None:
-    """Check that `folder` holds a whole checkpoint of `model`.
-
-    Raises:
-        ValueError: A file is missing or damaged, or the weights are those of another model.
-    """
+    """Raise a `ValueError` if `folder` holds no whole and undamaged checkpoint of `model`."""
     path = Path(folder)
     advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
     if not path.is_dir():
         raise ValueError(f"There is no checkpoint folder {folder!r}. {advice}")
-    missing = [
-        name
-        for name in (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
-        if not (path / name).is_file()
-    ]
-    if missing:
+    needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+    if missing := [name for name in needed if not (path / name).is_file()]:
         raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
     file = path / "trainer_state.json"
     try:
@@ -75,11 +62,7 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
 
 
 def check_length(folder: str, steps: int) -> None:
-    """Check that the checkpoint in `folder` is of a training of `steps` steps.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise a `ValueError` if the checkpoint in `folder` is not of a training of `steps` steps."""
     found = json.loads((Path(folder) / "trainer_state.json").read_text())["max_steps"]
     if found != steps:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""Checks that are made before the first step, so that a run does not fail in its last one."""
+"""Checks that are made before the first step, so that a run does not fail in its last one.
+
+Each raises a `ValueError` that says what is wrong and what to do about it.
+"""
 
 import copy
 import logging
@@ -9,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.batches import check_labels, collate_images
+from hf_noisekd.batches import check_labels
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     check_finite,
@@ -29,27 +32,20 @@ logger = logging.getLogger(__name__)
 
 
 def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> None:
-    """Check that the student can learn the teacher's answers to images of the teacher's input size.
+    """Check that the student can learn the teacher's answers to images of the teacher's input size, and be saved.
 
-    Args:
-        model: The student.
-        teacher: The teacher.
-        explicit_size: Whether somebody chose that size for both, rather than the teacher.
-
-    Raises:
-        ValueError: A teacher's weight is not finite, a model is not in float32, the models differ in input or in
-            classes, there is only one class, or the student could not be saved.
+    `explicit_size` says that somebody chose that size for both, rather than the teacher.
     """
     input_size, num_classes = teacher.input_size, teacher.num_classes
     check_finite(teacher.model, "teacher")
     for role, candidate in (("teacher", teacher.model), ("student", model)):
-        declared = declared_input_size(candidate) or tuple(input_size)
+        declared = declared_input_size(candidate) or input_size
         if declared[0] != input_size[0]:
             raise ValueError(
                 f"The {role} takes {declared[0]} input channels and the noise has {input_size[0]}: build the student "
                 f"with in_chans={input_size[0]}, or give it by its timm name to have it built to fit."
             )
-        if declared != tuple(input_size) and not explicit_size:
+        if declared != input_size and not explicit_size:
             raise ValueError(
                 f"The {role} takes images of {format_size(declared)} and the noise has {format_size(input_size)}: give "
                 "the student by its timm name to have it built to fit, or set input_size in the arguments to choose a "
@@ -78,11 +74,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
 
 
 def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
-    """Check that noise of the user's own is what the arguments say, where they say something.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Check that noise of the user's own is what the arguments say, where they say something."""
     if not isinstance(dataset, NoiseDataset):
         return
     said: dict[str, tuple] = {"per_device_train_batch_size": (args.per_device_train_batch_size, dataset.batch_size)}
@@ -91,10 +83,8 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
     if args.noise_std is not None:
         said["noise_std"] = (args.noise_std, dataset.std)
     if args.resolutions is not None:
-        said["resolutions"] = tuple(
-            resolutions_text(resolutions)  # their order counts
-            for resolutions in (parse_resolutions(args.resolutions), dataset.resolutions)
-        )
+        resolutions = parse_resolutions(args.resolutions)
+        said["resolutions"] = (resolutions_text(resolutions), resolutions_text(dataset.resolutions))  # the order counts
     for name, (wanted, found) in said.items():
         if wanted != found:
             raise ValueError(
@@ -104,11 +94,7 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
 
 
 def check_image_sizes(train_dataset: Dataset, model: nn.Module, teacher_model: nn.Module) -> None:
-    """Check that both models take images of the smaller sizes that noise has in the course of the training.
-
-    Raises:
-        ValueError: One does not.
-    """
+    """Check that both models take images of the smaller sizes that noise has in the course of the training."""
     if not isinstance(train_dataset, NoiseDataset):
         return
     channels, *full_size = train_dataset.input_size
@@ -121,55 +107,38 @@ def check_image_sizes(train_dataset: Dataset, model: nn.Module, teacher_model: n
 
 
 def check_eval_datasets(eval_dataset: Dataset | Mapping[str, Dataset], teacher: Teacher, collate_fn: Callable) -> None:
-    """Check each evaluation data set; see [`check_eval_dataset`].
+    """Check what can be checked of evaluation data sets without loading all their images.
 
-    Raises:
-        ValueError: One cannot be used, or there is none.
+    Labels are checked up front where a data set keeps them as numbers in `labels`, `targets` or a tensor; elsewhere
+    that of the first image, and all others when they are evaluated.
     """
     if isinstance(eval_dataset, Mapping) and not eval_dataset:
         raise ValueError("eval_dataset is an empty mapping: leave it out to evaluate on held-out noise.")
+    input_size, num_classes = teacher.input_size, teacher.num_classes
     for dataset in eval_dataset.values() if isinstance(eval_dataset, Mapping) else [eval_dataset]:
-        check_eval_dataset(dataset, teacher.input_size, teacher.num_classes, collate_fn)
-
-
-def check_eval_dataset(
-    dataset: Dataset, input_size: tuple[int, int, int], num_classes: int, collate_fn: Callable = collate_images
-) -> None:
-    """Check what can be checked of an evaluation data set without loading all its images.
-
-    Raises:
-        ValueError: It is empty or has no length, its first image has no tensor or other channels than the models, or a
-            label is out of range. Labels are checked up front where the data set keeps them as numbers in `labels`,
-            `targets` or a tensor; elsewhere that of the first image, and all others when they are evaluated. Or it is
-            noise of several sizes that does not know how many steps they are shares of.
-    """
-    evaluation_loader(dataset, batch_size=2)
-    if isinstance(dataset, NoiseDataset):
-        dataset.image_size(0)
-        batch, channels = {}, dataset.input_size[0]
-    else:
-        batch = collate_fn([dataset[0]])
-        channels = batch["pixel_values"].shape[1]
-    if channels != input_size[0]:
-        raise ValueError(f"The evaluation images have {channels} channels and the models take {input_size[0]}.")
-    known = [batch.get("labels"), *getattr(dataset, "tensors", ())[1:2]]
-    if getattr(dataset, "target_transform", None) is None:
-        known += [getattr(dataset, name, None) for name in ("labels", "targets")]
-    for labels in known:
-        if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
-            labels = torch.tensor(labels)
-        if torch.is_tensor(labels) and not labels.is_floating_point():
-            check_labels(labels, num_classes)
+        evaluation_loader(dataset, batch_size=2)  # or the error that says that there are no or too few images
+        if isinstance(dataset, NoiseDataset):
+            dataset.image_size(0)  # or the error that says that it does not know how many steps its sizes are shares of
+            batch, channels = {}, dataset.input_size[0]
+        else:
+            batch = collate_fn([dataset[0]])
+            channels = batch["pixel_values"].shape[1]
+        if channels != input_size[0]:
+            raise ValueError(f"The evaluation images have {channels} channels and the models take {input_size[0]}.")
+        known = [batch.get("labels"), *getattr(dataset, "tensors", ())[1:2]]
+        if getattr(dataset, "target_transform", None) is None:
+            known += [getattr(dataset, name, None) for name in ("labels", "targets")]
+        for labels in known:
+            if isinstance(labels, list) and all(isinstance(label, int) for label in labels):
+                labels = torch.tensor(labels)
+            if torch.is_tensor(labels) and not labels.is_floating_point():
+                check_labels(labels, num_classes)
 
 
 def training_input_size(
     args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
 ) -> tuple[int, int, int]:
-    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one.
-
-    Raises:
-        ValueError: There is none, or two that differ.
-    """
+    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one."""
     if isinstance(train_dataset, NoiseDataset):
         if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
             raise ValueError(
@@ -179,11 +148,11 @@ def training_input_size(
         return train_dataset.input_size
     if args.input_size is not None:
         channels, height, width = args.input_size
-        return channels, height, width
-    if train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
+    elif train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
         _, channels, height, width = collate_fn([train_dataset[0]])["pixel_values"].shape
-        return channels, height, width
-    return NoiseDataset.for_model(teacher_model).input_size  # or the error that says what to pass
+    else:
+        channels, height, width = NoiseDataset.for_model(teacher_model).input_size  # or the error: what to pass
+    return channels, height, width
 
 
 def without_wrong_gradients(

@@ -13,9 +13,7 @@ from hf_noisekd.training.config import ClassifierConfig
 
 
 class ClassifierTrainer(BaseTrainer):
-    """transformers' Trainer for any image classifier, timm's, transformers' or a plain module, with labels.
-
-    It minimises the cross-entropy with the labels; see [`BaseTrainer`] for what it reports and saves.
+    """The [`BaseTrainer`] that minimises the cross-entropy with labels.
 
     Args:
         model: The classifier, or anything [`load_student`] takes.
@@ -23,8 +21,7 @@ class ClassifierTrainer(BaseTrainer):
         data_collator: Collator of the images.
         train_dataset: Images with labels; see [`collate_images`] for the forms.
         eval_dataset: Likewise, or a mapping of several by name.
-        **kwargs: Anything else that transformers' Trainer takes, apart from what replaces the model, the loss or the
-            metrics.
+        **kwargs: As for [`BaseTrainer`].
 
     Raises:
         ValueError: The arguments ask for a push, or the model cannot be trained in these processes.

@@ -1,11 +1,12 @@
 """Training arguments: what transformers' `TrainingArguments` has, with defaults and checks for this method."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_noisekd.noise.spec import parse_noise, parse_resolutions
@@ -16,41 +17,34 @@ from hf_noisekd.training.losses import LOSSES
 class ClassifierConfig(TrainingArguments):
     """Training arguments for an image classifier, with labels: teachers and supervised students.
 
-    It has the options of transformers' [`~transformers.TrainingArguments`]. What differs is the defaults: the fastest
-    correct precision of the device, batches of 256, which batch statistics need, and no wait for the device at each
-    step. A process trains on one GPU; `accelerate launch` takes several.
+    They differ from transformers' [`~transformers.TrainingArguments`] in the defaults: the fastest correct precision of
+    the device, batches of 256, which batch statistics need, and no wait for the device at each step. A process trains
+    on one GPU; `accelerate launch` takes several.
 
     Raises:
-        ValueError: An option is out of range, or one that means nothing here: `label_smoothing_factor`,
-            `auto_find_batch_size`, `fp16_full_eval` or `bf16_full_eval`.
+        ValueError: An option is out of range, or one that means nothing here, such as `label_smoothing_factor`.
     """
 
-    bf16: bool | None = field(
+    bf16: bool | None = HfArg(
         default=None,
-        metadata={
-            "help": "Use bfloat16 autocast. Default: where the device has it in hardware, and `fp16` is off. False "
-            "trains in float32."
-        },
+        help="Use bfloat16 autocast. Default: where the device has it in hardware, and `fp16` is off. False trains in "
+        "float32.",
     )
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Images in a batch on each device."})
-    per_device_eval_batch_size: int = field(
+    per_device_train_batch_size: int = HfArg(default=256, help="Images in a batch on each device.")
+    per_device_eval_batch_size: int = HfArg(
         default=256,
-        metadata={
-            "help": "Images in a batch in evaluation. Under batch statistics the accuracy depends on it, and grows up "
-            "to about 256."
-        },
+        help="Images in a batch in evaluation. Under batch statistics the accuracy depends on it, and grows up to "
+        "about 256.",
     )
-    logging_steps: float = field(
-        default=50, metadata={"help": "Steps between two log entries, or a share of all steps if below 1."}
+    logging_steps: float = HfArg(default=50, help="Steps between two log entries, or a share of all steps if below 1.")
+    logging_nan_inf_filter: bool = HfArg(
+        default=False, help="Hide NaN and infinite losses in the log. Waits for the device at each step."
     )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses in the log. Waits for the device at each step."}
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=False, help="Look for parameters without gradient at each step of distributed training."
     )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Look for parameters without gradient at each step of distributed training."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Remove columns that the model's forward pass does not take."}
+    remove_unused_columns: bool = HfArg(
+        default=False, help="Remove columns that the model's forward pass does not take."
     )
 
     def __post_init__(self):
@@ -92,9 +86,8 @@ class ClassifierConfig(TrainingArguments):
 
 @dataclass
 class NoiseKDConfig(ClassifierConfig):
-    """Training arguments of [`NoiseKDTrainer`].
+    """Training arguments of [`NoiseKDTrainer`]: those of [`ClassifierConfig`], and some for the noise.
 
-    The options of transformers' [`~transformers.TrainingArguments`] hold, with the defaults of [`ClassifierConfig`].
     The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. The
     noise is structured and begins small, which teaches faster than the authors' white noise, and the temperature is 4;
     [`NoiseKDConfig.paper`] gives their setting.
@@ -103,65 +96,51 @@ class NoiseKDConfig(ClassifierConfig):
         ValueError: An option is out of range; the message says what to use instead.
     """
 
-    loss_type: str = field(
+    loss_type: str = HfArg(
         default="kl",
-        metadata={
-            "help": "Distance between the student's and the teacher's answers: 'kl' (times the squared temperature), "
-            "'soft_cross_entropy' (the paper's) or 'centered_mse' (of logits without their mean over the classes).",
-            "choices": sorted(LOSSES),
-        },
+        help="Distance between the student's and the teacher's answers: 'kl' (times the squared temperature), "
+        "'soft_cross_entropy' (the paper's) or 'centered_mse' (of logits without their mean over the classes).",
+        metadata={"choices": sorted(LOSSES)},
     )
-    temperature: float = field(
-        default=4.0,
-        metadata={"help": "Both models' logits are divided by it before the softmax. Above 0; the paper's is 1."},
+    temperature: float = HfArg(
+        default=4.0, help="Both models' logits are divided by it before the softmax. Above 0; the paper's is 1."
     )
-    noise: str = field(
+    noise: str = HfArg(
         default="structured",
-        metadata={
-            "help": "What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
-            "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
-            "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix and "
-            "mixup. 'structured' stands alone: dead_leaves, with sizes that begin small."
-        },
+        help="What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
+        "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
+        "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix and "
+        "mixup. 'structured' stands alone: dead_leaves, with sizes that begin small.",
     )
-    noise_std: float | None = field(
+    noise_std: float | None = HfArg(
         default=None,
-        metadata={
-            "help": "Standard deviation of the noise, in the units of the teacher's input. Default: 1, or 0.25 for a "
-            "teacher of pixels in [0, 1]."
-        },
+        help="Standard deviation of the noise, in the units of the teacher's input. Default: 1, or 0.25 for a "
+        "teacher of pixels in [0, 1].",
     )
-    resolutions: str | None = field(
+    resolutions: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
-            "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
-            "noise, and full size for any other."
-        },
+        help="Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
+        "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
+        "noise, and full size for any other.",
     )
-    batch_norm_fraction: float = field(
+    batch_norm_fraction: float = HfArg(
         default=1.0,
-        metadata={
-            "help": "Share of the teacher's BatchNorm layers that normalise by the batch at hand, in [0, 1]. 0 is the "
-            "ordinary distillation that fails on noise."
-        },
+        help="Share of the teacher's BatchNorm layers that normalise by the batch at hand, in [0, 1]. 0 is the "
+        "ordinary distillation that fails on noise.",
     )
-    steps_per_epoch: int = field(
-        default=196, metadata={"help": "Noise batches that count as one epoch. 196 x 256 is CIFAR-10's 50,000 images."}
+    steps_per_epoch: int = HfArg(
+        default=196, help="Noise batches that count as one epoch. 196 x 256 is CIFAR-10's 50,000 images."
     )
-    input_size: list[int] | None = field(
-        default=None,
-        metadata={"help": "Channels, height and width of the noise images. Default: what the teacher declares."},
+    input_size: list[int] | None = HfArg(  # noqa: RUF009 - HfArg makes a field
+        default=None, help="Channels, height and width of the noise images. Default: what the teacher declares."
     )
-    eval_noise_batches: int = field(
-        default=8, metadata={"help": "Held-out noise batches to evaluate on where there is no evaluation data set."}
+    eval_noise_batches: int = HfArg(
+        default=8, help="Held-out noise batches to evaluate on where there is no evaluation data set."
     )
-    num_train_epochs: float = field(default=200.0, metadata={"help": "Epochs to train, of `steps_per_epoch` batches."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up, or a share of all steps if below 1."}
-    )
+    num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
+    learning_rate: float = HfArg(default=1e-2, help="Peak learning rate.")
+    lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
+    warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or a share of all steps if below 1.")
 
     _default_metric = "batch_agreement"
 
@@ -193,14 +172,10 @@ class NoiseKDConfig(ClassifierConfig):
 
     @classmethod
     def paper(cls, output_dir: str | None = None, **overrides) -> "NoiseKDConfig":
-        """Build the authors' setting: Adam at 1e-3, temperature 1, batches of 256, 200 epochs of 196 steps.
+        """Build the authors' setting: Adam at 1e-3, temperature 1, and the default length and batches.
 
-        The authors lowered the learning rate when the test loss stalled, which takes labelled test images. A cosine
-        decay to zero stands in for that here.
-
-        Args:
-            output_dir: Where to write.
-            **overrides: Options to set otherwise.
+        `overrides` are options to set otherwise. The authors lowered the learning rate when the test loss stalled,
+        which takes labelled test images. A cosine decay to zero stands in for that here.
         """
         setting: dict[str, Any] = {
             # AdamW without weight decay is Adam.
@@ -213,9 +188,6 @@ class NoiseKDConfig(ClassifierConfig):
             "noise": "white",
             "loss_type": "soft_cross_entropy",
             "temperature": 1.0,
-            "per_device_train_batch_size": 256,
-            "steps_per_epoch": 196,
-            "num_train_epochs": 200.0,
         }
         return cls(output_dir, **setting | overrides)
 

@@ -1,8 +1,7 @@
 """Evaluation: accuracy under running and under batch statistics, and agreement with the teacher.
 
-A student that learnt from noise can be read in two ways (Raikwar & Mishra 2022, Algorithm 2 and section 4): with its
-BatchNorm layers on their *running* statistics, as any network is deployed, or on those of the *batch* at hand. Both are
-always measured and named. No evaluation changes a buffer of any model.
+A student that learnt from noise can be read in these two ways (Raikwar & Mishra 2022, Algorithm 2 and section 4). Both
+are always measured and named.
 """
 
 from collections.abc import Callable
@@ -33,16 +32,14 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Evaluate a classifier under running and under batch statistics.
 
-    Under batch statistics an answer depends on the other images of its batch, so batches are of equal size: the last
-    one is filled up with images from the start of the data set, which are not counted again. The order of the images
-    matters in no other way.
+    Batches are of equal size, since under batch statistics an answer depends on the other images of its batch: the last
+    one is filled up with images from the start of the data set, which are not counted again.
 
     Args:
         model: The classifier. It is evaluated where it is, and comes back unchanged.
-        dataset: Images with labels, as `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`, preprocessed
-            as for the model; or noise, a [`NoiseDataset`] with a length, on which only the agreement can be measured.
-        teacher_model: Teacher to compare with. It answers images with running statistics, as it is deployed, and noise
-            with batch statistics, as in training.
+        dataset: Images with labels, in the forms of [`collate_images`], preprocessed as for the model; or noise, a
+            [`NoiseDataset`] with a length, on which only the agreement can be measured.
+        teacher_model: Teacher to compare with. It answers images with running and noise with batch statistics.
         batch_size: Images in a batch. A `NoiseDataset` brings its own.
         num_workers: Processes that load the images.
 
@@ -52,18 +49,16 @@ def evaluate(
         teacher `agreement`, the share of equal top-1 answers in percent, and `kl`, `KL(teacher || model)` in nats.
 
     Raises:
-        ValueError: The data set is empty or without length, has a single image, or a label is out of range, or there is
-            neither a label nor a teacher.
+        ValueError: The data set has no length or fewer than 2 images, a label is out of range, or there is neither a
+            label nor a teacher.
     """
     loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
     if teacher_model is None:
         return evaluate_loader(model, loader)
-    teacher = Teacher(teacher_model)
-    is_noise = isinstance(dataset, DrawnDataset)
+    teacher, is_noise = Teacher(teacher_model), isinstance(dataset, DrawnDataset)
 
     def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
-        answers = teacher.answer(to_device_of(teacher_model, pixel_values), noise=is_noise)
-        return answers.to(pixel_values.device)
+        return teacher.answer(to_device_of(teacher_model, pixel_values), noise=is_noise).to(pixel_values.device)
 
     with evaluation_mode(teacher_model):
         return evaluate_loader(model, loader, teacher_answers)
@@ -77,16 +72,11 @@ def evaluate_loader(
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Evaluate on the batches of [`evaluation_loader`]; see [`evaluate`] for the meaning and the result.
+    """Return what [`evaluate`] does, of the batches of [`evaluation_loader`] in all processes.
 
-    Args:
-        model: The classifier.
-        loader: What [`evaluation_loader`] made, in each of several processes with its own rank.
-        teacher_answers: From pixels to the teacher's logits.
-        reduce: Sum of a tensor over all processes.
-        on_batch: Called after each batch.
+    `teacher_answers` goes from pixels to the teacher's logits; `reduce` sums a tensor over all processes.
     """
-    contexts = {"running": nullcontext(), "batch": batch_statistics(model) if has_batch_norm(model) else nullcontext()}
+    contexts = (nullcontext(), batch_statistics(model) if has_batch_norm(model) else nullcontext())  # as STATISTICS
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):
@@ -94,7 +84,7 @@ def evaluate_loader(
             pixel_values = to_device_of(model, batch["pixel_values"])
             labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
             teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
-            for row, context in enumerate(contexts.values()):
+            for row, context in enumerate(contexts):
                 with context:
                     logits = compute_logits(model, pixel_values)[:count].float()
                 sums = _sums(logits, labels, teacher_logits)
@@ -102,13 +92,10 @@ def evaluate_loader(
                     totals[row, METRICS.index(name)] += total.item()
             totals[-1, [METRICS.index(name) for name in sums]] += count
             on_batch()
-    totals = reduce(totals)
-    measured = {name: totals[-1, column].item() for column, name in enumerate(METRICS)}
+    *rows, counts = reduce(totals).tolist()
     return {
-        statistics: {
-            name: (totals[row, METRICS.index(name)] / count).item() for name, count in measured.items() if count
-        }
-        for row, statistics in enumerate(STATISTICS)
+        statistics: {name: total / count for name, total, count in zip(METRICS, row, counts, strict=True) if count}
+        for statistics, row in zip(STATISTICS, rows, strict=True)
     }
 
 
@@ -119,14 +106,11 @@ def evaluation_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    collate_fn: Callable | None = None,
+    collate_fn: Callable = collate_images,
 ) -> DataLoader:
-    """Build the loader of this rank's share of the evaluation batches.
+    """Build the loader of this rank's share of the evaluation batches, or raise the `ValueError` of [`evaluate`].
 
     Whole batches go to the ranks in turn, so each image counts once and batch statistics are those of one process.
-
-    Raises:
-        ValueError: The data set is empty, without length, or of a single image.
     """
     if not has_length(dataset):
         raise ValueError(
@@ -144,7 +128,7 @@ def evaluation_loader(
         dataset,
         batch_sampler=FullBatchSampler(size, batch_size, rank=rank, world_size=world_size),
         num_workers=num_workers,
-        collate_fn=collate_fn or collate_images,
+        collate_fn=collate_fn,
         # A loader takes a number off its generator for its workers; the global one must go on as without evaluation.
         generator=torch.Generator(),
     )
@@ -179,9 +163,8 @@ def _sums(
         sums["loss"] = F.cross_entropy(logits, labels, reduction="sum")
     if teacher_logits is not None:
         sums["agreement"] = 100 * (logits.argmax(-1) == teacher_logits.argmax(-1)).sum()
-        sums["kl"] = F.kl_div(
-            F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1), reduction="sum", log_target=True
-        )
+        log_probs, teacher_log_probs = F.log_softmax(logits, -1), F.log_softmax(teacher_logits, -1)
+        sums["kl"] = F.kl_div(log_probs, teacher_log_probs, reduction="sum", log_target=True)
     return sums
 
 

@@ -1,8 +1,6 @@
-"""Distillation losses: pure functions of logits.
+"""Distillation losses: the mean over a batch of a function of logits `[B, num_classes]`, computed in float32.
 
-All take `student_logits` and `teacher_logits` of shape `[B, num_classes]`, compute in float32 whatever the precision of
-their input, and return the mean over the batch as a scalar. No gradient flows into the teacher's logits from outside:
-detach them.
+No gradient flows into the teacher's logits from outside: detach them.
 """
 
 from collections.abc import Callable
@@ -34,15 +32,13 @@ def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, te
 
 
 def centered_mse(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Mean squared error between logits from which the mean over the classes was taken away.
+    """Mean squared error between logits from which the mean over the classes, which softmax ignores, was taken away.
 
-    Softmax ignores that mean, so should the loss. It is the limit of [`kl_divergence`] for high temperatures up to a
-    factor (Hinton, Vinyals & Dean, 2015, section 2.1), so `temperature` has no effect here. In squared logits, >= 0.
+    It is the limit of [`kl_divergence`] for high temperatures up to a factor (Hinton, Vinyals & Dean, 2015, section
+    2.1), so `temperature` has no effect here. In squared logits, >= 0.
     """
-    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
-    difference = (student_logits - student_logits.mean(-1, keepdim=True)) - (
-        teacher_logits - teacher_logits.mean(-1, keepdim=True)
-    )
+    student, teacher = student_logits.float(), teacher_logits.float()
+    difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
     return difference.square().mean()
 
 

@@ -1,8 +1,10 @@
-"""Distil a teacher into a student with noise: no image, no label, no generator network."""
+"""Distill a teacher into a student with noise: no image, no label, no generator network."""
 
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -11,15 +13,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
-from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import compute_logits, declared_input_size
-from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.release.environment import command_line
-from hf_noisekd.release.record import Provenance, Record
+from hf_noisekd.release.record import Provenance, Record, current_evaluations
 from hf_noisekd.training.answers import AnswerLog
 from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
@@ -42,8 +43,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
-    on the statistics of that batch, and trains the student on the answers. The teacher stays in evaluation mode; its
-    weights and buffers never change, and it is neither wrapped for distributed training nor saved.
+    on the statistics of that batch, and trains the student on the answers. The teacher, in the attribute `teacher`,
+    never changes, and is neither wrapped for distributed training nor saved.
 
     Training logs `loss`, `agreement` (share of equal top-1 answers in percent) and `class_balance`, the entropy of the
     teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0
@@ -56,21 +57,17 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
         train_dataset: What the teacher answers in training. Default: the noise that `args` name, in the teacher's
-            input size, at each rank its own. A [`NoiseDataset`] of yours keeps its seed and sizes; it is drawn on the
-            training device whatever its own. A [`MixedDataset`] adds a few real images to the noise. A data set of
-            real images gives ordinary distillation; labels are not used.
+            input size. A [`NoiseDataset`] of yours keeps its seed and sizes, not its device and rank. A
+            [`MixedDataset`] adds a few real images. A data set of real images, whose labels are not used, gives
+            ordinary distillation.
         eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise, on
             which the agreement with the teacher is measured.
         processing_class: Image processor to save with the student.
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
 
-    Attributes:
-        teacher: The [`Teacher`].
-
     Raises:
-        ValueError: The models do not fit each other or the method, or a data set cannot be used. All checks are made
-            before anything is written.
+        ValueError: The models or a data set do not fit each other or the method. Nothing is written then.
 
     Example:
         ```python
@@ -96,13 +93,9 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     ):
         args = NoiseKDConfig() if args is None else args
         teacher_model = load_teacher(teacher_model)
-        teacher = Teacher(
-            teacher_model,
-            input_size=training_input_size(args, teacher_model, train_dataset, data_collator),
-            batch_norm_fraction=args.batch_norm_fraction,
-            seed=args.seed,
-        )
-        teacher.check_statistics()
+        size = training_input_size(args, teacher_model, train_dataset, data_collator)
+        teacher = Teacher(teacher_model, input_size=size, batch_norm_fraction=args.batch_norm_fraction, seed=args.seed)
+        find_batch_norm(teacher_model)  # or the error that names what it has instead
         train_dataset, eval_dataset = _with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
@@ -121,26 +114,13 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        compile_options = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-        # A plain attribute, not a part of the student: neither wrapped, optimised nor saved.
-        self.teacher = teacher.settle(
-            self.args.device,
-            training_memory_format(teacher_model, self.args.device),
-            **(compile_options if self.args.torch_compile else {}),
-        )
-        self._loss_fn = LOSSES[self.args.loss_type]
+        self.teacher = teacher.settle(self.args)
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
         self.train_dataset = self._on_this_device(self.train_dataset, self.args.process_index)
-        self._fills_total_steps = (
-            isinstance(self.train_dataset, NoiseDataset) and self.train_dataset.total_steps is None
-        )
+        self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
         if self._fills_total_steps:
             _, self.train_dataset.total_steps = self._training_length()
-        self.eval_dataset = (
-            {name: self._on_this_device(dataset, rank=0) for name, dataset in self.eval_dataset.items()}
-            if isinstance(self.eval_dataset, dict)
-            else self._on_this_device(self.eval_dataset, rank=0)
-        )
+        self.eval_dataset = self._on_this_device(self.eval_dataset, rank=0)
 
     @property
     def teacher_model(self) -> nn.Module:
@@ -150,12 +130,11 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train the student; see transformers' `Trainer.train`.
 
-        Resuming is exact: step `k` sees the noise it would have seen without the break, at no cost for the steps
-        before. The sizes of the noise and the learning rate go by the number of all steps, which must stay the same.
+        Resuming is exact: step `k` sees the noise it would have seen without the break. The sizes of the noise and the
+        learning rate go by the number of all steps, which must stay the same.
 
         Raises:
-            ValueError: The checkpoint is missing or damaged, or of a training of another length whose noise has several
-                sizes. Nothing has been changed then.
+            ValueError: The checkpoint is missing, damaged or, for noise of several sizes, of another number of steps.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
@@ -171,14 +150,13 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         return output
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of the training batches.
+        """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
 
-        For noise it gives step numbers, and the noise is drawn where the step runs: steps before a resumption cost
-        nothing, and gradient accumulation does not hold several batches. It is not prepared by Accelerate, which would
-        draw on rank 0 and broadcast, or draw every rank's noise on each.
+        So steps before a resumption cost nothing, and gradient accumulation does not hold several batches.
         """
         if not isinstance(self.train_dataset, NoiseDataset):
             return super().get_train_dataloader()
+        # Not prepared by Accelerate, which would draw on rank 0 and broadcast, or draw every rank's noise on each.
         return DataLoaderShard(_NoiseSteps(self.train_dataset), batch_size=None)
 
     def num_examples(self, dataloader: DataLoader) -> int:
@@ -196,14 +174,13 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         with self.accelerator.autocast():
             teacher_logits = self.teacher.teach(pixel_values)
         student_logits = compute_logits(model, pixel_values)
-        loss = self._loss_fn(student_logits, teacher_logits, self.args.temperature)
+        loss = LOSSES[self.args.loss_type](student_logits, teacher_logits, self.args.temperature)
         self._answer_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
     def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
-        is_noise = isinstance(dataset, DrawnDataset)
-        return lambda pixel_values: self.teacher.answer(pixel_values, noise=is_noise)
+        return partial(self.teacher.answer, noise=isinstance(dataset, DrawnDataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the agreement and the class balance of the steps since the last entry."""
@@ -214,11 +191,10 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     def record(self) -> Record:
         """Return what is known of the student. On process 0."""
         record = super().record()
-        record.model.label_names = self.teacher.class_names
+        size = declared_input_size(self.teacher_model) or record.model.input_size or self.teacher.input_size
+        record.model.input_size = list(size)
         record.model.num_classes = self.teacher.num_classes
-        record.model.input_size = list(
-            declared_input_size(self.teacher_model) or record.model.input_size or self.teacher.input_size
-        )
+        record.model.label_names = class_names(self.teacher_model, self.teacher.num_classes)
         record.noisekd = self.provenance()
         record.class_frequencies = self._answer_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
@@ -226,14 +202,9 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
 
     def provenance(self) -> Provenance:
         """Return how the student was made so far, and by which statistics it is better read now."""
-        return describe_training(
-            self.args,
-            self.teacher,
-            self.train_dataset,
-            steps=self._step_of_weights(),
-            evaluations=self._current_evaluations(),
-            has_statistics=has_batch_norm(self.model),
-        )
+        steps = self._step_of_weights()
+        evaluations = current_evaluations(self._evaluations, steps)
+        return describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
 
     def create_model_card(
         self,
@@ -252,7 +223,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
             license: Licence of the student; by default the teacher's, where it is known.
             tags: Tags beside the usual ones.
             model_name: Title of the card.
-            **kwargs: Accepted because scripts for transformers' Trainer give them; not used.
+            **kwargs: Not used; scripts for transformers' Trainer give them.
         """
         if not self.is_world_process_zero():
             return
@@ -262,12 +233,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         record.tags = [tags] if isinstance(tags, str) else tags
         write_model_card(record, self.args.output_dir)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            self.provenance().attach(self.model)
-        super()._save(output_dir, state_dict)
-
     def _save_classifier(self, output_dir: str) -> None:
+        self.provenance().attach(self.model)
         save_model(self.model, output_dir, teacher_model=self.teacher_model)
 
     def _prepare_inputs(self, inputs):
@@ -276,10 +243,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         return super()._prepare_inputs(inputs)
 
     def _training_length(self) -> tuple[int, int]:
-        """Return the numbers of updates and of batches of the whole training.
-
-        The last update of an epoch may have fewer batches than the others.
-        """
+        """Return the numbers of updates and of batches of the whole training."""
         updates, accumulation = self.args.max_steps, self.args.gradient_accumulation_steps
         if self.train_dataset.num_steps is None:
             return updates, updates * accumulation
@@ -288,43 +252,35 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         if updates <= 0:
             updates = math.ceil(self.args.num_train_epochs * updates_per_epoch)
         epochs, rest = divmod(updates, updates_per_epoch)
+        # The last update of an epoch may have fewer batches than the others.
         return updates, epochs * batches + min(rest * accumulation, batches)
 
-    def _on_this_device(self, dataset: Dataset | None, rank: int) -> Dataset | None:
+    def _on_this_device(self, dataset: Any, rank: int) -> Any:
         """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""
+        if isinstance(dataset, dict):
+            return {name: self._on_this_device(value, rank) for name, value in dataset.items()}
         if not isinstance(dataset, NoiseDataset):
             return dataset
         dataset = copy.copy(dataset)
-        dataset.device = self.args.device
-        dataset.rank = rank
-        dataset.memory_format = self.memory_format
+        dataset.device, dataset.rank = self.args.device, rank
         dataset.dtype = torch.bfloat16 if self.args.bf16 else torch.float32
+        dataset.memory_format = self.memory_format
         return dataset
 
 
 def _with_noise(args: NoiseKDConfig, teacher: Teacher, train_dataset, eval_dataset) -> tuple:
     """Return the data sets, with the noise that the arguments name in place of those that are missing."""
-    noise = {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise}
+    noise: dict[str, Any] = {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise}
     if args.noise_std is not None:
         noise["std"] = args.noise_std
     if train_dataset is None:
-        train_dataset = NoiseDataset.for_model(
-            teacher.model,
-            batch_size=args.per_device_train_batch_size,
-            num_steps=args.steps_per_epoch,
-            resolutions=args.resolutions,
-            **noise,
-        )
+        batches = {"batch_size": args.per_device_train_batch_size, "num_steps": args.steps_per_epoch}
+        train_dataset = NoiseDataset.for_model(teacher.model, resolutions=args.resolutions, **batches, **noise)
     elif isinstance(train_dataset, NoiseDataset):
         noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
     if eval_dataset is None:
-        eval_dataset = NoiseDataset.for_model(
-            teacher.model,
-            batch_size=args.per_device_eval_batch_size,
-            num_steps=args.eval_noise_batches,
-            held_out=True,
-            **noise,
-        )
+        batches = {"batch_size": args.per_device_eval_batch_size, "num_steps": args.eval_noise_batches}
+        eval_dataset = NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
     return train_dataset, eval_dataset
 
 

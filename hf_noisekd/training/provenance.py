@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 
+from torch import nn
 from torch.utils.data import Dataset
 from transformers.trainer_utils import SchedulerType
 
 from hf_noisekd.batches import dataset_name
+from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.release.environment import versions
@@ -17,36 +19,30 @@ from hf_noisekd.training.teacher import Teacher
 def describe_training(
     args: NoiseKDConfig,
     teacher: Teacher,
-    train_dataset: Dataset,
-    *,
-    steps: int,
+    dataset: Dataset,
+    model: nn.Module,
     evaluations: Sequence[Evaluation],
-    has_statistics: bool,
+    steps: int,
 ) -> Provenance:
-    """Return how a student was made.
-
-    Args:
-        args: Arguments of the training.
-        teacher: Whose answers it learnt from.
-        train_dataset: To what.
-        steps: After how many steps it is as it is.
-        evaluations: How good it is now.
-        has_statistics: Whether it has BatchNorm layers.
-    """
-    noise = train_dataset if isinstance(train_dataset, NoiseDataset) else None
-    images = None
-    if real_images := getattr(noise, "real_images", None):
-        images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
-    if noise is None:
-        method = "distillation on images"
-    else:
-        method = "distillation with noise" + ("" if images is None else " and real images")
-    batch_norm = "running"
-    if has_statistics:
-        batch_norm = better_statistics(evaluations, taught_by_noise=noise is not None)
+    """Return how the student `model` was made in `steps` steps, after which `evaluations` say how good it is."""
+    method, noise, images = "distillation on images", None, None
+    if isinstance(dataset, NoiseDataset):
+        method = "distillation with noise"
+        noise = NoiseFacts(
+            distribution=noise_name(dataset.distribution),
+            image_sizes=[[list(size), share] for size, share in dataset.image_sizes()],
+            mean=dataset.mean,
+            std=dataset.std,
+            input_size=list(dataset.input_size),
+            seed=dataset.seed,
+        )
+        if real_images := getattr(dataset, "real_images", None):
+            method += " and real images"
+            images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
+    better = better_statistics(evaluations, taught_by_noise=noise is not None)
     return Provenance(
         method=method,
-        batch_norm=batch_norm,
+        batch_norm=better if has_batch_norm(model) else "running",
         teacher_batch_norm_fraction=args.batch_norm_fraction,
         loss_type=args.loss_type,
         temperature=args.temperature,
@@ -57,17 +53,6 @@ def describe_training(
         seed=args.seed,
         teacher=TeacherFacts(**teacher.identity),
         versions=versions(),
-        noise=None if noise is None else _describe_noise(noise),
+        noise=noise,
         real_images=images,
-    )
-
-
-def _describe_noise(noise: NoiseDataset) -> NoiseFacts:
-    return NoiseFacts(
-        distribution=noise_name(noise.distribution),
-        image_sizes=[[list(size), share] for size, share in noise.image_sizes()],
-        mean=noise.mean,
-        std=noise.std,
-        input_size=list(noise.input_size),
-        seed=noise.seed,
     )

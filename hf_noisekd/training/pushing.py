@@ -3,7 +3,6 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SaveStrategy
@@ -21,21 +20,16 @@ class PushingTrainer(Trainer):
     transformers' own push would upload the pickled training arguments, with the token in them, and lose the errors.
     """
 
-    push_in_progress: Any
+    push_in_progress = PushInProgress()  # replaced with each change, so that all trainers may begin with this one
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make sure, before the first step, that the student's repository is there and can be written to.
-
-        Raises:
-            HubError: It cannot; the message says why and what to do.
-        """
+        """Make the student's repository before the first step, or raise the `HubError` of [`check_hub_access`]."""
         if self.is_world_process_zero():
             self.hub_model_id = check_hub_access(
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 token=token or self.args.hub_token,
                 private=self.args.hub_private_repo if private is None else private,
             )
-            self.push_in_progress = None
 
     def push_to_hub(
         self,
@@ -46,15 +40,9 @@ class PushingTrainer(Trainer):
         private: bool | None = None,
         **kwargs,
     ):
-        """Save the student with its card, and push both to the Hub; see transformers' `Trainer.push_to_hub`.
+        """Save the student with its card, and push both to the Hub.
 
-        Args:
-            commit_message: Title of the commit.
-            blocking: Whether to wait for the end of the upload.
-            token: Token with write access; by default that of the arguments or of `hf auth login`.
-            revision: Branch to commit to.
-            private: Whether a new repository is private.
-            **kwargs: As in `create_model_card`.
+        The arguments are those of transformers' `Trainer.push_to_hub`, and of `create_model_card`.
 
         Returns:
             The commit, or its future if not `blocking`. None on all processes but the first.
@@ -72,21 +60,16 @@ class PushingTrainer(Trainer):
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.create_model_card(**kwargs)
-        return (upload if blocking else upload_later)(
-            self.args.output_dir,
-            self.hub_model_id,
-            token=token,
-            commit_message=commit_message,
-            revision=revision or self.args.hub_revision,
-        )
+        push = upload if blocking else upload_later
+        to = {"token": token, "revision": revision or self.args.hub_revision}
+        return push(self.args.output_dir, self.hub_model_id, commit_message=commit_message, **to)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        if self.push_in_progress is not None:
-            if not self.push_in_progress.is_done() and not self.args.hub_always_push:
-                return
-            self._report_failed_pushes()
+        if not self.push_in_progress.is_done() and not self.args.hub_always_push:
+            return
+        self._report_failed_pushes()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         with replacing_files(self.args.output_dir) as staging:
             for file in Path(checkpoint_folder).iterdir():
@@ -99,28 +82,17 @@ class PushingTrainer(Trainer):
 
     def _start_push(self, checkpoint_folder: str) -> None:
         self.create_model_card()
-        where = (
-            f"step {self.state.global_step}"
-            if self.args.save_strategy == SaveStrategy.STEPS
-            else f"epoch {int(self.state.epoch)}"
-        )
-        to = {"token": self.args.hub_token, "revision": self.args.hub_revision}
+        by_steps = self.args.save_strategy == SaveStrategy.STEPS
+        where = f"step {self.state.global_step}" if by_steps else f"epoch {int(self.state.epoch)}"
         message = f"Training in progress, {where}"
+        to = {"token": self.args.hub_token, "revision": self.args.hub_revision}
         jobs = [upload_later(self.args.output_dir, self.hub_model_id, commit_message=message, **to)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-            jobs.append(
-                upload_later(
-                    checkpoint_folder,
-                    self.hub_model_id,
-                    patterns=["*"],
-                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
-                    commit_message=f"{message}, checkpoint",
-                    **to,
-                )
-            )
-        unfinished = () if self.push_in_progress is None else self.push_in_progress.jobs
-        self.push_in_progress = PushInProgress([*unfinished, *jobs])
+            to["path_in_repo"] = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            to |= {"commit_message": f"{message}, checkpoint", "patterns": ["*"]}
+            jobs.append(upload_later(checkpoint_folder, self.hub_model_id, **to))
+        self.push_in_progress = PushInProgress([*self.push_in_progress.jobs, *jobs])
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
@@ -128,12 +100,10 @@ class PushingTrainer(Trainer):
 
     def _report_failed_pushes(self) -> None:
         """Warn of the uploads that failed since the last call, and forget those that are done."""
-        if getattr(self, "push_in_progress", None) is None:
-            return
         for job in self.push_in_progress.jobs:
             if job.done() and job.exception() is not None:
                 self._warn_of_failed_push(job.exception())
-        self.push_in_progress.jobs = [job for job in self.push_in_progress.jobs if not job.done()]
+        self.push_in_progress = PushInProgress([job for job in self.push_in_progress.jobs if not job.done()])
 
     def _warn_of_failed_push(self, error: BaseException) -> None:
         advice = push_again(self.args.output_dir, self.hub_model_id, error, self.args.hub_revision)

@@ -1,8 +1,4 @@
-"""Re-estimate the running statistics of a student from a few real images.
-
-A student that learnt from noise has running statistics of noise. [`recalibrate_batch_norm`] replaces them with those
-of a few real images ("adjusting" in Raikwar & Mishra 2022), so that it can answer single images.
-"""
+"""Re-estimate the running statistics of a student from a few real images."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -27,15 +23,14 @@ def recalibrate_batch_norm(
 ) -> None:
     """Re-estimate the running statistics of every BatchNorm layer from real images, in place.
 
-    Each layer gets the mean and the unbiased variance of its input pooled over all images and positions, while the
-    layers before it already use their new statistics. The result does not depend on how the images are cut into
-    batches. (A training-mode pass of one batch that holds them all stores almost the same; it normalises by the biased
-    variance on the way.) It costs one partial forward pass of the images for each layer. A layer that the forward pass
-    never reaches keeps what it has, as does every `num_batches_tracked`. The [`Provenance`] of a student of this
-    package says from now on that it is to be read with running statistics, and what they are of.
+    A student that learnt from noise has running statistics of noise; with those of a few real images ("adjusting" in
+    Raikwar & Mishra 2022) it can answer single images, and its [`Provenance`] says so. Each layer that the forward pass
+    reaches gets the mean and the unbiased variance of its input pooled over all images and positions, while the layers
+    before it already use their new statistics: the same however the images are cut into batches, at the cost of one
+    partial forward pass of them for each layer. No `num_batches_tracked` changes.
 
     Args:
-        model: The model. All its modules run in evaluation mode; modes are restored afterwards.
+        model: The model. It comes back in the modes it had.
         batches: Images of shape `[B, C, H, W]`, preprocessed as for the model, or mappings with `pixel_values`. Must
             give the same images each time it is iterated over; a one-shot iterator is read into memory first.
         dataset: Name of the data set that the images are of, for the provenance.
@@ -47,7 +42,6 @@ def recalibrate_batch_norm(
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if iter(batches) is batches:
         batches = list(batches)
-
     with evaluation_mode(model):
         for name, calls in _calls_in_forward_order(model, layers, batches):
             count, mean, squares = _pooled_moments(model, layers[name], calls, batches)
@@ -72,8 +66,7 @@ def _calls_in_forward_order(model, layers, batches) -> list[tuple[str, int]]:
     calls: Counter[str] = Counter()
     with ExitStack() as stack:
         for layer in names:
-            handle = layer.register_forward_pre_hook(lambda layer, _: calls.update([names[layer]]))
-            stack.callback(handle.remove)
+            stack.enter_context(layer.register_forward_pre_hook(lambda layer, _: calls.update([names[layer]])))
         for batch in batches:
             compute_logits(model, to_device_of(model, _pixel_values(batch)[:2]))
             return list(calls.items())
@@ -99,14 +92,11 @@ def _pooled_moments(model, layer, calls, batches) -> tuple[int, torch.Tensor, to
         if seen == calls:
             raise _StopForward
 
-    handle = layer.register_forward_pre_hook(pool)
-    try:
+    with layer.register_forward_pre_hook(pool):
         for batch in batches:
             seen = 0
             with suppress(_StopForward):
                 compute_logits(model, to_device_of(model, _pixel_values(batch)))
-    finally:
-        handle.remove()
     return total, mean, squares
 
 

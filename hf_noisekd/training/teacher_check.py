@@ -24,50 +24,26 @@ NUM_BATCHES = 2
 
 
 def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, *, batch_size: int = 256) -> dict:
-    """Return what decides whether a model can be a teacher.
+    """Return what decides whether a model can be a teacher: what it is, and how it answers the default noise.
 
-    Its answers are measured on two batches of the default noise in full size, once with running and once with batch
-    statistics.
-
-    Args:
-        model: The classifier. It comes back unchanged.
-        input_size: `(channels, height, width)` of the noise. Default: what the model declares.
-        batch_size: Noise images in a batch.
-
-    Returns:
-        `architecture`; `parameters`, their number; `input_size`; `num_classes`; `class_names`, the first of them;
-        `batch_norm`, the number of BatchNorm layers by kind; `noise_images`, their number; `answers` to them, under
-        `running` and, where there are BatchNorm layers, `batch`, see below; `can_teach`; and `verdict`, a sentence.
-
-        The answers have `class_balance`, the entropy of the mean answer, and `flatness`, the mean entropy of an answer,
-        both relative to that of all classes equally likely; `top_class_share`, of the class that was answered most
-        often, in percent; and `classes_answered`, the number of different answers. With a weight that is not finite
-        there are none.
-
-    Raises:
-        ValueError: The model does not declare its input size and none was given, or it takes images of another one.
+    The noise is two batches in full size; `input_size` is by default what the model declares, else a `ValueError`. Of
+    the result `class_names` are the first of them, `batch_norm` is the number of BatchNorm layers by kind, `answers`
+    are as of [`describe_answers`] by kind of statistics, as far as there are any, and `verdict` is a sentence.
     """
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
-    answer_to_blanks(model, noise.input_size, "model")
-    teacher = Teacher(model)
-    running = answer_noise(teacher, noise, "running")
-    num_classes = running.shape[-1]
+    num_classes = answer_to_blanks(model, noise.input_size, "model").shape[-1]
     try:
-        layers, no_layers = find_batch_norm(model), None
+        layers, obstacle = find_batch_norm(model), ""
     except ValueError as error:
-        layers, no_layers = {}, str(error)
-    nonfinite = nonfinite_tensor(model)
-    answers = {}
-    if nonfinite is None:
-        answers["running"] = describe_answers(running)
-        if layers:
-            answers["batch"] = describe_answers(answer_noise(teacher, noise, "batch"))
-    if nonfinite is not None:
-        obstacle: str | None = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
-    elif num_classes < 2:
+        layers, obstacle = {}, str(error)
+    if num_classes < 2:
         obstacle = "it has one class, and nothing to tell about it."
+    answers = {}
+    if nonfinite := nonfinite_tensor(model):
+        obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
-        obstacle = no_layers
+        for statistics in ("running", "batch") if layers else ("running",):
+            answers[statistics] = describe_answers(answer_noise(Teacher(model), noise, statistics))
     return {
         "architecture": architecture_of(model),
         "parameters": count_parameters(model),
@@ -77,30 +53,23 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         "batch_norm": dict(Counter(type(layer).__name__ for layer in layers.values())),
         "noise_images": NUM_BATCHES * batch_size,
         "answers": answers,
-        "can_teach": obstacle is None,
+        "can_teach": not obstacle,
         "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers["batch"], num_classes),
     }
 
 
 def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDataset:
     """Return noise in the full size that suits `model`, to be drawn where that is; see [`NoiseDataset.for_model`]."""
+    dtype = next(model.parameters()).dtype
     return NoiseDataset.for_model(
-        model,
-        distribution=distribution,
-        resolutions={1.0: 1.0},
-        device=device_of(model),
-        dtype=next(model.parameters()).dtype,
-        **kwargs,
+        model, distribution=distribution, resolutions={1.0: 1.0}, device=device_of(model), dtype=dtype, **kwargs
     )
 
 
 def answer_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
-    """Return the answers `[N, num_classes]` of a teacher in evaluation mode to all batches of `noise`, in float32.
+    """Return the answers `[N, num_classes]` of a teacher to all batches of `noise`, in float32.
 
-    Args:
-        teacher: The teacher. Its model comes back unchanged.
-        noise: Noise of a limited number of steps.
-        statistics: `"batch"`, by which it answers noise, or `"running"`, by which it answers images.
+    `statistics` are `"batch"`, by which it answers noise, or `"running"`, by which it answers images.
     """
     with evaluation_mode(teacher.model):
         logits = [teacher.answer(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
@@ -108,7 +77,12 @@ def answer_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torc
 
 
 def describe_answers(probs: torch.Tensor) -> dict[str, float]:
-    """Return how answers `[N, num_classes]` spread over the classes; see [`describe_teacher`]."""
+    """Return how answers `[N, num_classes]` spread over the classes.
+
+    `class_balance` is the entropy of the mean answer, and `flatness` the mean entropy of an answer, both relative to
+    that of all classes equally likely; `top_class_share` is that of the class answered most often, in percent; and
+    `classes_answered` is the number of different answers.
+    """
     num_classes = probs.shape[-1]
     most = math.log(max(num_classes, 2))
     counts = probs.argmax(-1).bincount(minlength=num_classes)
@@ -121,7 +95,7 @@ def describe_answers(probs: torch.Tensor) -> dict[str, float]:
 
 
 def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
-    """Return a sentence on a teacher that answers noise under batch statistics with `answers`."""
+    """Return what to say of a teacher that answers noise under batch statistics with `answers`."""
     verdict = (
         "can be a teacher: with batch statistics it answers noise with "
         f"{answers['classes_answered']:,} of its {num_classes:,} classes."
