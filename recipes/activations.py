@@ -12,7 +12,8 @@ first.
 import torch
 from accelerate import PartialState
 from harness.activations import HIDDEN_EDGES, hidden_activations, pooled_features
-from harness.experiment import CIFAR10, Experiment, experiment_parser
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import CIFAR10
 from harness.results import Results
 
 from hf_noisekd import NoiseDataset

@@ -10,8 +10,9 @@ figure shows the size of all together. Without `--teacher` one is trained first.
 
 from functools import partial
 
-from harness.experiment import Experiment, experiment_parser, with_cpu_steps
+from harness.experiment import Experiment, experiment_parser
 from harness.figures import plot_accuracy
+from harness.presets import with_cpu_steps
 
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
 PRESETS = with_cpu_steps(500)
@@ -23,7 +24,7 @@ def main() -> None:
     experiment = Experiment("batch_size", options, PRESETS[options.preset])
     experiment.prepare_teacher()
     for batch_size in BATCH_SIZES:
-        experiment.distil(f"batches of {batch_size}", per_device_train_batch_size=batch_size, eval_strategy="no")
+        experiment.distill(f"batches of {batch_size}", per_device_train_batch_size=batch_size, eval_strategy="no")
     xlabel = "noise images in a training batch"
     experiment.results.plot("accuracy.png", partial(plot_accuracy, key="batch_size", xlabel=xlabel, log_x=True))
     experiment.results.print_table()

@@ -7,15 +7,16 @@ so that a slow moment of the machine meets both; the figure is the median over t
 Writes benchmark.json to the output folder.
 """
 
-import json
 import statistics
 import time
+from collections.abc import Callable
 
 import timm
 import torch
 from harness.results import Results, recipe_parser
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
+from hf_noisekd.files import json_text
 from hf_noisekd.training.losses import soft_cross_entropy
 
 PRESETS = {
@@ -65,13 +66,6 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    def seconds(run) -> float:
-        start = time.perf_counter()
-        run()
-        if args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     by_hand(), trainer.train()  # warm up
     times = [(seconds(by_hand), seconds(trainer.train)) for _ in range(preset["blocks"])]
     record = Results("benchmark_step_time", options, preset).record
@@ -81,11 +75,20 @@ def main() -> None:
     record["median_ratio"] = round(statistics.median(trainer / hand for hand, trainer in times), 3)
     record["ratios"] = [round(trainer / hand, 3) for hand, trainer in times]
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.output_dir / "benchmark.json").write_text(json_text(record))
     print(
         f"by hand {record['by_hand_ms_per_step']} ms a step, NoiseKDTrainer {record['trainer_ms_per_step']} ms a step: "
         f"ratio {record['median_ratio']} (median of {len(times)} blocks of {steps} steps)"
     )
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the time of a block of steps."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

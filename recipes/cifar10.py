@@ -1,4 +1,4 @@
-"""Distil a CIFAR-10 classifier with white Gaussian noise: Table 1 of Raikwar & Mishra (NeurIPS 2022).
+"""Distill a CIFAR-10 classifier with white Gaussian noise: Table 1 of Raikwar & Mishra (NeurIPS 2022).
 
     python recipes/cifar10.py                                   # about an hour on two CPU cores
     accelerate launch recipes/cifar10.py --preset paper         # the authors' networks and steps, for a GPU
@@ -10,7 +10,8 @@ reach 86 %, the `cpu` preset gives it 1,500. The authors lowered the learning ra
 which needs no test images, stands in for that. The most telling runs come first; results.json is written after each.
 """
 
-from harness.experiment import CIFAR10, run_table
+from harness.experiment import run_table
+from harness.presets import CIFAR10
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Distil a CIFAR-100 classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), second row.
+"""Distill a CIFAR-100 classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), second row.
 
     python recipes/cifar100.py                               # small networks and 1,500 steps, for two CPU cores
     accelerate launch recipes/cifar100.py --preset paper     # the authors' networks and steps, for a GPU
@@ -7,7 +7,8 @@ The classes are the 100 fine ones; `--label-column coarse_label` takes the 20 co
 `images-running`: the student learns from the answers to the images.
 """
 
-from harness.experiment import CIFAR10, run_table
+from harness.experiment import run_table
+from harness.presets import CIFAR10
 
 CIFAR100 = {"dataset": "uoft-cs/cifar100", "label_column": "fine_label"}
 PRESETS = {

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 import torch
 from accelerate import PartialState
-from harness.experiment import ROWS
 from harness.figures import plot_embeddings
+from harness.presets import ROWS
 from harness.results import Results, recipe_parser
 from sklearn.datasets import make_circles
 from torch import nn

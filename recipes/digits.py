@@ -1,4 +1,4 @@
-"""Distil a digit classifier with noise: the whole method in a few minutes on two CPU cores.
+"""Distill a digit classifier with noise: the whole method in a few minutes on two CPU cores.
 
     python recipes/digits.py
 

@@ -1,4 +1,4 @@
-"""Distil with a few real images, with noise, and with both: the claim of the abstract of Raikwar & Mishra (2022).
+"""Distill with a few real images, with noise, and with both: the claim of the abstract of Raikwar & Mishra (2022).
 
     python recipes/few_images.py --teacher runs/cifar10/teacher    # about 25 minutes on two CPU cores
     accelerate launch recipes/few_images.py --preset paper         # the authors' networks, for a GPU
@@ -11,7 +11,8 @@ its few images, as someone who has them would.
 """
 
 from accelerate import PartialState
-from harness.experiment import Experiment, experiment_parser, with_cpu_steps
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import with_cpu_steps
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
@@ -30,13 +31,13 @@ def main() -> None:
         count: experiment.train_dataset.subset(count, options.seed, augmented=True) for count in options.real_images
     }
     teacher = experiment.prepare_teacher()
-    noise = experiment.distil("noise alone")
+    noise = experiment.distill("noise alone")
     rows = []
     for count, images in subsets.items():
         repeated = Subset(images, [index % count for index in range(196 * 256)])
         mixed = MixedDataset.for_model(teacher, images=images, num_steps=196, seed=options.seed)
-        alone = experiment.distil(f"{count:,} images alone", train_dataset=repeated, batch_norm_fraction=0)
-        both = experiment.distil(f"noise and {count:,} images", train_dataset=mixed)
+        alone = experiment.distill(f"{count:,} images alone", train_dataset=repeated, batch_norm_fraction=0)
+        both = experiment.distill(f"noise and {count:,} images", train_dataset=mixed)
         for taught_with, trainer in (("images", alone), ("noise", noise), ("both", both)):
             if PartialState().is_main_process:
                 evaluation = trainer.record().evaluations[0]

@@ -1,4 +1,4 @@
-"""Distil a classifier of photos with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), Food-101.
+"""Distill a classifier of photos with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), Food-101.
 
     python recipes/food101.py                                # ResNet-18 to ResNet-10 at 64x64, hours on two CPU cores
     accelerate launch recipes/food101.py --preset paper      # ResNet-101 to ResNet-18 at 224x224, for GPUs

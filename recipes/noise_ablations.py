@@ -11,7 +11,9 @@ runs, by the accuracy on the test images that is reported here, so a point betwe
 `--preset cpu-wrn` has another teacher, a WRN-16-2.
 """
 
-from harness.experiment import DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
+from harness.equal_seconds import distill_twice, step_cost
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
 
 from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
 
@@ -52,12 +54,12 @@ def main() -> None:
     preset = PRESETS[options.preset]
     experiment = Experiment("noise_ablations", options, preset | {"arguments": runs})
     experiment.prepare_teacher()
-    costs = experiment.step_cost(runs)
+    costs = step_cost(experiment, runs)
     steps = round(preset["white_steps"] / costs[DEFAULT])
     rows = []
     for name, arguments in runs.items():
         steps_in_same_seconds = round(preset["white_steps"] / costs[name])
-        row = experiment.distil_twice(name, steps, steps_in_same_seconds, **arguments)
+        row = distill_twice(experiment, name, steps, steps_in_same_seconds, **arguments)
         rows.append({"run": name} | row | {"cost of a step": costs[name]})
         experiment.results.measure("accuracy", rows)
     experiment.results.print_table()

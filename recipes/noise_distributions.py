@@ -12,9 +12,11 @@ seconds, for all noises and for those without dead leaves. `--preset cpu-wrn` ha
 from collections.abc import Iterable, Mapping
 
 import torch
-from harness.experiment import NOISE_PAIRS, Experiment, experiment_parser
+from harness.equal_seconds import distill_twice, step_cost
+from harness.experiment import Experiment, experiment_parser
 from harness.figures import plot_contact_sheet
 from harness.noise_fit import noise_fit
+from harness.presets import NOISE_PAIRS
 from scipy.stats import spearmanr
 
 from hf_noisekd.noise.spec import parse_noise
@@ -48,10 +50,10 @@ def main() -> None:
     fits = [noise_fit(teacher, noise, seed=options.seed) for noise in options.noises]
     results.measure("what the teacher says", sorted(fits, key=lambda fit: fit["distance"]))
     arguments = {noise: {"noise": noise, "resolutions": "1"} for noise in options.noises}
-    costs = experiment.step_cost(arguments)
+    costs = step_cost(experiment, arguments)
     rows = []
     for noise, changed in arguments.items():
-        row = experiment.distil_twice(noise, STEPS, round(STEPS / costs[noise]), **changed)
+        row = distill_twice(experiment, noise, STEPS, round(STEPS / costs[noise]), **changed)
         rows.append({"noise": noise} | row | {"cost of a step": costs[noise]})
         results.measure("accuracy", rows)
     fit_of = {fit["noise"]: fit for fit in fits}

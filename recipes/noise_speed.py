@@ -12,7 +12,9 @@ which is full throughout. The default was chosen by the accuracy on these test i
 the ResNet-18 of `cpu` and the WRN-16-2 of `--preset cpu-wrn`, and all else with the first.
 """
 
-from harness.experiment import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, Experiment, experiment_parser
+from harness.equal_seconds import step_cost
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
 
 from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
@@ -34,7 +36,7 @@ def main() -> None:
     preset = PRESETS[options.preset]
     experiment = Experiment("noise_speed", options, preset | {"runs": RUNS})
     experiment.prepare_teacher()
-    costs = experiment.step_cost(RUNS)
+    costs = step_cost(experiment, RUNS)
     rows, lines = [], {name: [] for name in RUNS}
     for white_steps in preset["white_steps"]:
         for name, arguments in RUNS.items():

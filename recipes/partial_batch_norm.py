@@ -10,8 +10,9 @@ are drawn with the seed, and those of a smaller share lie in a larger one. Witho
 
 from functools import partial
 
-from harness.experiment import Experiment, experiment_parser, with_cpu_steps
+from harness.experiment import Experiment, experiment_parser
 from harness.figures import plot_accuracy
+from harness.presets import with_cpu_steps
 
 RUNNING_SHARES = (100, 90, 75, 50, 25, 0)  # percent
 PRESETS = with_cpu_steps(750)
@@ -23,7 +24,7 @@ def main() -> None:
     experiment = Experiment("partial_batch_norm", options, PRESETS[options.preset])
     experiment.prepare_teacher()
     for share in RUNNING_SHARES:
-        experiment.distil(
+        experiment.distill(
             f"{share} % of the layers on running statistics",
             batch_norm_fraction=(100 - share) / 100,
             eval_strategy="no",

@@ -11,7 +11,8 @@ the training images, several times for each number. Takes a trained student with
 import statistics
 
 from accelerate import PartialState
-from harness.experiment import CIFAR10, Experiment, experiment_parser
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import CIFAR10
 
 from hf_noisekd import evaluate
 from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
@@ -34,7 +35,7 @@ def main() -> None:
         experiment.results.add("student", student, experiment.test_dataset)
     else:
         experiment.prepare_teacher()
-        student = experiment.distil("student").model
+        student = experiment.distill("student").model
     if PartialState().is_main_process:
         measure(experiment, student.eval())
     experiment.results.print_table()

@@ -1,4 +1,4 @@
-"""Distil an SVHN classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), first row.
+"""Distill an SVHN classifier with white Gaussian noise: Table 2 of Raikwar & Mishra (NeurIPS 2022), first row.
 
     python recipes/svhn.py                                   # small networks and 1,500 steps, for two CPU cores
     accelerate launch recipes/svhn.py --preset paper         # the authors' networks and steps, for a GPU
@@ -7,7 +7,8 @@ House numbers are not mirrored in training. The paper's oracle is `images-runnin
 to the images. Its student learns from the labels only in the row `supervised`, which Table 2 does not have.
 """
 
-from harness.experiment import CIFAR10, run_table
+from harness.experiment import run_table
+from harness.presets import CIFAR10
 
 SVHN = {"dataset": "ufldl-stanford/svhn", "dataset_config": "cropped_digits", "flip": False}
 PRESETS = {

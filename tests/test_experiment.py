@@ -7,13 +7,9 @@ import pytest
 import timm
 import torch
 from conftest import digest, write_images
-from harness.experiment import (
-    CIFAR10,
-    DISTILL_DEFAULTS,
-    Experiment,
-    experiment_parser,
-    run_table,
-)
+from harness.equal_seconds import distill_twice, step_cost
+from harness.experiment import Experiment, experiment_parser, run_table
+from harness.presets import CIFAR10, DISTILL_DEFAULTS
 from safetensors.torch import save_file
 from timm.models._registry import _model_pretrained_cfgs
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -68,7 +64,7 @@ def test_the_cost_of_a_step_is_relative_to_the_first_row(experiment):
     tiny = experiment()
     tiny.prepare_teacher()
     rows = {"white": {"noise": "white"}, "costly": {"noise": "white", "per_device_train_batch_size": 1024}}
-    costs = tiny.step_cost(rows)
+    costs = step_cost(tiny, rows)
     assert costs["white"] == 1.0
     assert costs["costly"] > 2
     assert [run["name"] for run in tiny.results.record["runs"]] == ["teacher"]
@@ -89,16 +85,16 @@ def test_a_slow_minute_does_not_move_the_cost_of_a_step(experiment, monkeypatch)
     tiny = experiment()
     tiny.options.max_steps = None
     monkeypatch.setattr(tiny, "distillation_trainer", lambda name, **_: Trainer(name))
-    assert tiny.step_cost({"first": {}, "second": {}, "third": {}}) == {"first": 1.0, "second": 1.2, "third": 1.5}
+    assert step_cost(tiny, {"first": {}, "second": {}, "third": {}}) == {"first": 1.0, "second": 1.2, "third": 1.5}
 
 
 def test_equal_steps_and_equal_seconds_are_one_run_where_they_are_the_same(experiment):
     tiny = experiment("--max-steps", 100)
     tiny.teacher = tiny.build("resnet10_cifar").eval()
     tiny.preset = tiny.preset | {"distillation": {"max_steps": 100, "per_device_train_batch_size": 4}}
-    same = tiny.distil_twice("same", 100, 99, noise="white")
+    same = distill_twice(tiny, "same", 100, 99, noise="white")
     assert (same["steps, equal steps"], same["steps, equal seconds"]) == (100, 100)
-    other = tiny.distil_twice("other", 4, 3, noise="white")
+    other = distill_twice(tiny, "other", 4, 3, noise="white")
     assert (other["steps, equal steps"], other["steps, equal seconds"]) == (4, 3)
     runs = tiny.results.record["runs"]
     assert [run["name"] for run in runs] == ["same, equal steps", "other, equal steps", "other, equal seconds"]
@@ -110,12 +106,12 @@ def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatc
     tiny = experiment(*options)
     tiny.teacher = tiny.build("resnet10_cifar").eval()
     tiny.preset = tiny.preset | {"distillation": {"max_steps": 2, "per_device_train_batch_size": 4}}
-    costs = tiny.step_cost({"white": {"noise": "white"}, "fractal": {"noise": "fractal"}})
+    costs = step_cost(tiny, {"white": {"noise": "white"}, "fractal": {"noise": "fractal"}})
     assert json.loads((tmp_path / "run" / "results.json").read_text())["step_costs"] == costs
     first = tiny.distilled("white", noise="white")
     again = experiment(*options, "--resume")
-    monkeypatch.setattr(again, "distil", None)
-    assert again.step_cost({}) == costs
+    monkeypatch.setattr(again, "distill", None)
+    assert step_cost(again, {}) == costs
     found = again.distilled("white", noise="white")
     assert (found.steps, found.seconds, found.evaluations) == (first.steps, first.seconds, first.evaluations)
     assert again.results.find("fractal") is None
@@ -143,7 +139,7 @@ def test_recalibration_leaves_the_student_as_it_is(experiment, small_teacher):
 
 def test_arguments_of_a_run_go_before_those_of_the_preset(experiment, small_teacher):
     subject = experiment("--teacher", small_teacher)
-    trainer = subject.distil("student", learning_rate=0.5, eval_strategy="no")
+    trainer = subject.distill("student", learning_rate=0.5, eval_strategy="no")
     assert trainer.args.learning_rate == 0.5
     assert trainer.args.max_steps == 2
     assert trainer.args.lr_scheduler_type == "cosine"

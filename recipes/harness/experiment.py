@@ -4,18 +4,17 @@ import argparse
 import copy
 import math
 import re
-import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 import timm
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness.datasets import load_image_datasets, load_photo_datasets
+from harness.presets import RELEASED_ROW, ROWS, SUPERVISED
 from harness.results import Results, recipe_parser
 from hf_noisekd.batches import collate_images
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
@@ -29,75 +28,6 @@ from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 from hf_noisekd.training.recalibration import recalibrate_batch_norm
-
-# The five rows of the paper's Table 1: how the student is taught, the most telling first.
-ROWS = {
-    "noise-batch": "noise, batch-statistics teacher",
-    "noise-running": "noise, running-statistics teacher",
-    "supervised": "images and labels, no teacher",
-    "images-running": "images, running-statistics teacher",
-    "images-batch": "images, batch-statistics teacher",
-}
-
-# The row whose first student a recipe pushes to the Hub.
-RELEASED_ROW = "noise-batch"
-
-# Teacher and students on CIFAR-10 in all recipes that use it. `cpu` is for two cores: small networks, and 1,500 steps
-# of noise at a higher rate. `paper` has the authors' networks and, for students that a teacher teaches, their steps.
-CIFAR10 = {
-    "cpu": {
-        "dataset": "uoft-cs/cifar10",
-        "teacher": "resnet18_cifar",
-        "students": ["resnet10_cifar"],
-        "model_args": {"width": 32, "stem_stride": 2},
-        "supervised": {"num_train_epochs": 10},
-        "distillation": {"max_steps": 1500, "learning_rate": 3e-3, "warmup_steps": 0.1},
-    },
-    "paper": {
-        "dataset": "uoft-cs/cifar10",
-        "teacher": "resnet34_cifar",
-        "students": ["resnet18_cifar", "mobilenetv2_cifar", "resnet34_cifar"],
-        "supervised": {"num_train_epochs": 100},
-        "distillation": {"max_steps": 39_200},
-    },
-}
-
-
-# Teachers and students on which noises are compared.
-NOISE_PAIRS = {
-    "cpu": CIFAR10["cpu"],
-    "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
-}
-
-# What `noisekd distill` does by itself, where it differs from the paper's setting.
-DISTILL_DEFAULTS = {
-    name: NoiseKDConfig.__dataclass_fields__[name].default
-    for name in (
-        "noise",
-        "loss_type",
-        "temperature",
-        "learning_rate",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "max_grad_norm",
-    )
-}
-
-
-def with_cpu_steps(max_steps: int) -> dict[str, dict]:
-    """Return [`CIFAR10`] with another number of distillation steps in `cpu`, for recipes of many runs."""
-    cpu = CIFAR10["cpu"]
-    return CIFAR10 | {"cpu": cpu | {"distillation": cpu["distillation"] | {"max_steps": max_steps}}}
-
-
-# Training with labels: AdamW with a linear warm-up and decay, on crops and mirror images. Nothing looks at the test
-# images, as the authors' own learning-rate schedule did.
-SUPERVISED = {
-    "learning_rate": 3e-3,
-    "weight_decay": 0.05,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.2,
-}
 
 
 def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
@@ -244,14 +174,14 @@ class Experiment:
         return self.teacher
 
     def run_row(self, row: str, student: str, **arguments) -> ClassifierTrainer:
-        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distil`].
+        """Train a student in one of the ways of [`ROWS`], record the run and return its trainer; see [`distill`].
 
         A student that the teacher taught gets a card.
         """
         if row == "supervised":
             return self.train_supervised(ROWS[row], self.build(student))
         taught_with, statistics = row.split("-")
-        trainer = self.distil(
+        trainer = self.distill(
             ROWS[row],
             student,
             train_dataset=self.train_dataset if taught_with == "images" else None,
@@ -274,8 +204,8 @@ class Experiment:
         trainer.save_model()
         return trainer
 
-    def distil(self, name: str, student: str | None = None, **arguments) -> NoiseKDTrainer:
-        """Distil the teacher into a new student, record the run as `name`, save the student and return its trainer.
+    def distill(self, name: str, student: str | None = None, **arguments) -> NoiseKDTrainer:
+        """Distill the teacher into a new student, record the run as `name`, save the student and return its trainer.
 
         Args:
             name: Name of the run.
@@ -288,39 +218,13 @@ class Experiment:
         return trainer
 
     def distilled(self, name: str, **arguments) -> Record:
-        """Return the record of a run, a finished one if the recipe is resumed, else a new one; see [`distil`]."""
-        return self.results.find(name) or self.distil(name, eval_strategy="no", **arguments).record()
-
-    def distil_twice(self, name: str, steps: int, steps_in_same_seconds: int, **arguments) -> dict[str, float]:
-        """Distil for a number of steps, and for the number that fits into the seconds of another run.
-
-        Where the two differ by less than 2 %, which is within what the cost of a step varies by, one run is both.
-
-        Args:
-            name: Name of the runs.
-            steps: The first number.
-            steps_in_same_seconds: The second one.
-            **arguments: As for [`distillation_trainer`].
-
-        Returns:
-            Steps, seconds and accuracy in percent (batch statistics) of both.
-        """
-        row, record = {}, None
-        for kind, count in (("steps", steps), ("seconds", steps_in_same_seconds)):
-            count = min(count, self.options.max_steps or count)
-            if record is None or abs(count / record.steps - 1) > 0.02:
-                record = self.distilled(f"{name}, equal {kind}", max_steps=count, **arguments)
-            row |= {
-                f"steps, equal {kind}": record.steps,
-                f"seconds, equal {kind}": record.seconds,
-                f"accuracy, equal {kind}": record.evaluations[0].batch["accuracy"],
-            }
-        return row
+        """Return the record of a run, a finished one if the recipe is resumed, else a new one; see [`distill`]."""
+        return self.results.find(name) or self.distill(name, eval_strategy="no", **arguments).record()
 
     def distillation_trainer(
         self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
     ) -> NoiseKDTrainer:
-        """Return the trainer of a new student, ready to train; see [`distil`].
+        """Return the trainer of a new student, ready to train; see [`distill`].
 
         Args:
             name: Name of the run.
@@ -335,43 +239,6 @@ class Experiment:
         input_size = list(self.train_dataset.pretrained_cfg["input_size"])
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
         return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
-
-    def step_cost(self, rows: Mapping[str, Mapping]) -> dict[str, float]:
-        """Return the seconds of an average training step of each row, relative to the first one.
-
-        Each row takes turns with the first one, and all rows have had a turn before any has the next. A row's figure is
-        the median of its ratios, which neither some slow minutes of the machine move nor a slow hour. Resolutions count
-        with their shares. All processes get those of process 0. They are recorded, and not measured again if the recipe
-        is resumed.
-
-        Args:
-            rows: Arguments of [`distil`] by name.
-        """
-        if costs := self.results.record.get("step_costs"):
-            return costs
-        # A GPU's steps take milliseconds, among which the beginning of a training would count.
-        steps = 20 if PartialState().device.type == "cpu" else 200
-        trainers = {
-            name: self.distillation_trainer(
-                name, **arguments | {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True}
-            )
-            for name, arguments in rows.items()
-        }
-        first, *others = rows
-
-        def seconds(name: str) -> float:
-            return trainers[name].train().metrics["train_runtime"]
-
-        seconds(first)  # warms up
-        ratios = {name: [] for name in others}
-        for _ in range(1 if self.options.max_steps else 5):
-            for name in others:
-                reference = seconds(first)
-                ratios[name].append(seconds(name) / reference)
-        costs = {first: 1.0} | {name: round(statistics.median(values), 4) for name, values in ratios.items()}
-        (costs,) = broadcast_object_list([costs])
-        self.results.record_step_costs(costs)
-        return costs
 
     def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from training images.

@@ -6,8 +6,8 @@ from that, with the layers on the statistics of the batch, as they are in distil
 better than other noises, and ranks the others poorly, so nothing chooses by it.
 """
 
-from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,34 +20,21 @@ from hf_noisekd.training.teacher_check import answer_noise, describe_answers, fu
 
 @torch.no_grad()
 def noise_fit(
-    model: nn.Module,
-    noise: str,
-    *,
-    std: float | None = None,
-    input_size: Sequence[int] | None = None,
-    num_batches: int = 2,
-    batch_size: int = 256,
-    seed: int = 0,
-) -> dict:
+    model: nn.Module, noise: str, *, input_size: tuple[int, int, int] | None = None, seed: int = 0
+) -> dict[str, str | float]:
     """Measure how well noise suits a teacher, on its answers and statistics alone.
 
     Args:
         model: The teacher. It comes back unchanged.
         noise: Text of the noise; see [`hf_noisekd.noise.spec`].
-        std: Its standard deviation. Default: as [`NoiseDataset.for_model`] chooses it.
         input_size: `(channels, height, width)` of the noise. Default: what the model declares.
-        num_batches: Batches to measure on.
-        batch_size: Images in each.
         seed: Seed of the noise.
 
     Returns:
-        `noise` and `std`; `distance`, see below, the lower the better; and of the answers with batch statistics
-        `class_balance`, `flatness` and `information`, the mutual information of image and class relative to that of all
-        classes told apart with certainty, which is the difference of the two; see [`describe_teacher`].
-
-        The distance compares each channel that goes into a BatchNorm layer, its mean and variance over a batch, with
-        the running statistics that the layer stored: the Kullback-Leibler divergence of the batch's normal distribution
-        from the stored one, in nats, averaged over the channels of a layer, and then geometrically over the layers.
+        `noise` and its `std`; `distance`, the [`_divergence`] of a layer's input, averaged over two batches of 256 and
+        geometrically over the layers, the lower the better; and of the answers with batch statistics `class_balance`,
+        `flatness` and `information`, the mutual information of image and class relative to that of all classes told
+        apart with certainty, which is the difference of the two; see [`describe_teacher`].
 
     Raises:
         ValueError: The model has no BatchNorm layer with running statistics, or a weight that is not finite; the noise
@@ -56,30 +43,17 @@ def noise_fit(
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if not layers:
         raise ValueError("No BatchNorm layer of the model has running statistics to compare with.")
-    data = full_size_noise(
-        model,
-        noise,
-        input_size=input_size,
-        batch_size=batch_size,
-        num_steps=num_batches,
-        seed=seed,
-        **({} if std is None else {"std": std}),
-    )
+    data = full_size_noise(model, noise, input_size=input_size, batch_size=256, num_steps=2, seed=seed)
     check_finite(model, "teacher")
     answer_to_blanks(model, data.input_size, "teacher")
     divergences = {name: [] for name in layers}
 
-    def compare(name: str, layer: nn.Module, x: torch.Tensor) -> None:
-        x = x.float().movedim(1, 0).flatten(1)
-        variance, mean = torch.var_mean(x, 1)
-        ratio = (variance + layer.eps) / (layer.running_var + layer.eps)
-        shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
-        divergences[name].append((ratio + shift - 1 - ratio.log()).mean() / 2)
+    def compare(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        divergences[name].append(_divergence(layer, inputs[0]))
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: compare(name, layer, inputs[0]))
-            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_pre_hook(partial(compare, name)).remove)
         answers = describe_answers(answer_noise(Teacher(model), data, "batch"))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     # Rounding makes a distance of about 0 any number up to this, and 0 would make that of all layers 0.
@@ -92,3 +66,15 @@ def noise_fit(
         "flatness": answers["flatness"],
         "information": answers["class_balance"] - answers["flatness"],
     }
+
+
+def _divergence(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return how far the input of a BatchNorm layer is from the statistics that the layer stored.
+
+    The Kullback-Leibler divergence of the batch's normal distribution in a channel from the stored one, in nats,
+    averaged over the channels.
+    """
+    variance, mean = torch.var_mean(x.float().movedim(1, 0).flatten(1), 1)
+    ratio = (variance + layer.eps) / (layer.running_var + layer.eps)
+    shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
+    return (ratio + shift - 1 - ratio.log()).mean() / 2
