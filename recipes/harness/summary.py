@@ -1,0 +1,159 @@
+"""Tables and the figure of README and docs, out of the results files: `PYTHONPATH=recipes python -m harness.summary`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `make tables` writes it anew.
+"""
+
+import math
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from harness.results import mean_and_spread, results_table, table_row
+from hf_noisekd.files import read_json
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
+
+Table = list[list[str]]
+
+WHITE, DEFAULT = "white", "structured, the default"
+PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
+# Rows of the ablations that one seed is enough for.
+CLEAR_CUT = (
+    "white noise, small sizes first",
+    "full size throughout",
+    "half size only",
+    "teacher on running statistics",
+)
+
+
+def main(root: Path = Path(__file__).parents[2]) -> None:
+    """Write the tables and the figure of a checkout anew."""
+    results = root / "recipes" / "results"
+    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        page.write_text(fill(page.read_text(), results))
+    draw_speed(results, root / "docs" / "speed.png")
+
+
+def fill(text: str, results: Path) -> str:
+    """Return a Markdown text with its tables written anew.
+
+    Raises:
+        ValueError: The text names a table that there is not.
+    """
+
+    def table(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"There is no table {match[2]!r}, only {', '.join(TABLES)}.")
+        return f"{match[1]}\n{TABLES[match[2]](results)}\n\n{match[3]}"
+
+    return re.sub(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", table, text, flags=re.DOTALL)
+
+
+def draw_speed(results: Path, path: Path) -> None:
+    """Draw accuracy against minutes of one core, for white and for structured noise, with the teacher as a line."""
+    lines: dict[str, list[tuple[float, ...]]] = {"structured noise": [], "white noise": []}
+    for times in _speed(results, ("cpu", "cpu-long")).values():
+        for name, noise in zip(lines, (DEFAULT, WHITE), strict=True):
+            accuracies, seconds = zip(*times[noise], strict=True)
+            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+            lines[name].append((round(statistics.mean(seconds) / 60, 1), statistics.mean(accuracies), spread))
+    accuracy = _teacher_accuracy(results)
+    ends = [point[0] for points in lines.values() for point in points]
+    lines["the teacher"] = [(min(ends), accuracy), (max(ends), accuracy)]
+    panel = Panel(lines, xlabel="minutes of one core", ylabel=ACCURACY_LABEL)
+    plot_panels([panel], path)
+
+
+def _speed_table(results: Path) -> str:
+    """The default against white noise, and against the teacher."""
+    rows = []
+    times = _speed(results, ("cpu", "cpu-long"))
+    for white_steps in (500, 1800, 5400):
+        runs = times[white_steps]
+        minutes = math.ceil(statistics.mean(seconds for _, seconds in runs[DEFAULT]) / 60)
+        accuracies = [mean_and_spread([accuracy for accuracy, _ in runs[noise]]) for noise in (WHITE, DEFAULT)]
+        rows.append([f"student, after {minutes} minutes of one core", *accuracies])
+    teacher = f"{_teacher_accuracy(results):.2f}"
+    rows.append(["teacher, which was trained on 50,000 images", teacher, teacher])
+    return _markdown(["test accuracy (%)", "white noise", "structured noise"], rows)
+
+
+def _all_speeds_table(results: Path) -> str:
+    """All times and both teachers."""
+    rows = []
+    for preset, teacher in PRESETS.items():
+        for white_steps, times in _speed(results, (preset,)).items():
+            accuracies = [mean_and_spread([accuracy for accuracy, _ in runs]) for runs in times.values()]
+            rows.append([teacher, f"{white_steps:,}", *accuracies])
+    header = ["teacher", "in the time of white steps", "white", "white, as the default", "structured, the default"]
+    return _markdown(header, rows)
+
+
+def _ablations_table(results: Path) -> str:
+    """The default taken apart, at equal seconds; a row has three seeds, or stands for itself."""
+    presets = ("cpu", "cpu-wrn", "cpu-long")
+    found: list[dict[str, list[float]]] = []
+    for preset in presets:
+        found.append({})
+        for row in _measured(results, "noise_ablations", preset):
+            found[-1].setdefault(row["run"], []).append(row["accuracy, equal seconds"])
+    rows = [
+        [run, *(mean_and_spread(of[run]) if run in of else "" for of in found)]
+        for run, accuracies in found[0].items()
+        if len(accuracies) == 3 or run in CLEAR_CUT
+    ]
+    return _markdown(["in the time of white steps", "500, ResNet-18", "500, WRN-16-2", "1,800, ResNet-18"], rows)
+
+
+def _step_costs_table(results: Path) -> str:
+    """The seconds of a step of the default, relative to one of white noise."""
+    names = {"resnet18_cifar": "ResNet-18", "wide_resnet16_2_cifar": "WRN-16-2"}
+    costs: dict[str, list[float]] = {name: [] for name in names}
+    for file in sorted([*results.glob("noise_ablations_*.json"), *results.glob("noise_speed_*.json")]):
+        record = read_json(file)
+        of_default = {name: cost for name, cost in record["step_costs"].items() if name in ("the default", DEFAULT)}
+        costs[record["runs"][0]["model"]["architecture"]] += of_default.values()
+    rows = [[names[name], f"{min(values):.2f} to {max(values):.2f}"] for name, values in costs.items()]
+    return _markdown(["teacher", "cost of a step, white noise: 1"], rows)
+
+
+def _runs_table(name: str, results: Path) -> str:
+    return results_table(read_json(results / f"{name}.json"))
+
+
+TABLES = {
+    "speed": _speed_table,
+    "all-speeds": _all_speeds_table,
+    "ablations": _ablations_table,
+    "step-costs": _step_costs_table,
+    "digits": lambda results: _runs_table("digits_cpu", results),
+    "cifar10": lambda results: _runs_table("cifar10_cpu", results),
+}
+
+
+def _speed(results: Path, presets: tuple[str, ...]) -> dict[int, dict[str, list[tuple[float, float]]]]:
+    """Return accuracy and seconds of each seed, by the time in white steps and by noise."""
+    times: dict[int, dict[str, list[tuple[float, float]]]] = {}
+    for preset in presets:
+        for row in _measured(results, "noise_speed", preset):
+            noises = times.setdefault(row["in the time of white steps"], {})
+            noises.setdefault(row["noise"], []).append((row["accuracy"], row["seconds"]))
+    return times
+
+
+def _measured(results: Path, recipe: str, preset: str) -> list[Mapping]:
+    """Return the rows of a recipe's table of accuracies, of one seed after the other."""
+    records = [read_json(file) for file in sorted(results.glob(f"{recipe}_*.json"))]
+    return [row for record in records if record["preset"] == preset for row in record["measurements"]["accuracy"]]
+
+
+def _teacher_accuracy(results: Path) -> float:
+    return read_json(results / "noise_speed_cpu.json")["runs"][0]["evaluations"][0]["batch"]["accuracy"]
+
+
+def _markdown(header: list[str], rows: Table) -> str:
+    return "\n".join([table_row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(table_row, rows)])
+
+
+if __name__ == "__main__":
+    main()
