@@ -201,13 +201,17 @@ def test_class_balance_is_drawn_for_any_number_of_classes(tmp_path, num_classes)
 
 
 ROOT = Path(__file__).parents[1]
-RELEASED = re.search(r"^RELEASED := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+RELEASED = [
+    line.split(":")
+    for line in re.search(r"^define RELEASED\n(.*?)\nendef", (ROOT / "Makefile").read_text(), re.DOTALL | re.MULTILINE)[
+        1
+    ].splitlines()
+]
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_released_cards_are_those_of_the_results_files(tmp_path, name):
-    run = re.search(r"^RELEASED_RUN := (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
-    card = write_model_card(ROOT / "recipes" / "results" / f"{name}.json", tmp_path / name, run=run)
+@pytest.mark.parametrize(("name", "results", "run"), RELEASED)
+def test_released_cards_are_those_of_the_results_files(tmp_path, name, results, run):
+    card = write_model_card(ROOT / "recipes" / "results" / f"{results}.json", tmp_path / name, run=run)
     released = ROOT / "model_cards" / name
     assert (released / "README.md").read_text() == card.read_text(), "stale: run `make cards`"
     assert {file.name for file in released.iterdir()} == {file.name for file in card.parent.iterdir()}
@@ -218,4 +222,4 @@ def test_released_cards_are_those_of_the_results_files(tmp_path, name):
 
 
 def test_no_other_card_is_kept():
-    assert {folder.name for folder in (ROOT / "model_cards").iterdir()} == set(RELEASED)
+    assert {folder.name for folder in (ROOT / "model_cards").iterdir()} == {name for name, *_ in RELEASED}
