@@ -68,17 +68,28 @@ def read_json(path: Path) -> Any:
 
 
 def json_text(value: Any) -> str:
-    """Return a value as the text of a JSON file, with a line for each part of plain values, such as a log entry."""
+    """Return a value as the text of a JSON file that people can compare: a log entry is a line, as is what is short."""
     return _json_text(value, "") + "\n"
 
 
 def _json_text(value: Any, indent: str) -> str:
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    if not any(isinstance(part, dict | list | tuple) and part for part in parts):
-        return json.dumps(value)
+    text = json.dumps(value)
+    if not isinstance(value, dict | list):
+        return text
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    parts: list[Any] = list(value.values()) if isinstance(value, dict) else value
+    is_list_of_entries = isinstance(value, list) and any(isinstance(part, dict) for part in value)
+    if not any(_holds_more(part) for part in parts) or (len(text) <= 120 and not is_list_of_entries):
+        return text
     inner = indent + " "
-    lines = [_json_text(part, inner) for part in parts]
-    if isinstance(value, dict):
-        lines = [f"{json.dumps(str(name))}: {line}" for name, line in zip(value, lines, strict=True)]
+    lines = []
+    for index, (name, part) in enumerate(zip(names, parts, strict=True)):
+        # Neighbours that are plain values share a line.
+        shared = index > 0 and not _holds_more(part) and not _holds_more(parts[index - 1])
+        lines.append(("" if not lines else ", " if shared else f",\n{inner}") + name + _json_text(part, inner))
     begin, end = "{}" if isinstance(value, dict) else "[]"
-    return f"{begin}\n" + ",\n".join(inner + line for line in lines) + f"\n{indent}{end}"
+    return f"{begin}\n{inner}{''.join(lines)}\n{indent}{end}"
+
+
+def _holds_more(value: Any) -> bool:
+    return isinstance(value, dict | list) and len(value) > 0

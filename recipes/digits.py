@@ -28,7 +28,7 @@ def main() -> None:
     options = recipe_parser(__doc__, "digits", PRESETS, pushes=True).parse_args()
     preset = PRESETS[options.preset]
     results = Results("digits", options, preset)
-    train_dataset, test_dataset = load_images()
+    train_dataset, test_dataset = digit_datasets()
 
     def build(width: int) -> torch.nn.Module:
         torch.manual_seed(options.seed)
@@ -77,7 +77,7 @@ def main() -> None:
         trainer.push_to_hub()
 
 
-def load_images() -> tuple[ImageDataset, ImageDataset]:
+def digit_datasets() -> tuple[ImageDataset, ImageDataset]:
     """Return three quarters of the digits to train on, shifted by up to a pixel, and the rest to test on."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().mul(255 / 16).round().to(torch.uint8)[:, None]

@@ -7,8 +7,18 @@ import time
 
 import pytest
 
-from hf_noisekd.files import replacing_files
+from hf_noisekd.files import json_text, replacing_files
 from hf_noisekd.models.loading import load_teacher
+
+
+def test_json_can_be_compared_line_by_line():
+    entries = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    value = {"a": 1, "b": None, "sizes": [[[16, 16], 0.6]], "curve": entries, "c": True, "none": {}, "é": "\n"}
+    text = json_text(value)
+    assert json.loads(text) == value
+    assert list(json.loads(text)) == list(value)
+    assert text.splitlines()[:4] == ["{", ' "a": 1, "b": null,', ' "sizes": [[[16, 16], 0.6]],', ' "curve": [']
+    assert text.splitlines()[4:6] == ['  {"step": 1, "loss": 0.5},', '  {"step": 2, "loss": 0.25}']
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

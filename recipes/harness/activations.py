@@ -48,7 +48,7 @@ def hidden_activations(model: nn.Module, pixel_values: torch.Tensor, statistics:
             }
         )
 
-    with ExitStack() as stack, _reading(model, statistics):
+    with ExitStack() as stack, _by_statistics(model, statistics):
         for name, layer in find_batch_norm(model).items():
             hook = layer.register_forward_pre_hook(lambda layer, inputs, name=name: describe(name, layer, inputs[0]))
             stack.callback(hook.remove)
@@ -70,12 +70,12 @@ def pooled_features(model: nn.Module, pixel_values: torch.Tensor, statistics: st
     """
     if not hasattr(model, "forward_head"):
         raise ValueError(f"{type(model).__name__} does not say where its classifier begins: use a timm model.")
-    with _reading(model, statistics):
+    with _by_statistics(model, statistics):
         features = model.forward_features(pixel_values)
         return model.forward_head(features, pre_logits=True).flatten(1), model.forward_head(features).flatten(1)
 
 
 @contextmanager
-def _reading(model: nn.Module, statistics: str) -> Iterator[None]:
+def _by_statistics(model: nn.Module, statistics: str) -> Iterator[None]:
     with evaluation_mode(model), batch_statistics(model) if statistics == "batch" else nullcontext():
         yield
