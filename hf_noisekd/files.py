@@ -82,7 +82,7 @@ def _json_text(value: Any, indent: str) -> str:
     if not any(_holds_more(part) for part in parts) or (len(text) <= 120 and not is_list_of_entries):
         return text
     inner = indent + " "
-    lines = []
+    lines: list[str] = []
     for index, (name, part) in enumerate(zip(names, parts, strict=True)):
         # Neighbours that are plain values share a line.
         shared = index > 0 and not _holds_more(part) and not _holds_more(parts[index - 1])
