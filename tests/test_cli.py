@@ -39,7 +39,8 @@ def usage_error(capsys, *argv: str) -> str:
     output, message = capsys.readouterr()
     assert output == ""
     assert "usage: noisekd" in message
-    assert re.search(rf"^noisekd {argv[0]}: error: ", message, flags=re.MULTILINE)
+    command = next(word for word in argv if not str(word).startswith("-"))
+    assert re.search(rf"^noisekd {command}: error: ", message, flags=re.MULTILINE)
     return message.split("error: ", 1)[1]
 
 
@@ -145,6 +146,7 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),
         (["distill", "--teacher", "t"], "required: --student, --output-dir"),
         (["distill", *THREE, "more"], "unexpected: more"),
+        (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "unexpected: --bogus"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
         (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),

@@ -60,10 +60,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         dest="command", metavar="COMMAND [options]", required=True, title="commands", prog="noisekd"
     )
     tokens = list(argv)
+    place = next((index for index, token in enumerate(tokens) if not token.startswith("-")), len(tokens))
     for command in COMMANDS:
         description = f"{command.help[0].upper()}{command.help[1:]}."
         subparser = subparsers.add_parser(command.name, help=command.help, description=description)
-        if tokens[:1] != [command.name]:
+        if tokens[place : place + 1] != [command.name]:
             continue  # not asked for: `distill` would import transformers
         subparser.set_defaults(run=command.run, parser=subparser)
         help = "YAML file of options, such as `output_dir: student`; those of the command line go over it"
@@ -72,7 +73,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         required = [action for action in subparser._actions if action.required]
         words = [word for action in required for word in (*action.option_strings, str(action.metavar))]
         subparser.usage = " ".join([subparser.prog, *words, "[options]"])
-        tokens[1:] = subparser.expand(tokens[1:])
+        tokens[place + 1 :] = subparser.expand(tokens[place + 1 :])
     args, rest = parser.parse_known_args(tokens)
     if rest:
         args.parser.error(f"unexpected: {' '.join(rest)}")
@@ -86,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         prog = args.parser.prog
         return args.run(args)
-    except SystemExit as stop:  # of argparse, which has said why
-        return int(stop.code or 0)
+    except SystemExit as stop:
+        if not isinstance(stop.code, int):
+            raise
+        return stop.code  # of argparse, which has said why
     except Exception as error:
         if not _says_all(error):
             raise
