@@ -25,7 +25,7 @@ from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
-from harness.threads import use_idle_cores
+from harness.threads import IdleCores
 from hf_noisekd.files import json_text, read_json, replacing_files
 from hf_noisekd.release.environment import Machine, versions, without_path
 from hf_noisekd.release.hub import check_hub_access
@@ -75,7 +75,6 @@ class Results:
     def __init__(self, recipe: str, options: argparse.Namespace, configuration: Mapping):
         if getattr(options, "push_to", None):
             check_hub_access(options.push_to)  # before hours of training
-        use_idle_cores()
         self.output_dir = options.output_dir
         self.record = {
             "recipe": recipe,
@@ -126,6 +125,7 @@ class Results:
             name: Name of the run in the table.
             trainer: Ready to train.
         """
+        trainer.add_callback(IdleCores())
         trainer.train()
         trainer.evaluate()
         if trainer.is_world_process_zero():
