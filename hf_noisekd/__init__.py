@@ -3,7 +3,7 @@
 Importing the package registers its CIFAR-size models with timm.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import hf_noisekd.models.cifar  # noqa: F401 - registers architectures
 from hf_noisekd.models.batch_norm import batch_statistics
@@ -15,7 +15,10 @@ from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
-__version__ = version("hf-noisekd")
+try:
+    __version__ = version("hf-noisekd")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "MixedDataset",

@@ -79,6 +79,16 @@ def test_a_recalibrated_student_knows_that_it_is(tiny_cnn, library):
     assert Provenance.of(tiny_cnn) == made_by_noise(batch_norm="running", steps=3, recalibration=images)
 
 
+def test_a_student_whose_making_cannot_be_read_is_left_alone(tiny_cnn):
+    tiny_cnn.noisekd = {"batch_norm": "batch"}
+    before = snapshot(tiny_cnn)
+    with pytest.raises(
+        ValueError, match=r"section 'noisekd' of the model cannot be read: .*Take it out of config\.json"
+    ):
+        recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_cnn.state_dict().items())
+
+
 def test_recalibrates_a_model_in_half_precision(tiny_cnn):
     images = torch.randn(16, 1, 8, 8)
     recalibrate_batch_norm(tiny_cnn.bfloat16(), [images])

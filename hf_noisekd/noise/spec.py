@@ -200,5 +200,4 @@ def _counts(batch: int, weights: Mapping[str, float], seed: int) -> dict[str, in
     offset, total = random.Random(seed).random(), sum(weights.values())
     ends = [math.floor(end * batch / total + offset) for end in itertools.accumulate(weights.values())]
     ends[-1] = batch  # whatever rounding made of it
-    ends[-1] = batch
     return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}

@@ -51,12 +51,11 @@ def write_model_card(
     runs: Sequence[Record] = ()
     if isinstance(source, Record):
         record = source
-    elif Path(source).expanduser().is_file():
-        runs = read_runs(source)
-        record = _student_among(runs, source, run)
     else:
-        record = read_record(source)
-        output_dir = source if output_dir is None else output_dir
+        is_file = Path(source).expanduser().is_file()
+        runs = read_runs(source) if is_file else ()
+        record = _student_among(runs, source, run) if runs else read_record(source)
+        output_dir = source if output_dir is None and not is_file else output_dir
     if output_dir is None:
         raise ValueError("There is nowhere to write the card: pass output_dir.")
     if repo_id is not None:

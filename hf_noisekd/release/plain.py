@@ -12,12 +12,13 @@ Schema = TypeVar("Schema")
 def to_dict(value: Any) -> Any:
     """Return a dataclass as a mapping, without what is not known (None); other values as they are."""
     if is_dataclass(value):
-        return {name: to_dict(part) for name, part in vars(value).items() if part not in (None, {})}
+        parts = {name: to_dict(part) for name, part in vars(value).items() if part not in (None, {})}
+        return parts | parts.pop("others", {})
     return [to_dict(part) for part in value] if isinstance(value, list) else value
 
 
 def from_dict(kind: type[Schema], data: Mapping) -> Schema:
-    """Return a mapping as a dataclass, which passes over what it does not know.
+    """Return a mapping as a dataclass, which keeps what it does not know in its field `others`, if it has one.
 
     Raises:
         ValueError: Something that must be known is missing, or is of another kind.
@@ -26,6 +27,8 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
         raise ValueError(f"{kind.__name__} must be a mapping, found {type(data).__name__}")
     hints = typing.get_type_hints(kind)
     known = {name: _convert(hints[name], value) for name, value in data.items() if name in hints and value is not None}
+    if "others" in hints:
+        known["others"] = {name: value for name, value in data.items() if name not in hints}
     try:
         return kind(**known)
     except TypeError as error:  # names what is missing

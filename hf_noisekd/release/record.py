@@ -102,6 +102,7 @@ class Provenance:
     noise: NoiseFacts | None = None
     real_images: ImagesFacts | None = None  # those that took turns with the noise
     recalibration: ImagesFacts | None = None  # those that the running statistics are of
+    others: dict[str, Any] = field(default_factory=dict)  # what other versions of this package know
 
     @classmethod
     def of(cls, model: nn.Module) -> "Provenance | None":
@@ -111,7 +112,11 @@ class Provenance:
             ValueError: It says something else than a provenance.
         """
         section = noisekd_section(model)
-        return from_dict(cls, section) if section else None
+        try:
+            return from_dict(cls, section) if section else None
+        except ValueError as error:
+            advice = "Take it out of config.json, or save the student with this package again."
+            raise ValueError(f"The section 'noisekd' of the model cannot be read: {error}. {advice}") from error
 
     def attach(self, model: nn.Module) -> None:
         """Have `model` say so, and its `config.json` once it is saved."""
@@ -172,6 +177,7 @@ class Record:
     license: str | None = None
     tags: list[str] | None = None
     title: str | None = None
+    others: dict[str, Any] = field(default_factory=dict)  # what other versions of this package know
 
     def recalibrated(self, provenance: Provenance | None) -> "Record":
         """Return the record of the student with other running statistics, for which no measurement holds.
@@ -226,12 +232,13 @@ def current_evaluations(made: Sequence[tuple[Evaluation, bool]], step: int) -> l
 
 
 def read_record(source: str | Path) -> Record:
-    """Return the record of the student in a folder.
+    """Return the record of a student, in its folder or in a file.
 
     Raises:
         ValueError: There is none; the message says what was found.
     """
-    path = Path(source).expanduser() / RECORD_NAME
+    path = Path(source).expanduser()
+    path = path if path.is_file() else path / RECORD_NAME
     if not path.is_file():
         raise ValueError(
             f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student, or "
@@ -249,14 +256,16 @@ def read_record(source: str | Path) -> Record:
 def read_runs(path: str | Path) -> list[Record]:
     """Return the records of a file of several: a mapping with the list `runs`, and beside it what they share.
 
+    None for the file of a single record.
+
     Raises:
         ValueError: It is no such file; the message says what was found.
     """
     try:
         content = read_json(Path(path).expanduser())
         shared = {key: content.get(key) for key in ("machine", "versions", "commit")}
-        return [from_dict(Record, shared | run) for run in content["runs"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return [from_dict(Record, shared | run) for run in content.get("runs", ())]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is neither a record nor a file of several: {error}") from error
 
 

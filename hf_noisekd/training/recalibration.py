@@ -39,6 +39,7 @@ def recalibrate_batch_norm(
     Raises:
         ValueError: The model has no BatchNorm layer, or there is no image, or a layer sees only one value a channel.
     """
+    provenance = Provenance.of(model)
     layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
     if iter(batches) is batches:
         batches = list(batches)
@@ -50,7 +51,7 @@ def recalibrate_batch_norm(
             stored = layers[name].state_dict()
             stored["running_mean"].copy_(mean)
             stored["running_var"].copy_(squares / (count - 1))
-    if provenance := Provenance.of(model):
+    if provenance:
         images = sum(len(_pixel_values(batch)) for batch in batches)
         recalibration = ImagesFacts(images=images, dataset=dataset, split=split)
         replace(provenance, batch_norm="running", recalibration=recalibration).attach(model)
