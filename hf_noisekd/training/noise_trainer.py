@@ -15,6 +15,7 @@ from transformers import TrainerCallback, set_seed
 from hf_noisekd.batches import DrawnDataset, collate_images
 from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
+from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -114,7 +115,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = teacher.settle(self.args)
+        self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
         self.train_dataset = self._on_this_device(self.train_dataset, self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None

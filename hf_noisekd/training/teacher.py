@@ -9,7 +9,6 @@ from transformers import TrainingArguments
 
 from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
 from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size, teacher_identity
-from hf_noisekd.models.cpu_faults import training_memory_format
 
 
 class Teacher:
@@ -34,9 +33,8 @@ class Teacher:
         self._statistics = batch_statistics(model, batch_norm_fraction, seed) if has_batch_norm(model) else None
         self._forward: nn.Module | Callable = model
 
-    def settle(self, args: TrainingArguments) -> "Teacher":
+    def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
         """Bring the model to the device that trains, in evaluation mode, and compile [`Teacher.teach`] if asked to."""
-        memory_format = training_memory_format(self.model, args.device)
         self.model.to(device=args.device, memory_format=memory_format).eval()  # type: ignore[call-overload]
         if args.torch_compile:
             self._forward = torch.compile(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
