@@ -164,6 +164,13 @@ def digits_teacher(digits, tmp_path_factory):
     return model.eval()
 
 
+@pytest.fixture
+def saved(digits_teacher, tmp_path):
+    """The digits teacher's folder, as ``save_model`` writes it."""
+    save_model(digits_teacher, tmp_path / "model")
+    return tmp_path / "model"
+
+
 @pytest.fixture(scope="session")
 def cifar10(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("cifar10"), ["img", ("label", 10)])

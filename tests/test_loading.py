@@ -13,12 +13,6 @@ from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.saving import save_model
 
 
-@pytest.fixture
-def saved(digits_teacher, tmp_path):
-    save_model(digits_teacher, tmp_path / "model")
-    return tmp_path / "model"
-
-
 @pytest.mark.parametrize("form", ["{}", "local-dir:{}"])
 def test_loads_a_folder_of_either_library(digits_teacher, saved, tmp_path, form):
     again = load_teacher(form.format(saved)).eval()

@@ -27,12 +27,6 @@ from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.saving import save_model
 
 
-@pytest.fixture
-def saved(digits_teacher, tmp_path):
-    save_model(digits_teacher, tmp_path / "model")
-    return tmp_path / "model"
-
-
 def test_timm_reads_what_was_saved(digits_teacher, saved):
     again = timm.create_model(f"local-dir:{saved}", pretrained=True).eval()
     for name, tensor in digits_teacher.state_dict().items():
