@@ -59,6 +59,9 @@ def test_width_and_stem_stride_make_small_networks():
     small = timm.create_model("resnet18_cifar", width=32, stem_stride=2)
     assert parameters(small) < PARAMETERS["resnet18_cifar"] / 3.9
     assert small.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 256, 2, 2)
+    mobilenet = timm.create_model("mobilenetv2_cifar", stem_stride=2)
+    assert mobilenet.model_args == {"stem_stride": 2}
+    assert mobilenet.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 1280, 2, 2)
     with pytest.raises(ValueError, match="even"):
         timm.create_model("resnet18_cifar", width=7)
 
