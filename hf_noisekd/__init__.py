@@ -6,6 +6,8 @@ Importing the package registers its CIFAR-size models with timm.
 from importlib.metadata import PackageNotFoundError, version
 
 import hf_noisekd.models.cifar  # noqa: F401 - registers architectures
+from hf_noisekd.calibration.images import calibration_images
+from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import batch_statistics
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
@@ -13,7 +15,6 @@ from hf_noisekd.noise.spec import register_noise
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
-from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
 try:
     __version__ = version("hf-noisekd")
@@ -26,6 +27,7 @@ __all__ = [
     "NoiseKDConfig",
     "NoiseKDTrainer",
     "batch_statistics",
+    "calibration_images",
     "evaluate",
     "recalibrate_batch_norm",
     "register_noise",

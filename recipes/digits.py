@@ -56,7 +56,10 @@ def main() -> None:
 
     teacher = supervised("teacher", preset["teacher_width"])
     supervised("supervised student", preset["student_width"])
-    for name, fraction in (("noise, running-statistics teacher", 0.0), ("noise, batch-statistics teacher", 1.0)):
+    for name, fraction, images in (
+        ("noise, running-statistics teacher", 0.0, 0),
+        ("noise, batch-statistics teacher", 1.0, 256),
+    ):
         args = NoiseKDConfig(
             **arguments("student", preset["noise_steps"]),
             noise="white",
@@ -64,6 +67,7 @@ def main() -> None:
             temperature=1.0,
             learning_rate=3e-3,
             batch_norm_fraction=fraction,
+            num_calibration_images=images,
             hub_model_id=options.push_to,
         )
         trainer = NoiseKDTrainer(build(preset["student_width"]), teacher, args, eval_dataset=test_dataset)

@@ -43,7 +43,7 @@ def main() -> None:
                 evaluation = trainer.record().evaluations[0]
                 row = {"images": count, "taught with": taught_with}
                 row |= {f"{key} statistics": evaluation.scores(key)["accuracy"] for key in ("running", "batch")}
-                recalibrated = experiment.recalibrated_accuracy(trainer.model, count, options.seed)
+                recalibrated = experiment.recalibrated_accuracy(trainer.model, experiment.real_images(count))
                 rows.append(row | {"running statistics of the images": recalibrated})
         experiment.results.measure("accuracy", rows)
     experiment.results.plot("curves.png", plot_curves)

@@ -51,7 +51,9 @@ def measure(experiment: Experiment, student) -> None:
     results.measure("batch statistics", by_batch)
     by_images = []
     for count in (count for count in NUM_IMAGES if count <= len(experiment.train_dataset)):
-        draws = [experiment.recalibrated_accuracy(student, count, seed) for seed in range(DRAWS)]
+        draws = [
+            experiment.recalibrated_accuracy(student, experiment.real_images(count, seed)) for seed in range(DRAWS)
+        ]
         mean, spread = statistics.mean(draws), statistics.stdev(draws)
         by_images.append({"images": count, "accuracy (%)": mean, "standard deviation": spread, "draws": DRAWS})
     results.measure("recalibrated running statistics", by_images)

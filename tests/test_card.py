@@ -33,6 +33,7 @@ def run(folder, student, in_chans=3, eval_dataset="labels", **options):
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 8,
             "eval_noise_batches": 1,
+            "num_calibration_images": 0,
             "logging_steps": 1,
             "save_strategy": "no",
             "disable_tqdm": True,

@@ -306,6 +306,7 @@ def student(teacher, images, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "student"
     (folder.parent / "config.yaml").write_text(
         "max_steps: 3\nper_device_train_batch_size: 16\nlogging_steps: 1\nsave_steps: 2\ndisable_tqdm: true\n"
+        "num_calibration_images: 0\n"
     )
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(folder)]
     command += ["--config", str(folder.parent / "config.yaml"), "--max_steps", "4"]
@@ -333,7 +334,7 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--save_steps", "1"]
     command += ["--per-device-eval-batch-size", "8", "--disable-tqdm", "--bf16", "false"]
-    command += ["--max-steps", "2"]
+    command += ["--max-steps", "2", "--num-calibration-images", "0"]
     assert main(command) == 0
     assert "is not empty" in usage_error(capsys, *command)
     for spelling in (["True"], []):

@@ -33,6 +33,7 @@ def config(folder) -> NoiseKDConfig:
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
         input_size=[1, 8, 8],
+        num_calibration_images=0,
         save_steps=STEPS,
         logging_steps=2,
         bf16=False,

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClas
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
 from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.release.record import Provenance
 
 
 def config(tmp_path, **options):
@@ -22,6 +23,7 @@ def config(tmp_path, **options):
         "per_device_train_batch_size": 16,
         "steps_per_epoch": 4,
         "eval_noise_batches": 2,
+        "num_calibration_images": 0,
         "logging_steps": 2,
         "input_size": [1, 8, 8],
         "disable_tqdm": True,
@@ -754,3 +756,55 @@ def test_resuming_passes_over_a_checkpoint_that_a_kill_left_half_written(tiny_cn
         (checkpoint / "trainer_state.json").unlink()
     with pytest.raises(ValueError, match=r"trainer_state\.json missing"):
         again.train(resume_from_checkpoint=True)
+
+
+# The statistics that a student of noise is left with.
+
+
+def test_a_student_of_noise_ends_with_statistics_that_its_teacher_vouches_for(digits_teacher, digits, tmp_path):
+    options = {"input_size": None, "max_steps": 40, "per_device_train_batch_size": 64, "learning_rate": 1e-2}
+    torch.manual_seed(0)
+    small = timm.create_model("resnet10_cifar", width=8, stem_stride=2, in_chans=1)
+    kept, changed = (
+        NoiseKDTrainer(
+            copy.deepcopy(small),
+            digits_teacher,
+            config(tmp_path / str(number), **options, num_calibration_images=number),
+            eval_dataset=digits[1],
+        )
+        for number in (0, 64)
+    )
+    for trainer in (kept, changed):
+        trainer.train()
+        trainer.evaluate()
+    for name, tensor in kept.model.state_dict().items():
+        assert torch.equal(tensor, changed.model.state_dict()[name]) == ("running_" not in name), name
+    before, after = (trainer.record().evaluations[-1].running["accuracy"] for trainer in (kept, changed))
+    assert after > before
+    made, facts = changed.record().noisekd, changed.calibration_images.facts
+    assert (made.batch_norm, made.calibration) == ("running", facts)
+    assert (facts.images, facts.held_out) == (64, 32)
+    assert (kept.calibration_images, kept.record().noisekd.calibration) == (None, None)
+    changed.save_model()
+    assert Provenance.of(load_teacher(changed.args.output_dir)).calibration == facts
+
+
+def test_a_student_keeps_its_statistics_where_none_can_be_vouched_for(tiny_cnn, tmp_path, caplog, monkeypatch):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr("hf_noisekd.training.noise_trainer.calibration_images", out_of_memory)
+    with caplog.at_level(logging.WARNING):
+        trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
+        trainer.train()
+    assert "keeps the running statistics of its training noise. no memory left" in caplog.text
+    assert trainer.record().noisekd.batch_norm == "batch"
+
+
+def test_only_a_student_of_noise_alone_is_recalibrated(tiny_cnn, tmp_path):
+    args = config(tmp_path, num_calibration_images=8)
+    trainer = NoiseKDTrainer(
+        student(), tiny_cnn, args, train_dataset=TensorDataset(torch.randn(64, 1, 8, 8), torch.zeros(64))
+    )
+    trainer.train()
+    assert trainer.calibration_images is None

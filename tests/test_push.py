@@ -58,6 +58,7 @@ def trainer(folder, student="resnet10_cifar", in_chans=3, **options):
         "eval_strategy": "steps",
         "eval_steps": 1,
         "save_strategy": "no",
+        "num_calibration_images": 0,
         "disable_tqdm": True,
         "bf16": False,
     }
@@ -299,7 +300,13 @@ def test_teachers_come_from_the_hub_with_their_revision_and_licence(hub, tmp_pat
     (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
     push_model(tmp_path / "model", "alice/teacher")
     assert load_teacher(f"hf-hub:alice/teacher@{first}").origin["revision"] == first
-    args = NoiseKDConfig(str(tmp_path / "student"), max_steps=1, per_device_train_batch_size=4, disable_tqdm=True)
+    args = NoiseKDConfig(
+        str(tmp_path / "student"),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        num_calibration_images=0,
+        disable_tqdm=True,
+    )
     run = NoiseKDTrainer("resnet10_cifar", "alice/teacher", args)
     run.train()
     run.save_model()

@@ -27,6 +27,7 @@ from hf_noisekd.release.record import (
 
 def config(tmp_path, **options):
     shared = {"per_device_train_batch_size": 8, "input_size": [1, 8, 8], "disable_tqdm": True}
+    shared |= {"num_calibration_images": 0}
     return NoiseKDConfig(str(tmp_path / "out"), **shared | options)
 
 

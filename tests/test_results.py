@@ -25,6 +25,7 @@ def results(tiny_cnn, tmp_path):
         max_steps=10,
         per_device_train_batch_size=8,
         input_size=[1, 8, 8],
+        num_calibration_images=0,
         eval_strategy="steps",
         eval_steps=5,
         logging_steps=5,

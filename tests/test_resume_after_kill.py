@@ -24,6 +24,7 @@ def train(folder: str, resume: bool) -> None:
         steps_per_epoch=12,
         per_device_train_batch_size=16,
         input_size=[1, 8, 8],
+        num_calibration_images=0,
         save_steps=10,
         logging_steps=1,
         disable_tqdm=True,

@@ -23,12 +23,12 @@ def recalibrate(args: argparse.Namespace) -> int:
     from torch.utils.data import DataLoader
 
     from hf_noisekd.batches import collate_images
+    from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
     from hf_noisekd.files import RECORD_NAME
     from hf_noisekd.models.loading import has_weights, model_folder
     from hf_noisekd.models.saving import save_model
     from hf_noisekd.release.card import write_model_card
     from hf_noisekd.release.record import Provenance, read_record
-    from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
     model = options.load_model(args.model, args)
     images = options.load_dataset(args, model, labels=False)

@@ -36,6 +36,12 @@ def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
     return layers
 
 
+def stored_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return those of the layers of [`find_batch_norm`] that store a mean and a variance; none if there is none."""
+    layers = find_batch_norm(model) if has_batch_norm(model) else {}
+    return {name: layer for name, layer in layers.items() if layer.running_mean is not None}
+
+
 class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: `with batch_statistics(teacher): ...`
     """Context under which BatchNorm layers normalise by the batch at hand (Raikwar & Mishra 2022, Algorithm 1).
 

@@ -84,6 +84,17 @@ class ImagesFacts:
 
 
 @dataclass(kw_only=True)
+class CalibrationFacts:
+    """Images matched to the teacher that the running statistics are of; see [`calibration_images`]."""
+
+    images: int
+    held_out: int
+    steps: int
+    seed: int
+    self_agreement: float  # in percent
+
+
+@dataclass(kw_only=True)
 class Provenance:
     """How a student was made; the section `noisekd` of its `config.json`. Arguments are as in [`NoiseKDConfig`]."""
 
@@ -102,6 +113,7 @@ class Provenance:
     noise: NoiseFacts | None = None
     real_images: ImagesFacts | None = None  # those that took turns with the noise
     recalibration: ImagesFacts | None = None  # those that the running statistics are of
+    calibration: CalibrationFacts | None = None  # or these, made without data
     others: dict[str, Any] = field(default_factory=dict)  # what other versions of this package know
 
     @classmethod

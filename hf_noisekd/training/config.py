@@ -134,6 +134,12 @@ class NoiseKDConfig(ClassifierConfig):
     input_size: list[int] | None = HfArg(  # noqa: RUF009 - HfArg makes a field
         default=None, help="Channels, height and width of the noise images. Default: what the teacher declares."
     )
+    num_calibration_images: int = HfArg(
+        default=256,
+        help="After the training the student's running statistics are re-estimated on so many images, made without "
+        "data: noise that is moved until the teacher's BatchNorm layers see the statistics that they store. 0 keeps "
+        "the statistics of the training noise.",
+    )
     eval_noise_batches: int = HfArg(
         default=8, help="Held-out noise batches to evaluate on where there is no evaluation data set."
     )
@@ -167,6 +173,10 @@ class NoiseKDConfig(ClassifierConfig):
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
+        if self.num_calibration_images < 0 or self.num_calibration_images == 1:
+            raise ValueError(
+                f"num_calibration_images is {self.num_calibration_images}: use 0 for none, or at least 2; 256 are many."
+            )
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
             raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as [3, 32, 32].")
 
@@ -188,6 +198,7 @@ class NoiseKDConfig(ClassifierConfig):
             "noise": "white",
             "loss_type": "soft_cross_entropy",
             "temperature": 1.0,
+            "num_calibration_images": 0,
         }
         return cls(output_dir, **setting | overrides)
 

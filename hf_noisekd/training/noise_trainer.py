@@ -1,8 +1,10 @@
 """Distill a teacher into a student with noise: no image, no label, no generator network."""
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
-from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.calibration.images import CalibrationImages, calibration_images
+from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_student, load_teacher
@@ -38,6 +42,8 @@ from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
 from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class NoiseKDTrainer(PushingTrainer, BaseTrainer):
@@ -117,6 +123,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         )
         self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
+        self.calibration_images: CalibrationImages | None = None  # those that the student's statistics are of
         self.train_dataset = self._on_this_device(self.train_dataset, self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
         if self._fills_total_steps:
@@ -146,9 +153,33 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
             if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
                 check_length(resume_from_checkpoint, updates)
         self._answer_log.forget()
+        self.calibration_images = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.provenance().attach(self.model)
+        self._recalibrate()
         return output
+
+    def _recalibrate(self) -> None:
+        """Re-estimate the statistics that a student of noise stores, where images for that can be made without data."""
+        number, made = self.args.num_calibration_images, self.provenance()
+        if not (number and made.is_data_free and stored_statistics(self.model)):
+            return
+        try:
+            images = calibration_images(
+                self.teacher_model,
+                number,
+                input_size=self.teacher.input_size,
+                seed=self.args.seed,
+                show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
+            )
+            recalibrate_batch_norm(self.model, images)
+        except Exception as error:  # of too little memory, too: the student must not be lost
+            logger.warning("The student keeps the running statistics of its training noise. %s", error)
+            return
+        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
+            torch.distributed.broadcast(buffer, src=0)
+        self.calibration_images = images
+        self._evaluations.clear()  # they were of other running statistics
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
@@ -205,7 +236,10 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         """Return how the student was made so far, and by which statistics it is better read now."""
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
-        return describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
+        made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
+        if self.calibration_images is not None:
+            made = replace(made, batch_norm="running", calibration=self.calibration_images.facts)
+        return made
 
     def create_model_card(
         self,

@@ -17,6 +17,9 @@ from harness.datasets import load_image_datasets, load_photo_datasets
 from harness.presets import RELEASED_ROW, ROWS, SUPERVISED
 from harness.results import Results, recipe_parser
 from hf_noisekd.batches import collate_images
+from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.moments import Batches
+from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
 from hf_noisekd.models.loading import load_teacher, nearest_architecture
 from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
@@ -27,7 +30,6 @@ from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
-from hf_noisekd.training.recalibration import recalibrate_batch_norm
 
 
 def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
@@ -76,9 +78,10 @@ class Experiment:
     """The data, the teacher and the runs of a recipe.
 
     A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; the timm names `teacher`
-    and `students`, and `model_args` for those of this package's ResNets; `supervised` and `distillation`, training
-    arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any size it has `photos`, and
-    where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained, and `pretrained`, whether
+    and `students`, and `model_args` for those of this package, as far as they take them; `supervised` and
+    `distillation`, training arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any
+    size it has `photos`, and where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained,
+    and `pretrained`, whether
     that starts from timm's weights.
 
     Args:
@@ -152,8 +155,11 @@ class Experiment:
         """
         torch.manual_seed(self.options.seed)
         cfg = self.train_dataset.pretrained_cfg
+        model_args = self.preset.get("model_args", {})
         if architecture.startswith("resnet") and architecture.endswith("_cifar"):
-            kwargs |= self.preset.get("model_args", {})
+            kwargs |= model_args
+        elif architecture == "mobilenetv2_cifar":
+            kwargs |= {key: value for key, value in model_args.items() if key == "stem_stride"}
         overlay = {key: value for key, value in cfg.items() if key != "num_classes" or not kwargs.get("pretrained")}
         return timm.create_model(architecture, num_classes=cfg["num_classes"], pretrained_cfg_overlay=overlay, **kwargs)
 
@@ -240,17 +246,20 @@ class Experiment:
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
         return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
 
-    def recalibrated_accuracy(self, model: nn.Module, num_images: int, seed: int) -> float:
-        """Return the test accuracy in percent under running statistics re-estimated from training images.
+    def real_images(self, number: int, seed: int | None = None) -> DataLoader:
+        """Return batches of training images drawn with a seed, by default the recipe's, without augmentation."""
+        images = self.train_dataset.subset(number, self.options.seed if seed is None else seed)
+        return DataLoader(images, batch_size=256, collate_fn=collate_images)
+
+    def recalibrated_accuracy(self, model: nn.Module, images: CalibrationImages | Batches) -> float:
+        """Return the test accuracy in percent under running statistics re-estimated from images.
 
         Args:
             model: The classifier. It comes back unchanged.
-            num_images: Number of images, without augmentation.
-            seed: Seed of their draw.
+            images: As for [`recalibrate_batch_norm`].
         """
         model = copy.deepcopy(model)
-        images = self.train_dataset.subset(num_images, seed)
-        recalibrate_batch_norm(model, DataLoader(images, batch_size=256, collate_fn=collate_images))
+        recalibrate_batch_norm(model, images)
         return evaluate(model, self.test_dataset)["running"]["accuracy"]
 
     def _photo_cfg(self) -> dict:

@@ -1,0 +1,95 @@
+"""Move images until a model sees the statistics that its BatchNorm layers store.
+
+The loss is that of DeepInversion (Yin et al., CVPR 2020) without its terms for classes and smoothness, and with the KL
+divergence of two normal distributions in place of the distance of their moments.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.models.classifier import compute_logits
+
+LEARNING_RATE = 0.1
+# An image is a sum of copies of it at 1, 1/2, 1/4, ... of its size, each of which has its own Adam: shades of large
+# areas, which the statistics of deep layers hang on, move in a few steps.
+MIN_SIDE = 2
+
+
+def match_statistics(
+    model: nn.Module, images: torch.Tensor, steps: int, *, on_step: Callable[[], object] = lambda: None
+) -> tuple[torch.Tensor, float]:
+    """Return images `[B, C, H, W]` moved so that `model` sees its stored statistics, and their distance before the end.
+
+    Args:
+        model: A classifier in evaluation mode whose parameters need no gradient.
+        images: Where to begin. Their standard deviation is the unit of the learning rate.
+        steps: Steps of Adam, whose rate falls to zero along a cosine.
+        on_step: Called after each step.
+    """
+    levels = [images.detach().clone().requires_grad_()]
+    while min(images.shape[2:]) >> len(levels) >= MIN_SIDE:
+        size = [side >> len(levels) for side in images.shape[2:]]
+        levels.append(images.new_zeros(*images.shape[:2], *size).requires_grad_())
+    optimizer = torch.optim.Adam(levels, lr=LEARNING_RATE * images.std().item(), betas=(0.5, 0.9))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad(), _divergence(model) as layers:
+        for _ in range(steps):
+            layers.clear()
+            compute_logits(model, _sum_of_levels(levels))
+            loss = torch.stack(layers).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            on_step()
+    return _sum_of_levels(levels).detach(), loss.item()
+
+
+class _ChannelMoments(torch.autograd.Function):
+    """Mean and variance `[C]` of each channel of `[B, C, ...]`, in two passes over it and back in one.
+
+    Autograd's own take most of a step's time in networks of many small convolutions.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        others = [0, *range(2, x.ndim)]
+        mean = x.mean(others)
+        ctx.save_for_backward(x, mean)
+        return mean, (x.square().mean(others) - mean.square()).clamp(min=0)
+
+    @staticmethod
+    def backward(ctx, mean_grad: torch.Tensor, variance_grad: torch.Tensor) -> torch.Tensor:
+        x, mean = ctx.saved_tensors
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = variance_grad * (2 * mean.numel() / x.numel())
+        shift = mean_grad * (mean.numel() / x.numel()) - scale * mean
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+@contextmanager
+def _divergence(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Context under which each forward pass appends, for each layer, how far its input is from what it stores."""
+    found: list[torch.Tensor] = []
+
+    def compare(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        mean, variance = _ChannelMoments.apply(inputs[0])
+        stored = layer.running_var.float() + layer.eps
+        ratio = (variance + layer.eps) / stored
+        found.append((ratio + (mean - layer.running_mean.float()).square() / stored - 1 - ratio.log()).mean() / 2)
+
+    with ExitStack() as stack:
+        for layer in stored_statistics(model).values():
+            stack.enter_context(layer.register_forward_pre_hook(compare))
+        yield found
+
+
+def _sum_of_levels(levels: Sequence[torch.Tensor]) -> torch.Tensor:
+    size = levels[0].shape[2:]
+    return sum((F.interpolate(level, size, mode="bilinear") for level in levels[1:]), levels[0])
