@@ -27,9 +27,10 @@ from hf_noisekd.release.record import Provenance
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
 CHECKED_BATCH_SIZES = (1, 2, 5)  # 1 is the one that exporters take for a constant
 TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gives about 1e-6
+HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 
 
-def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
+def export_onnx(model: nn.Module | str | Path, path: str | Path, *, half: bool = False) -> None:
     """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
 
     The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
@@ -39,6 +40,7 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
     Args:
         model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
         path: The file to write; its folder is made if missing, and a file of that name is replaced.
+        half: Write weights in float16, and compute with them. Input and output stay float32.
 
     Raises:
         ImportError: onnxscript or onnxruntime is not installed.
@@ -46,9 +48,7 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
             finite, or cannot be loaded.
         RuntimeError: The file would answer differently from torch. None is left.
     """
-    missing = " and ".join(name for name in ("onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None)
-    if missing:
-        raise ImportError(f'Export to ONNX needs {missing}: install with `pip install "hf-noisekd[export]"`.')
+    require_onnx()
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
@@ -65,10 +65,42 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         program.save(temporary)
-        _compare(temporary, classifier, input_size)
+        if half:
+            _halve(temporary)
+        _compare(temporary, classifier, input_size, HALF_TOLERANCE if half else TOLERANCE)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def require_onnx() -> None:
+    """Raise an `ImportError` if a package is missing that makes and runs ONNX files."""
+    needed = ("onnx", "onnxscript", "onnxruntime")
+    if missing := " and ".join(name for name in needed if importlib.util.find_spec(name) is None):
+        raise ImportError(f'Export to ONNX needs {missing}: install with `pip install "hf-noisekd[export]"`.')
+
+
+def onnx_session(path: str | Path, num_threads: int = 0) -> Any:
+    """Open an ONNX file in onnxruntime on the CPU, with `num_threads` threads or, for 0, as many as there are cores."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = num_threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_logits(session: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return the logits `[B, num_classes]` of a session of [`onnx_session`] for images `[B, C, H, W]` on the CPU."""
+    return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+
+
+def _halve(path: Path) -> None:
+    """Put an ONNX file into float16, but for its input and output."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
 
 
 def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
@@ -139,21 +171,17 @@ def _describe(onnx_model: Any, model: nn.Module, input_size: tuple[int, int, int
 
 
 @torch.no_grad()
-def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int]) -> None:
+def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int], tolerance: float) -> None:
     """Check that onnxruntime answers like torch on random images."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     generator = torch.Generator().manual_seed(0)
     for batch_size in CHECKED_BATCH_SIZES:
         pixel_values = torch.randn(batch_size, *input_size, generator=generator)
         expected = classifier(pixel_values)
-        found = torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
+        found = onnx_logits(session, pixel_values)
         difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
         # `not <=` rather than `>`, so that NaN is a difference too.
-        if not difference <= TOLERANCE * scale:
+        if not difference <= tolerance * scale:
             raise RuntimeError(
                 f"onnxruntime's logits differ by {difference:.3g} from torch's, which reach {scale:.3g}, on "
                 f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. Does the model draw "
