@@ -392,6 +392,23 @@ def test_recalibrate(student, images, tmp_path, capsys):
     assert (evaluation["images"], evaluation["log_prefix"]) == (100, "eval")
 
 
+def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
+    command = ["recalibrate", "--model", student[0], "--teacher", teacher, "--num-images", "64"]
+    assert main([*command, "--output-dir", str(tmp_path / "new")]) == 0
+    made = Provenance.of(load_teacher(str(tmp_path / "new")))
+    assert (made.batch_norm, made.recalibration) == ("running", None)
+    assert (made.calibration.images, made.calibration.held_out) == (64, 32)
+    assert "64 images made without data" in capsys.readouterr().out
+    assert "without data, from 64 images" in (tmp_path / "new" / "README.md").read_text()
+
+    message = run_error(capsys, *command, "--output-dir", tmp_path / "poor", "--calibration-steps", "1")
+    assert "do not resemble the teacher's data well enough" in message
+    assert not (tmp_path / "poor").exists()
+    wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
+    for options in ([], ["--teacher", "t", "--dataset", "d"]):
+        assert "give either --teacher" in usage_error(capsys, *wrong, *options)
+
+
 def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
     table = datasets.load_dataset(images, split="train").remove_columns("label")
     (tmp_path / "images").mkdir()
@@ -457,3 +474,19 @@ def test_export(teacher, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
     assert main(["export", "--model", teacher, "--format", "onnx", "--output", str(tmp_path / "teacher.onnx")]) == 0
     assert onnxruntime.InferenceSession(tmp_path / "teacher.onnx").get_outputs()[0].name == "logits"
+
+
+def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    labelled = ["--eval-dataset", images, "--eval-label-column", "label"]
+    for precision in ("int8", "fp16"):
+        command = ["export", "--model", teacher, "--output", str(tmp_path / f"{precision}.onnx"), f"--{precision}"]
+        assert main([*command, *(["--num-images", "64"] if precision == "int8" else []), *labelled]) == 0
+        printed = capsys.readouterr().out
+        for name in ("float32", {"fp16": "float16"}.get(precision, precision)):
+            assert re.search(rf"{name} +\d\.\d\d +\d\.\d\d +\d\d\.\d\d\n", printed), printed
+        assert ("of 32 other images" in printed) == (precision == "int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
+    command = ["export", "--model", "m", "--output", "o"]
+    assert "either --int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")
+    assert "--teacher is for --int8" in usage_error(capsys, *command, "--teacher", "t")

@@ -127,7 +127,7 @@ def test_a_saved_student_answers_alike_and_tells_its_classes_and_preprocessing(s
 def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
     made_by_noise(batch_norm="batch").attach(student)
     save_model(student, tmp_path / "student")
-    with pytest.raises(ValueError, match=rf"those of noise.*recalibrate --model {tmp_path / 'student'} --dataset"):
+    with pytest.raises(ValueError, match=rf"those of noise.*recalibrate --model {tmp_path / 'student'} "):
         export_onnx(tmp_path / "student", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"recalibrate --model \.\.\. --dataset"):
         export_onnx(student, tmp_path / "model.onnx")

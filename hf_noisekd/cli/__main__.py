@@ -38,7 +38,7 @@ COMMANDS = (
         "recalibrate",
         deploy.recalibrate,
         deploy.recalibrate_options,
-        "re-estimate running statistics from some real images",
+        "re-estimate running statistics, without data or from some real images",
     ),
     Command("export", deploy.export, deploy.export_options, "write a model as one file for other runtimes"),
     Command("push", publish.push, publish.push_options, "push a student to the Hub"),

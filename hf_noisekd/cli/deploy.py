@@ -1,45 +1,71 @@
 """`noisekd recalibrate` and `noisekd export`: a student for single images, and for other runtimes."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from . import options
 from .parser import CommandParser
+from .text import table
+
+STEPS = 420
 
 
 def recalibrate_options(parser: CommandParser) -> None:
     options.add_model(parser, "the student:")
-    options.add_dataset(parser, split="train")
-    help = "images to use, drawn at random, at least 2; more are better (default: 256)"
+    help = "its teacher, from whose stored statistics images are made without data: a timm name,"
+    options.add_model(parser, help, "--teacher", required=False)
+    options.add_dataset(parser, split="train", required=False)
+    help = "images to use, made or drawn at random, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
-    options.add_batch_size(parser, "images in a batch; the result does not depend on it")
+    add_calibration_steps(parser)
+    options.add_batch_size(parser, "real images in a batch; the result does not depend on it")
     help = "where the new model goes; new or empty"
     parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
     options.add_trust_remote_code(parser, "model")
 
 
+def add_calibration_steps(parser: CommandParser) -> None:
+    help = f"steps at most to make images without data; large inputs and many classes need more (default: {STEPS})"
+    parser.add_argument("--calibration-steps", type=options.at_least(1), default=STEPS, metavar="N", help=help)
+
+
 def recalibrate(args: argparse.Namespace) -> int:
     """Re-estimate the running statistics of a student; see [`recalibrate_batch_norm`]."""
+    if (args.teacher is None) == (args.dataset is None):
+        args.parser.error("give either --teacher, for images made without data, or --dataset, for real ones.")
     options.check_unused(args)
-    from torch.utils.data import DataLoader
-
-    from hf_noisekd.batches import collate_images
+    from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
     from hf_noisekd.files import RECORD_NAME
+    from hf_noisekd.models.classifier import declared_input_size
     from hf_noisekd.models.loading import has_weights, model_folder
     from hf_noisekd.models.saving import save_model
     from hf_noisekd.release.card import write_model_card
     from hf_noisekd.release.record import Provenance, read_record
 
     model = options.load_model(args.model, args)
-    images = options.load_dataset(args, model, labels=False)
-    loader = DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images)
-    recalibrate_batch_norm(model, loader, dataset=images.name, split=args.split)
+    if args.teacher is not None:
+        teacher = options.load_model(args.teacher, args)
+        size = None if declared_input_size(teacher) else declared_input_size(model)
+        made = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
+        recalibrate_batch_norm(model, made)
+        of = f"{len(made):,} images made without data (self-agreement of the teacher: {made.self_agreement:.1f} %)"
+    else:
+        from torch.utils.data import DataLoader
+
+        from hf_noisekd.batches import collate_images
+
+        images = options.load_dataset(args, model, labels=False)
+        loader = DataLoader(images, batch_size=args.batch_size, collate_fn=collate_images)
+        recalibrate_batch_norm(model, loader, dataset=images.name, split=args.split)
+        of = f"{len(images):,} images"
     save_model(model, args.output_dir)
     if has_weights(args.model) and (folder := model_folder(args.model)[0]) and (folder / RECORD_NAME).is_file():
         write_model_card(read_record(folder).recalibrated(Provenance.of(model)), args.output_dir)
     print(
-        f"{args.output_dir}: running statistics of {len(images):,} images. It answers single images as any network "
-        f"does:\n  noisekd evaluate --model {args.output_dir} --dataset {args.dataset} --split test"
+        f"{args.output_dir}: running statistics of {of}. It answers single images as any network does:\n"
+        f"  noisekd evaluate --model {args.output_dir} --dataset {args.dataset or 'FOLDER_OR_HUB_ID'} --split test"
     )
     return 0
 
@@ -49,12 +75,63 @@ def export_options(parser: CommandParser) -> None:
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="format of the file (default: onnx)")
     help = "the file, such as student.onnx"
     parser.add_argument("--output", required=True, type=options.path, metavar="FILE", help=help)
+    help = "quantise to int8, with ranges of images that are made without data (default: false)"
+    options.add_switch(parser, "--int8", help)
+    options.add_switch(parser, "--fp16", "write weights in float16 (default: false)")
+    help = "for --int8: the model from whose stored statistics the images are made (default: --model): a timm name,"
+    options.add_model(parser, help, "--teacher", required=False)
+    help = "for --int8: images to make, at least 2 (default: 256)"
+    parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
+    add_calibration_steps(parser)
+    parser.add_argument("--eval-dataset", metavar="DATASET", help=f"{options.DATASET}, to measure the file on")
+    parser.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
+    parser.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
+    options.add_trust_remote_code(parser, "model")
 
 
 def export(args: argparse.Namespace) -> int:
-    """Write a model as an ONNX file; see [`hf_noisekd.release.onnx.export_onnx`]."""
+    """Write a model as an ONNX file; see [`export_onnx`] and [`quantize_onnx`]."""
+    if args.int8 and args.fp16:
+        args.parser.error("give either --int8 or --fp16.")
+    if args.teacher is not None and not args.int8:
+        args.parser.error("--teacher is for --int8, which needs images.")
+    from hf_noisekd.calibration.images import calibration_images
+    from hf_noisekd.calibration.quantization import quantize_onnx
+    from hf_noisekd.models.classifier import declared_input_size
     from hf_noisekd.release.onnx import export_onnx
 
-    export_onnx(args.model, args.output)
-    print(args.output)
+    model = options.load_model(args.model, args)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"float32": Path(folder) / "float32.onnx" if args.int8 or args.fp16 else args.output}
+        export_onnx(model, paths["float32"], name=args.model)
+        agreement = None
+        if args.fp16:
+            paths["float16"] = args.output
+            export_onnx(model, args.output, half=True, name=args.model)
+        elif args.int8:
+            teacher = model if args.teacher is None else options.load_model(args.teacher, args)
+            size = declared_input_size(model)
+            images = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
+            paths["int8"] = args.output
+            agreement = quantize_onnx(paths["float32"], args.output, images)
+        print(f"{args.output}\n{files_table(paths, args, model)}")
+    if agreement is not None:
+        print(f"int8 gives the answer of float32 to {agreement:.1f} % of {len(images.held_out):,} other images.")
     return 0
+
+
+def files_table(paths: dict[str, Path], args: argparse.Namespace, model) -> str:
+    """Return the size, the latency and, where there are images, the accuracy of ONNX files as a table."""
+    from hf_noisekd.release.onnx import onnx_accuracy, onnx_latency
+
+    latency = onnx_latency(paths)
+    header = ["", "MB", "ms an image"]
+    rows = [[name, f"{path.stat().st_size / 1e6:.2f}", f"{latency[name]:.2f}"] for name, path in paths.items()]
+    if args.eval_dataset is not None:
+        from hf_noisekd.images import load_images
+
+        images = load_images(args.eval_dataset, model, split=args.eval_split, label_column=args.eval_label_column)
+        header.append("accuracy (%)")
+        for row, path in zip(rows, paths.values(), strict=True):
+            row.append(f"{onnx_accuracy(path, images):.2f}")
+    return table(header, rows)

@@ -46,8 +46,8 @@ def add_trust_remote_code(parser, whose: str) -> None:
     add_switch(parser, "--trust-remote-code", help)
 
 
-def add_model(parser, help: str, name: str = "--model") -> None:
-    parser.add_argument(name, required=True, metavar="MODEL", help=f"{help} {MODEL}")
+def add_model(parser, help: str, name: str = "--model", *, required: bool = True) -> None:
+    parser.add_argument(name, required=required, metavar="MODEL", help=f"{help} {MODEL}")
 
 
 def add_teacher(parser, use: str) -> None:
@@ -57,8 +57,8 @@ def add_teacher(parser, use: str) -> None:
     add_trust_remote_code(parser, "teacher")
 
 
-def add_dataset(parser, *, split: str) -> None:
-    parser.add_argument("--dataset", required=True, metavar="DATASET", help=DATASET)
+def add_dataset(parser, *, split: str, required: bool = True) -> None:
+    parser.add_argument("--dataset", required=required, metavar="DATASET", help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
 

@@ -187,7 +187,14 @@ def _statistics_advice(made: Provenance, evaluations: Sequence[Evaluation]) -> s
             f"classes, the larger the better up to about 256{measured}, and let its BatchNorm layers use the "
             "statistics of the batch at hand, as below; or recalibrate it once."
         )
-    again = f": they were re-estimated from {_number_of_images(made.recalibration)}" if made.recalibration else ""
+    again = ""
+    if made.recalibration:
+        again = f": they were re-estimated from {_number_of_images(made.recalibration)}"
+    elif made.calibration:
+        again = (
+            f": they were re-estimated, without data, from {made.calibration.images:,} images that were made to have "
+            "the statistics which the teacher stores"
+        )
     return f"**Running statistics**, as for any other model{again}. Single images and batches of any size will do."
 
 
@@ -230,6 +237,14 @@ def _facts(record: Record, made: Provenance) -> list[str]:
     )
     if made.recalibration:
         lines.append(f"Recalibration: running statistics of {_number_of_images(made.recalibration)}.")
+    if of := made.calibration:
+        lines.append(
+            f"Calibration: running statistics of {of.images:,} images, noise that was moved in {of.steps:,} steps until "
+            "the teacher's BatchNorm layers saw the statistics that they store (seed "
+            f"{of.seed}). With its own statistics re-estimated on them the teacher gave its own answer to "
+            f"{of.self_agreement:.1f} % of {of.held_out:,} others. The images are not published: they can show what the "
+            "teacher memorised."
+        )
     if device := str(record.machine or ""):
         lines.append(
             f"Device: {device}{f', {record.processes} processes' if record.processes > 1 else ''}"

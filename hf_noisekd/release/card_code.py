@@ -58,9 +58,9 @@ class CardCode:
         return "\n".join([*imports, *self._register, "", *prepare, classify, "answers = classify(images)"])
 
     def recalibrate(self) -> str:
-        """Return the command that stores the statistics of real images."""
-        options = "--dataset FOLDER_OR_HUB_ID --split train --output-dir recalibrated"
-        return f"noisekd recalibrate --model {self.source} {options}"
+        """Return the commands that store other statistics, without data and with."""
+        command = f"noisekd recalibrate --model {self.source} --output-dir recalibrated"
+        return f"{command} --teacher TEACHER\n{command} --dataset FOLDER_OR_HUB_ID --split train"
 
     def _inference(self, imports: list[str], load: str, prepare: str, inputs: str, logits: str) -> str:
         own = ["from hf_noisekd import batch_statistics"] if self.on_batch else self._register

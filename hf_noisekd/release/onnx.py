@@ -4,7 +4,10 @@ import copy
 import importlib.util
 import json
 import os
+import statistics
+import time
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
+from hf_noisekd.batches import collate_images
 from hf_noisekd.models.classifier import (
     architecture_of,
     class_names,
@@ -30,7 +35,9 @@ TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gi
 HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 
 
-def export_onnx(model: nn.Module | str | Path, path: str | Path, *, half: bool = False) -> None:
+def export_onnx(
+    model: nn.Module | str | Path, path: str | Path, *, half: bool = False, name: str | Path | None = None
+) -> None:
     """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
 
     The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
@@ -41,6 +48,7 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path, *, half: bool =
         model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
         path: The file to write; its folder is made if missing, and a file of that name is replaced.
         half: Write weights in float16, and compute with them. Input and output stay float32.
+        name: What the user calls the model, for the advice in an error. Default: `model`, if it is no module.
 
     Raises:
         ImportError: onnxscript or onnxruntime is not installed.
@@ -52,7 +60,8 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path, *, half: bool =
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
-    name = "..." if isinstance(model, nn.Module) else model
+    if name is None:
+        name = "..." if isinstance(model, nn.Module) else model
     model = load_teacher(model)
     input_size = _check_exportable(model, name)
 
@@ -95,6 +104,27 @@ def onnx_logits(session: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
 
 
+def onnx_latency(paths: Mapping[str, Path], repetitions: int = 50) -> dict[str, float]:
+    """Return the milliseconds that each ONNX file takes for one image on one thread: medians, taken in turns."""
+    sessions = {name: onnx_session(path, num_threads=1) for name, path in paths.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    for _ in range(repetitions):
+        for name, session in sessions.items():
+            pixel_values = torch.zeros(1, *session.get_inputs()[0].shape[1:])
+            start = time.perf_counter()
+            onnx_logits(session, pixel_values)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def onnx_accuracy(path: str | Path, dataset: Any) -> float:
+    """Return the accuracy in percent of an ONNX file on samples `{"pixel_values": [C, H, W], "labels": int}`."""
+    session = onnx_session(path)
+    loader = DataLoader(dataset, batch_size=64, collate_fn=collate_images)
+    right = [onnx_logits(session, batch["pixel_values"]).argmax(-1) == batch["labels"] for batch in loader]
+    return 100 * torch.cat(right).float().mean().item()
+
+
 def _halve(path: Path) -> None:
     """Put an ONNX file into float16, but for its input and output."""
     import onnx
@@ -134,8 +164,9 @@ def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int
     if provenance is not None and provenance.batch_norm == "batch":
         raise ValueError(
             f"This {architecture_of(model)} is to be used with batch statistics: its running statistics are those of "
-            "noise, and an ONNX file would answer with them. Re-estimate them from some real images first, with "
-            f"`noisekd recalibrate --model {name} --dataset ... --output-dir ...`, and export the result."
+            "noise, and an ONNX file would answer with them. Re-estimate them first, with `noisekd recalibrate "
+            f"--model {name} --output-dir ...` and `--teacher ...` or, for real images, `--dataset ...`, and export "
+            "the result."
         )
     for layer, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:

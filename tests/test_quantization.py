@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import torch
+
+from hf_noisekd import NoiseDataset, calibration_images
+from hf_noisekd.calibration import quantization
+from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.quantization import quantize_onnx
+from hf_noisekd.release.onnx import export_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@pytest.fixture(scope="module")
+def exported(digits_teacher, tmp_path_factory):
+    path = tmp_path_factory.mktemp("onnx") / "float.onnx"
+    export_onnx(digits_teacher, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(digits_teacher):
+    return calibration_images(digits_teacher, 64, show_progress=False)
+
+
+def types(path):
+    model = onnx.load(path)
+    return {onnx.TensorProto.DataType.Name(tensor.data_type) for tensor in model.graph.initializer}
+
+
+def test_int8_without_data_answers_like_float(exported, images, digits, tmp_path):
+    path = tmp_path / "new" / "int8.onnx"
+    agreement = quantize_onnx(exported, path, images)
+    assert [file.name for file in path.parent.iterdir()] == ["int8.onnx"]
+    assert agreement >= 90
+    assert onnx_accuracy(path, digits[1]) > onnx_accuracy(exported, digits[1]) - 2
+    assert path.stat().st_size < exported.stat().st_size / 2
+    before, after = onnx.load(exported), onnx.load(path)
+    operators = [node.op_type for node in after.graph.node]
+    assert "QuantizeLinear" in operators
+    assert "DequantizeLinear" in operators
+    assert {prop.key: prop.value for prop in before.metadata_props}.items() <= {
+        prop.key: prop.value for prop in after.metadata_props
+    }.items()
+    assert json.loads(next(prop.value for prop in after.metadata_props if prop.key == "label_names"))[9] == "9"
+    # One scale for each output channel of a convolution.
+    assert [8] in [list(tensor.dims) for tensor in after.graph.initializer if tensor.name.endswith("_scale")]
+    for size in (1, 3):
+        assert onnx_logits(onnx_session(path), torch.randn(size, 1, 32, 32)).shape == (size, 10)
+
+
+def test_the_report_is_of_the_images_held_out(exported, images, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(quantization, "_agreement", lambda *args: measured.append(torch.cat(list(args[2]))) or 100.0)
+    quantize_onnx(exported, tmp_path / "int8.onnx", images)
+    assert torch.equal(measured[0], images.held_out)
+    quantize_onnx(exported, tmp_path / "int8.onnx", [images.held_out[:8], images.held_out[8:16]])
+    assert torch.equal(measured[1], images.held_out[:16])
+
+
+def test_noise_and_images_that_are_not_good_enough_are_refused(exported, images, tmp_path):
+    with pytest.raises(ValueError, match="not taken from noise"):
+        quantize_onnx(exported, tmp_path / "int8.onnx", NoiseDataset((1, 32, 32), 8, 2))
+    poor = CalibrationImages(images.pixel_values, images.held_out, batch_size=8, seed=0, distance=1, self_agreement=40)
+    with pytest.raises(ValueError, match="do not resemble the teacher's data"):
+        quantize_onnx(exported, tmp_path / "int8.onnx", poor)
+    with pytest.raises(ValueError, match="There is no image to calibrate with"):
+        quantize_onnx(exported, tmp_path / "int8.onnx", [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_answers_differently_is_not_left(exported, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "_agreement", lambda *args: 30.0)
+    with pytest.raises(RuntimeError, match="to 30 % of the images only: no file was written"):
+        quantize_onnx(exported, tmp_path / "int8.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_halves_the_weights_and_keeps_the_answers(digits_teacher, exported, digits, tmp_path):
+    path = tmp_path / "half.onnx"
+    export_onnx(digits_teacher, path, half=True)
+    assert types(path) >= {"FLOAT16"}
+    assert path.stat().st_size < exported.stat().st_size * 0.6
+    assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert onnx_accuracy(path, digits[1]) == pytest.approx(onnx_accuracy(exported, digits[1]), abs=0.5)
+    latency = onnx_latency({"float32": exported, "float16": path}, repetitions=3)
+    assert min(latency.values()) > 0
