@@ -785,6 +785,9 @@ def test_a_student_of_noise_ends_with_statistics_that_its_teacher_vouches_for(di
     assert (made.batch_norm, made.calibration) == ("running", facts)
     assert (facts.images, facts.held_out) == (64, 32)
     assert (kept.calibration_images, kept.record().noisekd.calibration) == (None, None)
+    first = changed.record().evaluations[0]
+    assert (first.dataset, first.images, first.batch_size) == ("held-out calibration images", 32, 32)
+    assert 0 <= first.running["agreement"] <= 100
     changed.save_model()
     assert Provenance.of(load_teacher(changed.args.output_dir)).calibration == facts
 
@@ -793,7 +796,7 @@ def test_a_student_keeps_its_statistics_where_none_can_be_vouched_for(tiny_cnn, 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory left")
 
-    monkeypatch.setattr("hf_noisekd.training.noise_trainer.calibration_images", out_of_memory)
+    monkeypatch.setattr("hf_noisekd.training.calibrating.calibration_images", out_of_memory)
     with caplog.at_level(logging.WARNING):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
         trainer.train()

@@ -9,6 +9,7 @@ from .text import scores_table
 
 if TYPE_CHECKING:
     from hf_noisekd.training.config import NoiseKDConfig
+    from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
 
 def distill_options(parser: CommandParser) -> None:
@@ -93,11 +94,23 @@ def distill(args: argparse.Namespace) -> int:
         trainer.save_model()
         trainer.create_model_card()
     if trainer.is_world_process_zero():
-        print(_summary(config, metrics, args.eval_dataset))
+        print(_summary(config, metrics, args.eval_dataset, _calibration_text(trainer)))
     return 0
 
 
-def _summary(config: "NoiseKDConfig", metrics: dict[str, float], eval_dataset: str | None) -> str:
+def _calibration_text(trainer: "NoiseKDTrainer") -> str:
+    """Return what the student's running statistics are of, and the agreement that was measured without data."""
+    images = trainer.calibration_images
+    if images is None:
+        return "Its running statistics are those of the training noise: read it in batches, by their own statistics."
+    measured = next(one for one in trainer.record().evaluations if one.dataset == "held-out calibration images")
+    return (
+        f"Its running statistics are of {len(images):,} images made without data, so it answers single images. To "
+        f"{measured.running['agreement']:.1f} % of {measured.images:,} other such images it gives its teacher's answer."
+    )
+
+
+def _summary(config: "NoiseKDConfig", metrics: dict[str, float], eval_dataset: str | None, calibration: str) -> str:
     """Return what a distillation came to, and what can be done with it."""
     scores = {
         statistics: {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
@@ -105,8 +118,7 @@ def _summary(config: "NoiseKDConfig", metrics: dict[str, float], eval_dataset: s
     }
     folder = config.output_dir
     text = (
-        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n{scores_table(scores)}\nNext:\n"
-        f"  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test\n"
-        f"  noisekd recalibrate --model {folder} --dataset FOLDER_OR_HUB_ID --split train --output-dir FOLDER"
+        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n{scores_table(scores)}\n{calibration}\n"
+        f"Next:\n  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test"
     )
     return text if config.push_to_hub else f"{text}\n  noisekd push --model {folder} --repo-id ORGANISATION/NAME"

@@ -239,11 +239,10 @@ def _facts(record: Record, made: Provenance) -> list[str]:
         lines.append(f"Recalibration: running statistics of {_number_of_images(made.recalibration)}.")
     if of := made.calibration:
         lines.append(
-            f"Calibration: running statistics of {of.images:,} images, noise that was moved in {of.steps:,} steps until "
-            "the teacher's BatchNorm layers saw the statistics that they store (seed "
-            f"{of.seed}). With its own statistics re-estimated on them the teacher gave its own answer to "
-            f"{of.self_agreement:.1f} % of {of.held_out:,} others. The images are not published: they can show what the "
-            "teacher memorised."
+            f"Calibration: running statistics of {of.images:,} images, noise that was moved in {of.steps:,} steps "
+            "until the teacher's BatchNorm layers saw the statistics that they store. With its own statistics "
+            f"re-estimated on them the teacher gave its own answer to {of.self_agreement:.1f} % of {of.held_out:,} "
+            "others. The images are not published: they can show what the teacher memorised."
         )
     if device := str(record.machine or ""):
         lines.append(

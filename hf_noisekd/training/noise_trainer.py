@@ -1,7 +1,6 @@
 """Distill a teacher into a student with noise: no image, no label, no generator network."""
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,8 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
-from hf_noisekd.calibration.images import CalibrationImages, calibration_images
-from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
@@ -28,6 +26,7 @@ from hf_noisekd.release.environment import command_line
 from hf_noisekd.release.record import Provenance, Record, current_evaluations
 from hf_noisekd.training.answers import AnswerLog
 from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
+from hf_noisekd.training.calibrating import agreement_without_data, recalibrate_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
@@ -42,8 +41,6 @@ from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
 from hf_noisekd.training.teacher import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 class NoiseKDTrainer(PushingTrainer, BaseTrainer):
@@ -160,26 +157,26 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         return output
 
     def _recalibrate(self) -> None:
-        """Re-estimate the statistics that a student of noise stores, where images for that can be made without data."""
-        number, made = self.args.num_calibration_images, self.provenance()
-        if not (number and made.is_data_free and stored_statistics(self.model)):
+        """Leave a student that noise alone taught with statistics made without data, if all processes have them."""
+        if not (self.args.num_calibration_images and self.provenance().is_data_free and stored_statistics(self.model)):
             return
-        try:
-            images = calibration_images(
-                self.teacher_model,
-                number,
-                input_size=self.teacher.input_size,
-                seed=self.args.seed,
-                show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
-            )
-            recalibrate_batch_norm(self.model, images)
-        except Exception as error:  # of too little memory, too: the student must not be lost
-            logger.warning("The student keeps the running statistics of its training noise. %s", error)
+        before = copy.deepcopy(self.model.state_dict())
+        images = recalibrate_without_data(
+            self.model,
+            self.teacher,
+            self.args.num_calibration_images,
+            seed=self.args.seed,
+            show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
+        )
+        if self._sum_over_processes(torch.tensor([float(images is not None)])) < self.args.world_size:
+            self.model.load_state_dict(before)
             return
         for buffer in self.model.buffers() if self.args.world_size > 1 else ():
             torch.distributed.broadcast(buffer, src=0)
+        assert images is not None
         self.calibration_images = images
-        self._evaluations.clear()  # they were of other running statistics
+        agreement = agreement_without_data(self.model, self.teacher, images, self._step_of_weights())
+        self._evaluations = [(agreement, False)]  # the others were of other statistics
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.

@@ -1,0 +1,47 @@
+"""After the last step of a training: running statistics without data, and how often student and teacher agree."""
+
+import logging
+
+from torch import nn
+
+from hf_noisekd.calibration.images import CalibrationImages, calibration_images
+from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+from hf_noisekd.release.record import Evaluation
+from hf_noisekd.training.evaluation import evaluate
+from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def recalibrate_without_data(
+    student: nn.Module, teacher: Teacher, num_images: int, *, seed: int, show_progress: bool
+) -> CalibrationImages | None:
+    """Re-estimate a student's running statistics on [`calibration_images`] of its teacher, and return those.
+
+    If they are not good enough, or anything fails, there is a warning, nothing changes, and the result is None: a
+    trained student must not be lost to what comes after.
+    """
+    try:
+        images = calibration_images(
+            teacher.model, num_images, input_size=teacher.input_size, seed=seed, show_progress=show_progress
+        )
+        recalibrate_batch_norm(student, images)
+    except Exception as error:  # of too little memory, too
+        logger.warning("The student keeps the running statistics of its training noise. %s", error)
+        return None
+    return images
+
+
+def agreement_without_data(student: nn.Module, teacher: Teacher, images: CalibrationImages, step: int) -> Evaluation:
+    """Return how often student and teacher give the same answer to the calibration images that were held out."""
+    samples = [{"pixel_values": image} for image in images.held_out]
+    scores = evaluate(student, samples, teacher_model=teacher.model)  # type: ignore[arg-type]
+    return Evaluation(
+        dataset="held-out calibration images",
+        images=len(samples),
+        batch_size=min(256, len(samples)),
+        step=step,
+        precision="float32",
+        running=scores["running"],
+        batch=scores["batch"],
+    )
