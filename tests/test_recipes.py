@@ -107,6 +107,26 @@ def test_cifar10_has_the_five_rows_of_table_1(cifar10, hub, tmp_path, monkeypatc
     assert sum("hf-hub:alice/student" in card for card in cards) == 1
 
 
+def test_students_are_deployed_and_their_agreement_is_weighed(cifar10, small_teacher, tmp_path, monkeypatch):
+    # A teacher with random weights vouches for nothing, and students of 2 steps agree with nobody.
+    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 0)
+    monkeypatch.setattr("hf_noisekd.calibration.quantization.MIN_AGREEMENT", 0)
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
+    record = run_here("deploy", monkeypatch, *options)
+    calibration, accuracies, files = record["measurements"].values()
+    assert [row["their steps"] for row in calibration] == [60]
+    assert len(accuracies) == 7
+    read = {row["read by"]: row["accuracy"] for row in files}
+    assert len(read) == 6
+    in_torch = next(row for row in accuracies if row["statistics of"] == "calibration images, 256")["accuracy"]
+    assert read["onnxruntime, float32"] == pytest.approx(read["transformers' pipeline"], abs=1)
+    assert read["onnxruntime, float32"] == pytest.approx(in_torch, abs=1)
+
+    record = run_here("agreement", monkeypatch, *options)
+    assert len(record["measurements"]["agreement with the teacher"]) == 6
+    assert len(record["measurements"]["what it tells"]) == 2
+
+
 def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("partial_batch_norm", monkeypatch, *options)

@@ -8,7 +8,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 - `machine` and `versions`, as in [`hf_noisekd.release.record`].
 - `runs`: a list of records with names, see there. Of a model that was not trained here only
   the evaluation is known.
-- `measurements`: what was measured beside, a list of mappings of equal keys by the name of its table.
+- `measurements`: what was measured beside, a list of mappings by the name of its table; the first has all keys.
 - `step_costs`: where runs are compared at equal seconds, the seconds of a step of each, relative to those of the first.
 """
 
@@ -221,11 +221,11 @@ def measurements_table(rows: Sequence[Mapping], *repetitions: Sequence[Mapping])
     columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
     lines = [table_row(columns)]
     lines.append(f"|{''.join('---|' if isinstance(rows[0][column], str) else '---:|' for column in columns)}")
-    decimals = {column: 4 if all(_is_small(row[column]) for row in rows) else 2 for column in columns}
+    decimals = {column: 4 if all(_is_small(row.get(column)) for row in rows) else 2 for column in columns}
     seeds = [_rows_by_texts(repetition) for repetition in (rows, *repetitions)]
     for key in dict.fromkeys(key for seed in seeds for key in seed):
         same = [seed[key] for seed in seeds if key in seed]
-        lines.append(table_row(_cell([one[column] for one in same], decimals[column]) for column in columns))
+        lines.append(table_row(_cell([one.get(column) for one in same], decimals[column]) for column in columns))
     return "\n".join(lines)
 
 

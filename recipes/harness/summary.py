@@ -16,6 +16,15 @@ from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 Table = list[list[str]]
 
 WHITE, DEFAULT = "white", "structured, the default"
+# Of `deploy.py`.
+STATISTICS_TABLE, FILES_TABLE = "running statistics", "onnxruntime"
+STUDENTS = {"resnet10_cifar": "ResNet-10", "mobilenetv2_cifar": "MobileNetV2"}
+DEPLOYED = {
+    "the training noise, as trained": "a student, with the statistics of its noise",
+    "calibration images, 256": "**the same, as `distill` leaves it: without data**",
+    "real images, 2,560": "the same, with statistics of 2,560 real images",
+    "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
+}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
 CLEAR_CUT = (
@@ -117,11 +126,84 @@ def _step_costs_table(results: Path) -> str:
     return _markdown(["teacher", "cost of a step, white noise: 1"], rows)
 
 
+def _deployed_table(results: Path) -> str:
+    """Students of the ResNet-18 in evaluation mode, as they are deployed."""
+    accuracies = {row: _deployed(results, "cpu", row) for row in DEPLOYED}
+    teacher = f"{_deploy_records(results, 'cpu')[0]['runs'][0]['evaluations'][0]['running']['accuracy']:.2f}"
+    rows = [["the teacher, which was trained on 50,000 images", *[teacher] * len(STUDENTS)]]
+    rows += [[DEPLOYED[row], *(mean_and_spread(of[name]) for name in STUDENTS)] for row, of in accuracies.items()]
+    return _markdown(["test accuracy (%), single images", *STUDENTS.values()], rows)
+
+
+def _statistics_table(results: Path) -> str:
+    """Students of both teachers by what their running statistics are of."""
+    columns, header = [], ["running statistics of"]
+    for preset, teacher in (("cpu", "ResNet-18"), ("cpu-wrn", "WRN-16-2")):
+        rows = [row for record in _deploy_records(results, preset) for row in record["measurements"][STATISTICS_TABLE]]
+        for student, name in STUDENTS.items():
+            found: dict[str, list[float]] = {}
+            for row in rows:
+                if row["student"] == student:
+                    found.setdefault(row["statistics of"], []).append(row["accuracy"])
+            columns.append(found)
+            header.append(f"{name} of {teacher}")
+    rows = [[kind, *(mean_and_spread(column[kind]) for column in columns)] for kind in columns[0]]
+    return _markdown(header, rows)
+
+
+def _files_table(results: Path) -> str:
+    """ONNX files of the students of the ResNet-18."""
+    found: dict[tuple[str, str], list[Mapping]] = {}
+    for record in _deploy_records(results, "cpu"):
+        for row in record["measurements"][FILES_TABLE]:
+            found.setdefault((row["student"], row["read by"]), []).append(row)
+    rows = []
+    for (student, reader), seeds in found.items():
+        cells = [STUDENTS[student], reader, mean_and_spread([row["accuracy"] for row in seeds])]
+        for key in ("MB", "ms an image"):
+            values = [row[key] for row in seeds if key in row]
+            cells.append(f"{statistics.median(values):.2f}" if values else "")
+        rows.append(cells)
+    return _markdown(["student", "read by", "accuracy (%)", "MB", "ms an image"], rows)
+
+
+def _agreement_table(results: Path) -> str:
+    """What the agreement without data tells, for each teacher."""
+    rows = []
+    for path in sorted(results.glob("agreement_*.json")):
+        record = read_json(path)
+        teacher = record["runs"][0]
+        name = f"{teacher['model']['architecture']}, {teacher['evaluations'][0]['running']['accuracy']:.1f} %"
+        for row in record["measurements"]["what it tells"]:
+            told = [f"{row[key]:.2f}" for key in ("rank correlation with accuracy", "mean error")]
+            rows.append([name, row["agreement"], *told])
+    return _markdown(["teacher", "agreement", "rank correlation with accuracy", "mean error"], rows)
+
+
+def _deploy_records(results: Path, preset: str) -> list[Mapping]:
+    return [record for record in map(read_json, sorted(results.glob("deploy_*.json"))) if record["preset"] == preset]
+
+
+def _deployed(results: Path, preset: str, row: str) -> dict[str, list[float]]:
+    """Return the accuracies of a row of the recipe's tables, of all seeds, by student."""
+    found: dict[str, list[float]] = {}
+    for record in _deploy_records(results, preset):
+        for table, key in ((STATISTICS_TABLE, "statistics of"), (FILES_TABLE, "read by")):
+            for measured in record["measurements"][table]:
+                if measured[key] == row:
+                    found.setdefault(measured["student"], []).append(measured["accuracy"])
+    return found
+
+
 def _runs_table(name: str, results: Path) -> str:
     return results_table(read_json(results / f"{name}.json"))
 
 
 TABLES = {
+    "deployed": _deployed_table,
+    "statistics": _statistics_table,
+    "files": _files_table,
+    "agreement": _agreement_table,
     "speed": _speed_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
