@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_noisekd.calibration.matching import match_statistics
+from hf_noisekd.calibration.matching import LEARNING_RATE, match_statistics
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import check_finite, compute_logits, device_of
@@ -149,20 +149,31 @@ def calibration_images(
     if not stored_statistics(teacher):
         logger.warning("%s stores no BatchNorm statistics: its calibration images are noise.", type(teacher).__name__)
         return _as_made(start, num_images, seed)
-    frozen = _frozen_copy(teacher)
-    rounds = _rounds(steps, max_steps)
-    with tqdm(total=rounds[0] * len(start), disable=not show_progress, desc="Matching images") as bar:
-        batches, total = start, 0
-        for count in rounds:
-            bar.total = (total + count) * len(start)
-            matched = [match_statistics(frozen, batch, count, on_step=bar.update) for batch in batches]
-            batches, total = [images for images, _ in matched], total + count
-            made = replace(
-                _as_made(batches, num_images, seed),
-                steps=total,
-                distance=sum(len(images) * distance for images, distance in matched) / (num_images + num_held_out),
-            )
-            made = replace(made, self_agreement=_self_agreement(frozen, made))
+    return _matched(_frozen_copy(teacher), start, num_images, seed, _rounds(steps, max_steps), show_progress)
+
+
+def _matched(
+    teacher: nn.Module,
+    start: Sequence[torch.Tensor],
+    num_images: int,
+    seed: int,
+    rounds: Sequence[int],
+    show_progress: bool,
+) -> CalibrationImages:
+    """Match batches, of which the first have `num_images` images, until they are good enough or all rounds are over."""
+    batches, steps = list(start), 0
+    with tqdm(disable=not show_progress, desc="Matching images") as bar:
+        for index, count in enumerate(rounds):
+            bar.total = (steps + count) * len(start)
+            # What is found is refined: a rate as high as the first would begin by losing it.
+            rate = LEARNING_RATE / 2**index
+            matched = [
+                match_statistics(teacher, batch, count, learning_rate=rate, on_step=bar.update) for batch in batches
+            ]
+            batches, steps = [images for images, _ in matched], steps + count
+            distance = sum(len(images) * distance for images, distance in matched) / sum(map(len, batches))
+            made = replace(_as_made(batches, num_images, seed), steps=steps, distance=distance)
+            made = replace(made, self_agreement=_self_agreement(teacher, made))
             if made.problem is None:
                 break
     return made

@@ -22,21 +22,27 @@ MIN_SIDE = 2
 
 
 def match_statistics(
-    model: nn.Module, images: torch.Tensor, steps: int, *, on_step: Callable[[], object] = lambda: None
+    model: nn.Module,
+    images: torch.Tensor,
+    steps: int,
+    *,
+    learning_rate: float = LEARNING_RATE,
+    on_step: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, float]:
     """Return images `[B, C, H, W]` moved so that `model` sees its stored statistics, and their distance before the end.
 
     Args:
         model: A classifier in evaluation mode whose parameters need no gradient.
-        images: Where to begin. Their standard deviation is the unit of the learning rate.
+        images: Where to begin.
         steps: Steps of Adam, whose rate falls to zero along a cosine.
+        learning_rate: Where it begins, in standard deviations of the images.
         on_step: Called after each step.
     """
     levels = [images.detach().clone().requires_grad_()]
     while min(images.shape[2:]) >> len(levels) >= MIN_SIDE:
         size = [side >> len(levels) for side in images.shape[2:]]
         levels.append(images.new_zeros(*images.shape[:2], *size).requires_grad_())
-    optimizer = torch.optim.Adam(levels, lr=LEARNING_RATE * images.std().item(), betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(levels, lr=learning_rate * images.std().item(), betas=(0.5, 0.9))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     with torch.enable_grad(), _divergence(model) as layers:
         for _ in range(steps):

@@ -3,7 +3,6 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `make tables` writes it anew.
 """
 
-import math
 import re
 import statistics
 from collections.abc import Mapping
@@ -71,20 +70,6 @@ def draw_speed(results: Path, path: Path) -> None:
     lines["the teacher"] = [(min(ends), accuracy), (max(ends), accuracy)]
     panel = Panel(lines, xlabel="minutes of one core", ylabel=ACCURACY_LABEL)
     plot_panels([panel], path)
-
-
-def _speed_table(results: Path) -> str:
-    """The default against white noise, and against the teacher."""
-    rows = []
-    times = _speed(results, ("cpu", "cpu-long"))
-    for white_steps in (500, 1800, 5400):
-        runs = times[white_steps]
-        minutes = math.ceil(statistics.mean(seconds for _, seconds in runs[DEFAULT]) / 60)
-        accuracies = [mean_and_spread([accuracy for accuracy, _ in runs[noise]]) for noise in (WHITE, DEFAULT)]
-        rows.append([f"student, after {minutes} minutes of one core", *accuracies])
-    teacher = f"{_teacher_accuracy(results):.2f}"
-    rows.append(["teacher, which was trained on 50,000 images", teacher, teacher])
-    return _markdown(["test accuracy (%)", "white noise", "structured noise"], rows)
 
 
 def _all_speeds_table(results: Path) -> str:
@@ -204,7 +189,6 @@ TABLES = {
     "statistics": _statistics_table,
     "files": _files_table,
     "agreement": _agreement_table,
-    "speed": _speed_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
     "step-costs": _step_costs_table,
