@@ -12,6 +12,8 @@ from conftest import TinyCNN, digest
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, evaluate
+from hf_noisekd.calibration import images as calibration
+from hf_noisekd.training import calibrating
 
 STEPS = 5
 
@@ -63,7 +65,7 @@ def run(folder: Path) -> None:
     rank = trainer.args.process_index
     report = {
         "world_size": trainer.args.world_size,
-        "drawn": drawn,
+        "drawn": [*drawn],
         "parameters": [parameter.double().sum().item() for parameter in student.parameters()],
         "digest": digest(student),
         "teacher_unchanged": digest(teacher) == before,
@@ -72,8 +74,24 @@ def run(folder: Path) -> None:
         "metrics": metrics,
         "samples": round(metrics["eval_samples_per_second"] * metrics["eval_runtime"]),
         "log": trainer.state.log_history,
+        "recalibrated": recalibrated(trainer),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+def recalibrated(trainer) -> list[str]:
+    """Return the student's digests after a recalibration, and after one that fails on the second rank."""
+    digests = []
+    calibration.MIN_SELF_AGREEMENT = 0  # the teacher has random weights
+    trainer.args.num_calibration_images = 16
+    trainer._recalibrate()
+    digests.append(digest(trainer.model))
+    if trainer.args.process_index == 1:
+        calibrating.calibration_images = None
+    trainer.args.seed += 1
+    trainer._recalibrate()
+    digests.append(digest(trainer.model))
+    return digests
 
 
 @pytest.fixture(scope="module", params=["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
@@ -111,6 +129,13 @@ def test_both_ranks_hold_the_same_student_and_an_untouched_teacher(reports):
     for report in (first, second):
         assert report["teacher_unchanged"]
         assert not report["teacher_wrapped"]
+
+
+def test_ranks_recalibrate_alike_or_not_at_all(reports):
+    _, (first, second) = reports
+    assert first["recalibrated"] == second["recalibrated"]
+    assert first["digest"] not in first["recalibrated"]
+    assert first["recalibrated"][0] == first["recalibrated"][1]
 
 
 def test_gradients_are_means_over_both_ranks(reports):
