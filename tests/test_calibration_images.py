@@ -1,5 +1,6 @@
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from hf_noisekd import calibration_images, recalibrate_batch_norm
 from hf_noisekd.calibration.images import _rounds
 from hf_noisekd.calibration.matching import _ChannelMoments
 from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.noise.distributions import low_resolution
 from hf_noisekd.release.record import CalibrationFacts, Provenance
 
 SIZE = (1, 8, 8)
+LITE0 = Path(__file__).parents[2] / "shared" / "models" / "tf_efficientnet_lite0"
 
 
 class NoBatchNorm(nn.Module):
@@ -159,3 +162,18 @@ def test_a_damaged_teacher(tiny_cnn):
         tiny_cnn.conv1.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"teacher's 'conv1.weight' holds a NaN"):
         made(tiny_cnn)
+
+
+@pytest.mark.slow
+def test_an_imagenet_teacher_refuses_images_that_have_had_too_few_steps():
+    """The statistics of a student would be ruined by them, as its own are."""
+    if not LITE0.is_dir():
+        pytest.skip(f"the teacher is not there: {LITE0}")
+    teacher = load_teacher(str(LITE0)).eval()
+    images = calibration_images(teacher, 32, input_size=(3, 128, 128), steps=10, max_steps=10, show_progress=False)
+    assert images.self_agreement < 50
+    student = copy.deepcopy(teacher)
+    before = digest(student)
+    with pytest.raises(ValueError, match="do not resemble the teacher's data well enough"):
+        recalibrate_batch_norm(student, images)
+    assert digest(student) == before

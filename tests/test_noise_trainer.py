@@ -792,15 +792,17 @@ def test_a_student_of_noise_ends_with_statistics_that_its_teacher_vouches_for(di
     assert Provenance.of(load_teacher(changed.args.output_dir)).calibration == facts
 
 
-def test_a_student_keeps_its_statistics_where_none_can_be_vouched_for(tiny_cnn, tmp_path, caplog, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("no memory left")
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory left"), KeyboardInterrupt()])
+def test_a_student_is_not_lost_to_what_comes_after(error, tiny_cnn, tmp_path, caplog, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
 
-    monkeypatch.setattr("hf_noisekd.training.calibrating.calibration_images", out_of_memory)
+    monkeypatch.setattr("hf_noisekd.training.calibrating.calibration_images", fail)
     with caplog.at_level(logging.WARNING):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
         trainer.train()
-    assert "keeps the running statistics of its training noise. no memory left" in caplog.text
+    reason = str(error) or "KeyboardInterrupt"
+    assert f"keeps the running statistics of its training noise. {reason}" in caplog.text
     assert trainer.record().noisekd.batch_norm == "batch"
 
 

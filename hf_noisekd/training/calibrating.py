@@ -18,16 +18,17 @@ def recalibrate_without_data(
 ) -> CalibrationImages | None:
     """Re-estimate a student's running statistics on [`calibration_images`] of its teacher, and return those.
 
-    If they are not good enough, or anything fails, there is a warning, nothing changes, and the result is None: a
-    trained student must not be lost to what comes after.
+    If they are not good enough, or anything fails or is interrupted, there is a warning, nothing changes, and the
+    result is None: a trained student must not be lost to what comes after.
     """
     try:
         images = calibration_images(
             teacher.model, num_images, input_size=teacher.input_size, seed=seed, show_progress=show_progress
         )
         recalibrate_batch_norm(student, images)
-    except Exception as error:  # of too little memory, too
-        logger.warning("The student keeps the running statistics of its training noise. %s", error)
+    except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
+        why = str(error) or type(error).__name__
+        logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
     return images
 
