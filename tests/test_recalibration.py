@@ -40,6 +40,24 @@ def test_recalibration_does_not_depend_on_the_batches(tiny_cnn, sizes):
         torch.testing.assert_close(tiny_cnn.state_dict()[name], expected, atol=1e-6, rtol=1e-6)
 
 
+def test_many_images_go_in_chunks_and_few_passes(tiny_cnn, monkeypatch):
+    images = 0.5 + torch.randn(1300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    images[:600] *= 3  # the chunks differ
+    whole, parts, sizes = copy.deepcopy(tiny_cnn), copy.deepcopy(tiny_cnn), []
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_noisekd.calibration.moments.CHUNK_SIZE", 1300)
+        recalibrate_batch_norm(whole, [images])
+    for model, cut in ((tiny_cnn, images.split(100)), (parts, images.split(7))):
+        model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        recalibrate_batch_norm(model, cut)
+    passes = len(sizes) // 5
+    assert sizes == [256, 256, 256, 256, 276] * passes
+    assert 4 <= passes <= 2 * 4
+    for name, expected in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tiny_cnn.state_dict()[name])
+        torch.testing.assert_close(tiny_cnn.state_dict()[name], expected, atol=0.01, rtol=0.01)
+
+
 def test_recalibration_restores_modes_and_changes_running_statistics_only(tiny_cnn):
     tiny_cnn.train()
     tiny_cnn.bn2.eval()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ Batches = Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
 
 # Images that go through the model at a time, and whose own statistics stand for those of all in the first pass.
 CHUNK_SIZE = 256
+# In nats, of the mean KL divergence of a layer's old statistics from its new ones, below which no further pass is made.
+MAX_CHANGE = 1e-4
 
 
 @torch.no_grad()
@@ -22,14 +25,20 @@ def store_statistics(model: nn.Module, batches: Batches) -> int:
     See [`recalibrate_batch_norm`], which also sees to what the model says of its making.
     """
     with evaluation_mode(model):
-        num_images, num_chunks = _store_moments(model, batches, batch_statistics(model))
-        if num_chunks > 1:
-            _store_moments(model, batches, nullcontext())
+        num_images, num_chunks, change = _store_moments(model, batches, batch_statistics(model))
+        for _ in stored_statistics(model):  # with each pass at least one more layer is exact
+            if num_chunks == 1 or change < MAX_CHANGE:
+                break
+            *_, change = _store_moments(model, batches, nullcontext())
     return num_images
 
 
-def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractContextManager) -> tuple[int, int]:
-    """Store the moments of all layers in a pass of all images; return the numbers of images and of chunks."""
+def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractContextManager) -> tuple[int, int, float]:
+    """Store the moments of all layers in a pass of all images.
+
+    Returns:
+        The numbers of images and of chunks, and the largest change of a layer.
+    """
     moments = {name: _Moments(name) for name in stored_statistics(model)}
     num_images = num_chunks = 0
     with ExitStack() as stack:
@@ -41,12 +50,11 @@ def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractConte
             num_images, num_chunks = num_images + len(chunk), num_chunks + 1
     if not num_chunks:
         raise ValueError("Recalibration got no batch: pass at least one batch of 2 or more images.")
+    change = 0.0
     for name, layer in stored_statistics(model).items():
         if moments[name].count:
-            stored = layer.state_dict()
-            stored["running_mean"].copy_(moments[name].mean)
-            stored["running_var"].copy_(moments[name].squares / (moments[name].count - 1))
-    return num_images, num_chunks
+            change = max(change, moments[name].store(layer))
+    return num_images, num_chunks, change
 
 
 class _Moments:
@@ -68,6 +76,16 @@ class _Moments:
         self.mean = self.mean + delta * (count / (self.count + count))
         self.squares = self.squares + variance * count + delta**2 * (self.count * count / (self.count + count))
         self.count += count
+
+    def store(self, layer: Any) -> float:
+        """Store them in a layer, and return the KL divergence of what it had before, a mean over its channels."""
+        mean, variance = self.mean.float(), (self.squares / (self.count - 1)).float()
+        old_mean, old_variance = layer.running_mean.float().cpu(), layer.running_var.float().cpu()
+        ratio = (old_variance + layer.eps) / (variance + layer.eps)
+        change = (ratio + (old_mean - mean).square() / (variance + layer.eps) - 1 - ratio.log()).mean() / 2
+        layer.running_mean.copy_(mean)
+        layer.running_var.copy_(variance)
+        return change.item()
 
 
 def _chunks(batches: Batches) -> Iterator[torch.Tensor]:

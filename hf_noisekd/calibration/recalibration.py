@@ -23,9 +23,9 @@ def recalibrate_batch_norm(
     no data, or of a few real images ("adjusting" in Raikwar & Mishra 2022) it can answer single images; and its
     [`Provenance`] says so. Each layer that the forward pass reaches gets the mean and the unbiased variance of its
     input over all images and positions, while the layers before it normalise by the new statistics too. Up to 511
-    images do that in one forward pass, under batch statistics. More go in chunks of 256, however they come, and in two
-    passes: one in which each chunk normalises by its own statistics, and one by those of all. No
-    `num_batches_tracked` changes.
+    images do that in one forward pass, under batch statistics. More go in chunks of 256, however they come: in a first
+    pass each chunk normalises by its own statistics, and in further ones by those of all, until these hardly change.
+    No `num_batches_tracked` changes.
 
     Args:
         model: The model. It comes back in the modes it had.

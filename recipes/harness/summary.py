@@ -15,14 +15,19 @@ from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 Table = list[list[str]]
 
 WHITE, DEFAULT = "white", "structured, the default"
-# Of `deploy.py`.
+# Of `deploy.py`: the students by preset, and what the README shows of them.
 STATISTICS_TABLE, FILES_TABLE = "running statistics", "onnxruntime"
-STUDENTS = {"resnet10_cifar": "ResNet-10", "mobilenetv2_cifar": "MobileNetV2"}
 DEPLOYED = {
+    "cpu": "ResNet-10 of ResNet-18",
+    "cpu-wrn": "ResNet-10 of WRN-16-2",
+    "cpu-mobilenetv2": "MobileNetV2 of ResNet-18",
+    "cpu-wrn-mobilenetv2": "MobileNetV2 of WRN-16-2",
+}
+SHOWN = {
     "the training noise, as trained": "a student, with the statistics of its noise",
-    "calibration images, 256": "**the same, as `distill` leaves it: without data**",
-    "real images, 2,560": "the same, with statistics of 2,560 real images",
+    "calibration images, 256": "**the same without data, as `distill` leaves it**",
     "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
+    "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
@@ -112,43 +117,35 @@ def _step_costs_table(results: Path) -> str:
 
 
 def _deployed_table(results: Path) -> str:
-    """Students of the ResNet-18 in evaluation mode, as they are deployed."""
-    accuracies = {row: _deployed(results, "cpu", row) for row in DEPLOYED}
-    teacher = f"{_deploy_records(results, 'cpu')[0]['runs'][0]['evaluations'][0]['running']['accuracy']:.2f}"
-    rows = [["the teacher, which was trained on 50,000 images", *[teacher] * len(STUDENTS)]]
-    rows += [[DEPLOYED[row], *(mean_and_spread(of[name]) for name in STUDENTS)] for row, of in accuracies.items()]
-    return _markdown(["test accuracy (%), single images", *STUDENTS.values()], rows)
+    """ResNet-10s in evaluation mode, as they are deployed."""
+    shown = ("cpu", "cpu-wrn")
+    teachers = [_deploy_records(results, preset)[0]["runs"][0]["evaluations"][0]["running"] for preset in shown]
+    accuracies = [
+        _column(results, preset, STATISTICS_TABLE, "statistics of") | _column(results, preset, FILES_TABLE, "read by")
+        for preset in shown
+    ]
+    rows = [["the teacher, which was trained on 50,000 images", *(f"{of['accuracy']:.2f}" for of in teachers)]]
+    rows += [[name, *(mean_and_spread(of[row]) for of in accuracies)] for row, name in SHOWN.items()]
+    return _markdown(["test accuracy (%), single images", *(DEPLOYED[preset] for preset in shown)], rows)
 
 
 def _statistics_table(results: Path) -> str:
-    """Students of both teachers by what their running statistics are of."""
-    columns, header = [], ["running statistics of"]
-    for preset, teacher in (("cpu", "ResNet-18"), ("cpu-wrn", "WRN-16-2")):
-        rows = [row for record in _deploy_records(results, preset) for row in record["measurements"][STATISTICS_TABLE]]
-        for student, name in STUDENTS.items():
-            found: dict[str, list[float]] = {}
-            for row in rows:
-                if row["student"] == student:
-                    found.setdefault(row["statistics of"], []).append(row["accuracy"])
-            columns.append(found)
-            header.append(f"{name} of {teacher}")
+    """Students by what their running statistics are of."""
+    columns = [_column(results, preset, STATISTICS_TABLE, "statistics of") for preset in DEPLOYED]
     rows = [[kind, *(mean_and_spread(column[kind]) for column in columns)] for kind in columns[0]]
-    return _markdown(header, rows)
+    return _markdown(["running statistics of", *DEPLOYED.values()], rows)
 
 
 def _files_table(results: Path) -> str:
     """ONNX files of the students of the ResNet-18."""
-    found: dict[tuple[str, str], list[Mapping]] = {}
-    for record in _deploy_records(results, "cpu"):
-        for row in record["measurements"][FILES_TABLE]:
-            found.setdefault((row["student"], row["read by"]), []).append(row)
     rows = []
-    for (student, reader), seeds in found.items():
-        cells = [STUDENTS[student], reader, mean_and_spread([row["accuracy"] for row in seeds])]
-        for key in ("MB", "ms an image"):
-            values = [row[key] for row in seeds if key in row]
-            cells.append(f"{statistics.median(values):.2f}" if values else "")
-        rows.append(cells)
+    for preset in ("cpu", "cpu-mobilenetv2"):
+        accuracies, sizes, times = (
+            _column(results, preset, FILES_TABLE, "read by", value) for value in ("accuracy", "MB", "ms an image")
+        )
+        for reader, values in accuracies.items():
+            cells = [f"{statistics.median(of[reader]):.2f}" if of[reader] else "" for of in (sizes, times)]
+            rows.append([DEPLOYED[preset].split()[0], reader, mean_and_spread(values), *cells])
     return _markdown(["student", "read by", "accuracy (%)", "MB", "ms an image"], rows)
 
 
@@ -169,14 +166,12 @@ def _deploy_records(results: Path, preset: str) -> list[Mapping]:
     return [record for record in map(read_json, sorted(results.glob("deploy_*.json"))) if record["preset"] == preset]
 
 
-def _deployed(results: Path, preset: str, row: str) -> dict[str, list[float]]:
-    """Return the accuracies of a row of the recipe's tables, of all seeds, by student."""
+def _column(results: Path, preset: str, table: str, key: str, value: str = "accuracy") -> dict[str, list[float]]:
+    """Return the values in a table of `deploy.py`, of all seeds, by the text of their row."""
     found: dict[str, list[float]] = {}
     for record in _deploy_records(results, preset):
-        for table, key in ((STATISTICS_TABLE, "statistics of"), (FILES_TABLE, "read by")):
-            for measured in record["measurements"][table]:
-                if measured[key] == row:
-                    found.setdefault(measured["student"], []).append(measured["accuracy"])
+        for row in record["measurements"][table]:
+            found.setdefault(row[key], []).extend([row[value]] if value in row else [])
     return found
 
 
