@@ -54,6 +54,10 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0
     only one, and nothing will be learnt.
 
+    A training on noise alone ends with running statistics that are re-estimated on images made without data, the
+    attribute `calibration_images`, so that the student answers single images in evaluation mode. Where such images are
+    not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None.
+
     Args:
         model: The student: a module from pixels to logits, a transformers image classifier, a timm name, which is
             built with the teacher's classes and input size, or a Hub id or folder to train further.
@@ -121,11 +125,11 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
         self.calibration_images: CalibrationImages | None = None  # those that the student's statistics are of
-        self.train_dataset = self._on_this_device(self.train_dataset, self.args.process_index)
+        self.train_dataset = _on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
         if self._fills_total_steps:
             _, self.train_dataset.total_steps = self._training_length()
-        self.eval_dataset = self._on_this_device(self.eval_dataset, rank=0)
+        self.eval_dataset = _on_device(self.eval_dataset, self.args, self.memory_format, rank=0)
 
     @property
     def teacher_model(self) -> nn.Module:
@@ -287,17 +291,18 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         # The last update of an epoch may have fewer batches than the others.
         return updates, epochs * batches + min(rest * accumulation, batches)
 
-    def _on_this_device(self, dataset: Any, rank: int) -> Any:
-        """Return noise that is drawn for this process in the form its steps want; other data sets as they are."""
-        if isinstance(dataset, dict):
-            return {name: self._on_this_device(value, rank) for name, value in dataset.items()}
-        if not isinstance(dataset, NoiseDataset):
-            return dataset
-        dataset = copy.copy(dataset)
-        dataset.device, dataset.rank = self.args.device, rank
-        dataset.dtype = torch.bfloat16 if self.args.bf16 else torch.float32
-        dataset.memory_format = self.memory_format
+
+def _on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
+    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
+    if isinstance(dataset, dict):
+        return {name: _on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
+    if not isinstance(dataset, NoiseDataset):
         return dataset
+    dataset = copy.copy(dataset)
+    dataset.device, dataset.rank = args.device, rank
+    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dataset.memory_format = memory_format
+    return dataset
 
 
 def _with_noise(args: NoiseKDConfig, teacher: Teacher, train_dataset, eval_dataset) -> tuple:
