@@ -86,6 +86,7 @@ def test_a_batch_bounds_the_memory(tiny_cnn, monkeypatch):
     images = made(tiny_cnn, num_images=21, num_held_out=5, batch_size=8, steps=2, max_steps=2)
     assert max(size for size, with_gradient in sizes if with_gradient) == 7
     assert [len(batch) for batch in images] == [7, 7, 7]
+    assert sorted({size for size, _ in sizes}) == [5, 7, 21]
     assert len(images) == 21
     assert len(images.held_out) == 5
 
@@ -117,7 +118,7 @@ def test_a_teacher_that_stores_nothing_gets_noise_and_a_word(caplog, tiny_cnn):
         images = made(NoBatchNorm())
     assert "NoBatchNorm stores no BatchNorm statistics: its calibration images are noise" in caplog.text
     assert (images.steps, images.self_agreement) == (0, None)
-    with pytest.raises(ValueError, match="stores no BatchNorm statistics"):
+    with pytest.raises(ValueError, match="no stored BatchNorm statistics"):
         recalibrate_batch_norm(tiny_cnn, images)
 
 
@@ -139,6 +140,43 @@ def test_a_teacher_of_raw_pixels_in_half_precision(tiny_cnn):
     assert images.pixel_values.dtype == torch.float32
     assert images.pixel_values.mean() == pytest.approx(0.5, abs=0.1)
     assert images.pixel_values.std() < 0.4
+
+
+class InPlace(TinyCNN):
+    def forward(self, x):
+        return super().forward(x.sub_(1).mul_(0.5))
+
+
+def test_a_teacher_that_changes_its_input_in_place(tiny_cnn):
+    teacher = InPlace().eval()
+    teacher.load_state_dict(tiny_cnn.state_dict())
+    for size in (SIZE, (1, 3, 3)):
+        first = made(teacher, steps=3, max_steps=3, input_size=size)
+        held_out = first.held_out.clone()
+        assert torch.equal(made(teacher, steps=3, max_steps=3, input_size=size).held_out, held_out)
+    within = made(teacher)
+    outside = made(tiny_cnn)
+    assert within.self_agreement == pytest.approx(outside.self_agreement, abs=15)
+
+
+@pytest.mark.parametrize("damage", ["negative variance", "one answer"])
+def test_nothing_vouches_for_the_images_of_such_a_teacher(tiny_cnn, damage):
+    with torch.no_grad():
+        if damage == "negative variance":
+            tiny_cnn.bn1.running_var[0] = -1.0
+        else:
+            tiny_cnn.fc.bias[0] = 1e3
+    images = made(tiny_cnn, steps=2, max_steps=2)
+    assert "Nothing vouches for the calibration images" in images.problem
+    with pytest.raises(ValueError, match="Nothing vouches"):
+        recalibrate_batch_norm(copy.deepcopy(tiny_cnn), images)
+
+
+def test_it_works_within_inference_mode_and_autocast(tiny_cnn):
+    expected = made(tiny_cnn, steps=2, max_steps=2)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        found = made(tiny_cnn, steps=2, max_steps=2)
+    torch.testing.assert_close(found.pixel_values, expected.pixel_values)
 
 
 @pytest.mark.parametrize(

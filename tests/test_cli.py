@@ -404,6 +404,9 @@ def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
     message = run_error(capsys, *command, "--output-dir", tmp_path / "poor", "--calibration-steps", "1")
     assert "do not resemble the teacher's data well enough" in message
     assert not (tmp_path / "poor").exists()
+    save_model(timm.create_model("resnet10_cifar", width=8), tmp_path / "rgb")
+    other = ["recalibrate", "--model", student[0], "--teacher", tmp_path / "rgb", "--output-dir", tmp_path / "other"]
+    assert "has images of 1x32x32 and the teacher images of 3x32x32" in run_error(capsys, *other)
     wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
     for options in ([], ["--teacher", "t", "--dataset", "d"]):
         assert "give either --teacher" in usage_error(capsys, *wrong, *options)

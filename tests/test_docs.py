@@ -26,7 +26,8 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
     """From the first to the last of a page, where `make demo` has left a teacher; in fewer steps."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 0)  # of a teacher with random weights
+    # A teacher with random weights vouches for nothing.
+    monkeypatch.setattr("hf_noisekd.calibration.images._self_agreement", lambda *_: 100.0)
     cfg = {"input_size": (1, 8, 8)}
     teacher = timm.create_model("resnet10_cifar", width=16, in_chans=1, pretrained_cfg_overlay=cfg)
     save_model(teacher, "runs/digits/teacher")

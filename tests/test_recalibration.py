@@ -3,7 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import made_by_noise, modes, snapshot
+from conftest import TinyCNN, made_by_noise, modes, snapshot
+from torch.utils.data import DataLoader, TensorDataset
 
 from hf_noisekd import batch_statistics, recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import find_batch_norm
@@ -76,6 +77,64 @@ def test_recalibration_brings_running_to_batch_accuracy_on_whole_images(tiny_cnn
             expected = tiny_cnn(images)
         recalibrate_batch_norm(tiny_cnn, [images])
         torch.testing.assert_close(tiny_cnn(images), expected, atol=2e-2, rtol=2e-2)
+
+
+class Twice(TinyCNN):
+    """One that calls a layer twice."""
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn1(self.conv2(x) * 3 + 1).relu()
+        return self.fc(self.bn3(x.mean((2, 3))))
+
+
+def test_statistics_are_those_that_evaluation_sees_where_a_layer_is_called_twice():
+    torch.manual_seed(0)
+    model, images, seen = Twice().eval(), torch.randn(200, 1, 8, 8), []
+    recalibrate_batch_norm(model, images)
+    model.bn3.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        model(images)
+    torch.testing.assert_close(model.bn3.running_mean, seen[0].mean(0), atol=0.01, rtol=0.01)
+    torch.testing.assert_close(model.bn3.running_var, seen[0].var(0), atol=0.01, rtol=0.01)
+
+
+def test_batches_come_in_several_forms(tiny_cnn):
+    images = torch.randn(40, 1, 8, 8)
+    others = []
+    for batches in ([images], images, DataLoader(TensorDataset(images, torch.zeros(40)), batch_size=8)):
+        others.append(copy.deepcopy(tiny_cnn))
+        recalibrate_batch_norm(others[-1], batches)
+    for other in others[1:]:
+        torch.testing.assert_close(other.state_dict(), others[0].state_dict())
+    recalibrate_batch_norm(tiny_cnn, [images, torch.randn(8, 1, 12, 12)])  # of several sizes
+
+
+class Failing:
+    """Batches that can be read once."""
+
+    def __iter__(self):
+        yield torch.randn(600, 1, 8, 8)
+        if hasattr(self, "read"):
+            raise OSError("gone")
+        self.read = True
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [([torch.full((8, 1, 8, 8), torch.nan)], "'bn1' saw a NaN or an infinity"), (Failing(), "gone")],
+)
+def test_whatever_fails_changes_nothing(tiny_cnn, batches, error):
+    before = snapshot(tiny_cnn)
+    with pytest.raises((ValueError, OSError), match=error):
+        recalibrate_batch_norm(tiny_cnn, batches)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_cnn.state_dict().items())
+
+
+def test_a_model_that_stores_no_statistics_is_refused():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(1, track_running_stats=False))
+    with pytest.raises(ValueError, match="store no running statistics"):
+        recalibrate_batch_norm(model, [torch.randn(8, 1, 8, 8)])
 
 
 def test_recalibration_refuses_too_few_images(tiny_cnn):

@@ -34,7 +34,7 @@ START = "dead_leaves|cutmix:0.5"
 MIN_SELF_AGREEMENT = 90.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CalibrationImages:
     """Images matched to a teacher, and how well they are; made by [`calibration_images`].
 
@@ -47,7 +47,7 @@ class CalibrationImages:
     seed: int
     steps: int = 0  # of optimisation; none if the teacher stores no statistics, and these are noise
     distance: float | None = None  # mean KL divergence from the stored statistics, in nats; None for noise
-    self_agreement: float | None = None  # in percent; see `calibration_images`; None for noise
+    self_agreement: float | None = None  # in percent; NaN if it tells nothing; None for noise
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.pixel_values.split(self.batch_size))
@@ -72,15 +72,21 @@ class CalibrationImages:
         """Why no statistics should be re-estimated on them, as a sentence, or None if they are good enough."""
         if self.self_agreement is None:
             return (
-                "The teacher stores no BatchNorm statistics that images could be matched to, so the calibration images "
-                "are noise, whose statistics are no better than those that the student has."
+                "There are no stored BatchNorm statistics that images could be matched to, so the calibration images "
+                "are noise, from which nothing is to be learnt about images. Use some real ones."
             )
-        if not self.self_agreement >= MIN_SELF_AGREEMENT:  # NaN is a problem too
+        after = f"after {self.steps:,} steps (distance {self.distance:.2g})"
+        if math.isnan(self.self_agreement):
             return (
-                f"The calibration images do not resemble the teacher's data well enough: after {self.steps:,} steps "
-                f"(distance {self.distance:.2g}) the teacher itself, with its statistics re-estimated on them, gives "
-                f"its own answer to {self.self_agreement:.0f} % of others like them, and {MIN_SELF_AGREEMENT:.0f} % "
-                "are needed. Use more steps or more images, or some real ones."
+                f"Nothing vouches for the calibration images: {after} the teacher gives all of them the same answer, "
+                "or none. Use more images, or some real ones."
+            )
+        if self.self_agreement < MIN_SELF_AGREEMENT:
+            return (
+                f"The calibration images do not resemble the teacher's data well enough: {after} the teacher itself, "
+                f"with its statistics re-estimated on them, gives its own answer to {self.self_agreement:.0f} % of "
+                f"others like them, and {MIN_SELF_AGREEMENT:.0f} % are needed. Use more steps or more images, or some "
+                "real ones."
             )
         return None
 
@@ -91,6 +97,7 @@ class CalibrationImages:
         return self
 
 
+@torch.inference_mode(False)
 def calibration_images(
     teacher: nn.Module,
     num_images: int = 256,
@@ -110,7 +117,7 @@ def calibration_images(
     variance of the batch, `M` and `V` the stored ones. After `steps` steps the images are tried out on the teacher
     itself: with its statistics re-estimated on them, how often does it give its own first answer to other images like
     them? Below 90 % the search goes on, each time for twice as many steps, up to `max_steps` in all. The last figure is
-    `self_agreement`; [`CalibrationImages.check`] refuses images that stay below.
+    `self_agreement`; [`CalibrationImages.check`] refuses images that stay below, and such as get one answer all.
 
     A teacher without stored statistics has nothing to match. Then they are the noise they would begin as, and a warning
     says so.
@@ -124,7 +131,7 @@ def calibration_images(
         max_steps: Steps at most. Less than `steps` means that number.
         batch_size: Images that are matched at a time, which bounds the memory. Each batch has the statistics by itself,
             so small ones give less varied images. Default: as many as have a million pixels, in [32, 256].
-        seed: Seed of the noise. The same seed gives the same images on the same device.
+        seed: Seed of the noise. The same seed gives the same images on the same device, on a GPU up to rounding.
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -194,7 +201,8 @@ def _noise(teacher: nn.Module, number: int, batch_size: int | None, **kwargs) ->
     )
     if batch_size is None:
         batch_size = min(256, max(32, 2**20 // math.prod(noise.input_size[1:])))
-    sizes = [len(part) for part in torch.arange(number).chunk(math.ceil(number / batch_size))]
+    parts = math.ceil(number / batch_size)
+    sizes = [number // parts + (part < number % parts) for part in range(parts)]
     batches = []
     for step, noise.batch_size in enumerate(sizes):
         batches.append(noise.draw(step))
@@ -213,9 +221,20 @@ def _frozen_copy(teacher: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _self_agreement(teacher: nn.Module, images: CalibrationImages) -> float:
-    """Return for how many of the held-out images, in percent, new statistics leave the teacher's first answer."""
+    """Return for how many of the held-out images, in percent, new statistics leave the teacher's first answer.
+
+    NaN if the teacher gives one answer to all, with which anything agrees, or if anything is not finite.
+    """
+    if not all(batch.isfinite().all() for batch in (images.pixel_values, images.held_out)):
+        return math.nan
     changed = copy.deepcopy(teacher)
     store_statistics(changed, images)
-    batches = images.held_out.split(images.batch_size)
-    same = [compute_logits(teacher, batch).argmax(-1) == compute_logits(changed, batch).argmax(-1) for batch in batches]
-    return 100 * torch.cat(same).float().mean().item()
+    # Copies, as some models change their input in place.
+    before, after = (
+        torch.cat([compute_logits(model, batch.clone()) for batch in images.held_out.split(images.batch_size)])
+        for model in (teacher, changed)
+    )
+    answers = before.argmax(-1)
+    if not (before.isfinite().all() and after.isfinite().all()) or (answers == answers[0]).all():
+        return math.nan
+    return 100 * (answers == after.argmax(-1)).float().mean().item()

@@ -44,10 +44,13 @@ def match_statistics(
         levels.append(images.new_zeros(*images.shape[:2], *size).requires_grad_())
     optimizer = torch.optim.Adam(levels, lr=learning_rate * images.std().item(), betas=(0.5, 0.9))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    with torch.enable_grad(), _divergence(model) as layers:
+    # Not by the caller's autocast, which would round the statistics.
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), _divergence(model) as layers:
         for _ in range(steps):
             layers.clear()
             compute_logits(model, _sum_of_levels(levels))
+            if not layers:
+                raise ValueError(f"No BatchNorm layer of {type(model).__name__} is reached by a forward pass.")
             loss = torch.stack(layers).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -58,7 +61,7 @@ def match_statistics(
 
 
 class _ChannelMoments(torch.autograd.Function):
-    """Mean and variance `[C]` of each channel of `[B, C, ...]`, in two passes over it and back in one.
+    """Mean and variance `[C]` of each channel of `[B, C, ...]`.
 
     Autograd's own take most of a step's time in networks of many small convolutions.
     """
@@ -68,7 +71,7 @@ class _ChannelMoments(torch.autograd.Function):
         others = [0, *range(2, x.ndim)]
         mean = x.mean(others)
         ctx.save_for_backward(x, mean)
-        return mean, (x.square().mean(others) - mean.square()).clamp(min=0)
+        return mean, (x - mean.view(1, -1, *[1] * (x.ndim - 2))).square_().mean(others)
 
     @staticmethod
     def backward(ctx, mean_grad: torch.Tensor, variance_grad: torch.Tensor) -> torch.Tensor:
@@ -98,4 +101,7 @@ def _divergence(model: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 def _sum_of_levels(levels: Sequence[torch.Tensor]) -> torch.Tensor:
     size = levels[0].shape[2:]
-    return sum((F.interpolate(level, size, mode="bilinear") for level in levels[1:]), levels[0])
+    images = levels[0].clone()  # some models change their input in place
+    for level in levels[1:]:
+        images = images + F.interpolate(level, size, mode="bilinear")
+    return images

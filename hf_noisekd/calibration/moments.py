@@ -22,22 +22,32 @@ MAX_CHANGE = 1e-4
 def store_statistics(model: nn.Module, batches: Batches) -> int:
     """Store the statistics of images in the BatchNorm layers of `model`; return the number of images.
 
-    See [`recalibrate_batch_norm`], which also sees to what the model says of its making.
+    See [`recalibrate_batch_norm`], which also sees to what the model says of its making. If anything goes wrong the
+    statistics are as they were.
     """
-    with evaluation_mode(model):
-        num_images, num_chunks, change = _store_moments(model, batches, batch_statistics(model))
-        for _ in stored_statistics(model):  # with each pass at least one more layer is exact
-            if num_chunks == 1 or change < MAX_CHANGE:
-                break
-            *_, change = _store_moments(model, batches, nullcontext())
+    layers: dict[str, Any] = dict(stored_statistics(model))
+    before = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
+    try:
+        with evaluation_mode(model):
+            num_images, exact, change = _store_moments(model, batches, batch_statistics(model))
+            # With each pass at least one more layer is exact, but for those that are called several times.
+            for _ in range(len(layers) + 10):
+                if exact or change < MAX_CHANGE:
+                    break
+                *_, change = _store_moments(model, batches, nullcontext())
+    except BaseException:
+        for name, (mean, variance) in before.items():
+            layers[name].running_mean.copy_(mean)
+            layers[name].running_var.copy_(variance)
+        raise
     return num_images
 
 
-def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractContextManager) -> tuple[int, int, float]:
+def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractContextManager) -> tuple[int, bool, float]:
     """Store the moments of all layers in a pass of all images.
 
     Returns:
-        The numbers of images and of chunks, and the largest change of a layer.
+        The number of images, whether each layer saw them all at once, and the largest change of a layer.
     """
     moments = {name: _Moments(name) for name in stored_statistics(model)}
     num_images = num_chunks = 0
@@ -50,11 +60,15 @@ def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractConte
             num_images, num_chunks = num_images + len(chunk), num_chunks + 1
     if not num_chunks:
         raise ValueError("Recalibration got no batch: pass at least one batch of 2 or more images.")
-    change = 0.0
-    for name, layer in stored_statistics(model).items():
-        if moments[name].count:
-            change = max(change, moments[name].store(layer))
-    return num_images, num_chunks, change
+    seen = {name: of for name, of in moments.items() if of.calls}
+    for name, of in seen.items():
+        if not (of.mean.isfinite().all() and of.squares.isfinite().all()):
+            raise ValueError(
+                f"BatchNorm layer {name!r} saw a NaN or an infinity: there is one in the images, or the model is "
+                "damaged. Nothing was changed."
+            )
+    change = max((of.store(stored_statistics(model)[name]) for name, of in seen.items()), default=0.0)
+    return num_images, all(of.calls == 1 for of in seen.values()), change
 
 
 class _Moments:
@@ -65,7 +79,7 @@ class _Moments:
 
     def __init__(self, name: str):
         self.name = name
-        self.count, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.calls, self.count, self.mean, self.squares = 0, 0, torch.zeros(()), torch.zeros(())
 
     def pool(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         x = inputs[0].float().movedim(1, 0).flatten(1)
@@ -76,6 +90,7 @@ class _Moments:
         self.mean = self.mean + delta * (count / (self.count + count))
         self.squares = self.squares + variance * count + delta**2 * (self.count * count / (self.count + count))
         self.count += count
+        self.calls += 1
 
     def store(self, layer: Any) -> float:
         """Store them in a layer, and return the KL divergence of what it had before, a mean over its channels."""
@@ -88,14 +103,28 @@ class _Moments:
         return change.item()
 
 
+def pixel_values_of(batch: Any) -> torch.Tensor:
+    """Return the images `[B, C, H, W]` of a batch: itself, or its `pixel_values`, or the first of several parts."""
+    if isinstance(batch, Mapping):
+        batch = batch["pixel_values"]
+    return batch[0] if isinstance(batch, tuple | list) else batch
+
+
 def _chunks(batches: Batches) -> Iterator[torch.Tensor]:
-    """Yield the images in chunks of [`CHUNK_SIZE`], of which the last has up to twice as many, less one."""
+    """Yield the images in chunks of [`CHUNK_SIZE`] and a last one of up to twice as many, less one.
+
+    Where the size of the images changes, a chunk ends.
+    """
     waiting: list[torch.Tensor] = []
     for batch in batches:
-        waiting.append(batch["pixel_values"] if isinstance(batch, Mapping) else batch)
-        while sum(map(len, waiting)) >= 2 * CHUNK_SIZE:
-            images = torch.cat(waiting)
-            yield images[:CHUNK_SIZE]
-            waiting = [images[CHUNK_SIZE:]]
+        for images in pixel_values_of(batch).split(CHUNK_SIZE):
+            if waiting and waiting[0].shape[1:] != images.shape[1:]:
+                yield torch.cat(waiting)
+                waiting = []
+            waiting.append(images)
+            if sum(map(len, waiting)) >= 2 * CHUNK_SIZE:
+                whole = torch.cat(waiting)
+                yield whole[:CHUNK_SIZE]
+                waiting = [whole[CHUNK_SIZE:]]
     if waiting:
         yield torch.cat(waiting)

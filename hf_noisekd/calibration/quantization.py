@@ -10,6 +10,7 @@ import torch
 
 from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.moments import Batches, pixel_values_of
 from hf_noisekd.release.onnx import onnx_logits, onnx_session, require_onnx
 
 BATCH_SIZE = 64  # of a pass that looks for the ranges, which keeps all activations of a batch
@@ -17,17 +18,18 @@ BATCH_SIZE = 64  # of a pass that looks for the ranges, which keeps all activati
 MIN_AGREEMENT = 50.0
 
 
-def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImages | Iterable[torch.Tensor]) -> float:
+def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImages | Batches) -> float:
     """Write an int8 version of an ONNX file, and compare its answers with those of the file before it gets its name.
 
     By onnxruntime's static quantisation, with QDQ nodes: weights are int8 with a scale for each output channel,
     activations are uint8 between the least and the greatest value that the images give (Jacob et al., CVPR 2018).
-    Input, output and metadata stay as they are.
+    Input and output stay as they are, and so does what the metadata say of the model.
 
     Args:
         source: A file of [`export_onnx`] in float32.
         path: The file to write; its folder is made if missing, and a file of that name is replaced.
-        images: What the ranges are of: [`calibration_images`], or batches `[B, C, H, W]` of real ones.
+        images: What the ranges are of: [`calibration_images`], or batches of real ones, as [`recalibrate_batch_norm`]
+            takes them.
 
     Returns:
         The share in percent of images to which both files give the same first answer: of those held out of the
@@ -41,17 +43,22 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
     require_onnx()
     if isinstance(images, DrawnDataset):
         raise ValueError("The ranges of int8 are not taken from noise, which has others than images: give images.")
-    if isinstance(images, CalibrationImages):
-        images.check()
-    batches = [part for batch in images for part in batch.float().cpu().contiguous().split(BATCH_SIZE)]
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    if not Path(source).is_file():
+        raise ValueError(f"There is no file {source}: export the model in float32 first.")
+    batches = _on_cpu(pixel_values_of(batch) for batch in images)
     if not batches:
         raise ValueError("There is no image to calibrate with: give some hundred.")
-    path = Path(path)
+    measured = batches
+    if isinstance(images, CalibrationImages):
+        images.check()
+        measured = _on_cpu([images.held_out])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / "int8.onnx"
         _quantize(Path(source), temporary, batches)
-        measured = list(images.held_out.float().cpu().split(BATCH_SIZE)) if hasattr(images, "held_out") else batches
         agreement = _agreement(Path(source), temporary, measured)
         if not agreement >= MIN_AGREEMENT:
             raise RuntimeError(
@@ -60,6 +67,10 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
             )
         os.replace(temporary, path)
     return agreement
+
+
+def _on_cpu(batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [part for batch in batches for part in batch.float().cpu().contiguous().split(BATCH_SIZE)]
 
 
 def _quantize(source: Path, path: Path, batches: Iterable[torch.Tensor]) -> None:

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, store_statistics
-from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
 from hf_noisekd.release.record import ImagesFacts, Provenance
 
 
@@ -29,18 +30,24 @@ def recalibrate_batch_norm(
 
     Args:
         model: The model. It comes back in the modes it had.
-        batches: Images of shape `[B, C, H, W]`, preprocessed as for the model, or mappings with `pixel_values`. Must
-            give the same images each time it is iterated over; a one-shot iterator is read into memory first.
+        batches: [`calibration_images`], or batches of shape `[B, C, H, W]`, preprocessed as for the model, or mappings
+            with `pixel_values`. Must give the same images each time it is iterated over; a one-shot iterator is read
+            into memory first.
         dataset: Name of the data set that the images are of, for the provenance.
         split: Its split, likewise.
 
     Raises:
-        ValueError: The model has no BatchNorm layer, or there is no image, or a layer sees only one value a channel, or
-            the calibration images are not good enough. Nothing is changed then.
+        ValueError: The model has no BatchNorm layer that stores statistics, or there is no image, or a layer sees only
+            one value a channel or something that is not finite, or the calibration images are not good enough. Nothing
+            is changed then.
     """
     provenance = Provenance.of(model)
     find_batch_norm(model)  # or the error that names what it has instead
+    if not stored_statistics(model):
+        raise ValueError("The BatchNorm layers store no running statistics: build them with track_running_stats=True.")
     calibration = batches.check().facts if isinstance(batches, CalibrationImages) else None
+    if isinstance(batches, torch.Tensor):
+        batches = [batches]
     if iter(batches) is batches:
         batches = list(batches)
     num_images = store_statistics(model, batches)

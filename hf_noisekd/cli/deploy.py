@@ -8,8 +8,6 @@ from . import options
 from .parser import CommandParser
 from .text import table
 
-STEPS = 420
-
 
 def recalibrate_options(parser: CommandParser) -> None:
     options.add_model(parser, "the student:")
@@ -19,15 +17,30 @@ def recalibrate_options(parser: CommandParser) -> None:
     help = "images to use, made or drawn at random, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     add_calibration_steps(parser)
-    options.add_batch_size(parser, "real images in a batch; the result does not depend on it")
+    options.add_batch_size(parser, "real images that are read at a time")
     help = "where the new model goes; new or empty"
     parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
     options.add_trust_remote_code(parser, "model")
 
 
 def add_calibration_steps(parser: CommandParser) -> None:
-    help = f"steps at most to make images without data; large inputs and many classes need more (default: {STEPS})"
-    parser.add_argument("--calibration-steps", type=options.at_least(1), default=STEPS, metavar="N", help=help)
+    help = "steps at most to make images without data; large inputs and many classes need more (default: 420)"
+    parser.add_argument("--calibration-steps", type=options.at_least(1), default=420, metavar="N", help=help)
+
+
+def check_same_kind(student, teacher) -> None:
+    """Raise a `ValueError` if what the models say of their inputs and classes differs."""
+    from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
+
+    for what, found in (
+        ("images of {}", [size and format_size(size) for size in map(declared_input_size, (student, teacher))]),
+        ("{} classes", [declared_num_classes(student), declared_num_classes(teacher)]),
+    ):
+        if None not in found and found[0] != found[1]:
+            student_has, teacher_has = map(what.format, found)
+            raise ValueError(
+                f"The student has {student_has} and the teacher {teacher_has}: give the teacher that taught it."
+            )
 
 
 def recalibrate(args: argparse.Namespace) -> int:
@@ -47,7 +60,8 @@ def recalibrate(args: argparse.Namespace) -> int:
     model = options.load_model(args.model, args)
     if args.teacher is not None:
         teacher = options.load_model(args.teacher, args)
-        size = None if declared_input_size(teacher) else declared_input_size(model)
+        check_same_kind(model, teacher)
+        size = declared_input_size(model)
         made = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
         recalibrate_batch_norm(model, made)
         of = f"{len(made):,} images made without data (self-agreement of the teacher: {made.self_agreement:.1f} %)"
@@ -95,12 +109,18 @@ def export(args: argparse.Namespace) -> int:
         args.parser.error("give either --int8 or --fp16.")
     if args.teacher is not None and not args.int8:
         args.parser.error("--teacher is for --int8, which needs images.")
+    if args.output.is_dir():
+        args.parser.error(f"--output {args.output} is a folder: name the file, such as {args.output / 'model.onnx'}.")
     from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.quantization import quantize_onnx
+    from hf_noisekd.images import load_images
     from hf_noisekd.models.classifier import declared_input_size
     from hf_noisekd.release.onnx import export_onnx
 
     model = options.load_model(args.model, args)
+    labelled = None
+    if args.eval_dataset is not None:
+        labelled = load_images(args.eval_dataset, model, split=args.eval_split, label_column=args.eval_label_column)
     with tempfile.TemporaryDirectory() as folder:
         paths = {"float32": Path(folder) / "float32.onnx" if args.int8 or args.fp16 else args.output}
         export_onnx(model, paths["float32"], name=args.model)
@@ -110,28 +130,26 @@ def export(args: argparse.Namespace) -> int:
             export_onnx(model, args.output, half=True, name=args.model)
         elif args.int8:
             teacher = model if args.teacher is None else options.load_model(args.teacher, args)
+            check_same_kind(model, teacher)
             size = declared_input_size(model)
             images = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
             paths["int8"] = args.output
             agreement = quantize_onnx(paths["float32"], args.output, images)
-        print(f"{args.output}\n{files_table(paths, args, model)}")
+        print(f"{args.output}\n{files_table(paths, labelled)}")
     if agreement is not None:
         print(f"int8 gives the answer of float32 to {agreement:.1f} % of {len(images.held_out):,} other images.")
     return 0
 
 
-def files_table(paths: dict[str, Path], args: argparse.Namespace, model) -> str:
-    """Return the size, the latency and, where there are images, the accuracy of ONNX files as a table."""
+def files_table(paths: dict[str, Path], labelled) -> str:
+    """Return the size, the latency and, on images with labels, the accuracy of ONNX files as a table."""
     from hf_noisekd.release.onnx import onnx_accuracy, onnx_latency
 
     latency = onnx_latency(paths)
     header = ["", "MB", "ms an image"]
     rows = [[name, f"{path.stat().st_size / 1e6:.2f}", f"{latency[name]:.2f}"] for name, path in paths.items()]
-    if args.eval_dataset is not None:
-        from hf_noisekd.images import load_images
-
-        images = load_images(args.eval_dataset, model, split=args.eval_split, label_column=args.eval_label_column)
+    if labelled is not None:
         header.append("accuracy (%)")
         for row, path in zip(rows, paths.values(), strict=True):
-            row.append(f"{onnx_accuracy(path, images):.2f}")
+            row.append(f"{onnx_accuracy(path, labelled):.2f}")
     return table(header, rows)

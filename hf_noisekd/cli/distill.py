@@ -100,10 +100,18 @@ def distill(args: argparse.Namespace) -> int:
 
 def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     """Return what the student's running statistics are of, and the agreement that was measured without data."""
+    from hf_noisekd.models.batch_norm import has_batch_norm
+    from hf_noisekd.training.calibrating import HELD_OUT
+
     images = trainer.calibration_images
+    if not has_batch_norm(trainer.model):
+        return "It has no BatchNorm layers, and reads single images."
     if images is None:
-        return "Its running statistics are those of the training noise: read it in batches, by their own statistics."
-    measured = next(one for one in trainer.record().evaluations if one.dataset == "held-out calibration images")
+        return (
+            "Its running statistics are those of the training noise. Read it in batches, by their own statistics, or "
+            "re-estimate them with `noisekd recalibrate`."
+        )
+    measured = next(one for one in trainer.record().evaluations if one.dataset == HELD_OUT)
     return (
         f"Its running statistics are of {len(images):,} images made without data, so it answers single images. To "
         f"{measured.running['agreement']:.1f} % of {measured.images:,} other such images it gives its teacher's answer."

@@ -120,7 +120,8 @@ def onnx_latency(paths: Mapping[str, Path], repetitions: int = 50) -> dict[str, 
 def onnx_accuracy(path: str | Path, dataset: Any) -> float:
     """Return the accuracy in percent of an ONNX file on samples `{"pixel_values": [C, H, W], "labels": int}`."""
     session = onnx_session(path)
-    loader = DataLoader(dataset, batch_size=64, collate_fn=collate_images)
+    # A loader takes a number off its generator; the global one must go on as without it.
+    loader = DataLoader(dataset, batch_size=64, collate_fn=collate_images, generator=torch.Generator())
     right = [onnx_logits(session, batch["pixel_values"]).argmax(-1) == batch["labels"] for batch in loader]
     return 100 * torch.cat(right).float().mean().item()
 
@@ -215,6 +216,10 @@ def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int]
         if not difference <= tolerance * scale:
             raise RuntimeError(
                 f"onnxruntime's logits differ by {difference:.3g} from torch's, which reach {scale:.3g}, on "
-                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. Does the model draw "
-                "random numbers, or is a newer onnxruntime or onnxscript to be had?"
+                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. "
+                + (
+                    "Its numbers may be out of the range of float16: export it in float32."
+                    if tolerance == HALF_TOLERANCE
+                    else "Does the model draw random numbers, or is a newer onnxruntime or onnxscript to be had?"
+                )
             )

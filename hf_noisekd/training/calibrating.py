@@ -13,12 +13,18 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def recalibrate_without_data(
-    student: nn.Module, teacher: Teacher, num_images: int, *, seed: int, show_progress: bool
-) -> CalibrationImages | None:
-    """Re-estimate a student's running statistics on [`calibration_images`] of its teacher, and return those.
+HELD_OUT = "held-out calibration images"
 
-    If they are not good enough, or anything fails or is interrupted, there is a warning, nothing changes, and the
+
+def recalibrate_without_data(
+    student: nn.Module, teacher: Teacher, num_images: int, *, seed: int, step: int, show_progress: bool
+) -> tuple[CalibrationImages, Evaluation] | None:
+    """Re-estimate a student's running statistics on [`calibration_images`] of its teacher.
+
+    Returns:
+        The images, and how often student and teacher give the same answer to those that were held out.
+
+    If the images are not good enough, or anything fails or is interrupted, there is a warning, nothing changes, and the
     result is None: a trained student must not be lost to what comes after.
     """
     try:
@@ -26,19 +32,18 @@ def recalibrate_without_data(
             teacher.model, num_images, input_size=teacher.input_size, seed=seed, show_progress=show_progress
         )
         recalibrate_batch_norm(student, images)
+        return images, _agreement(student, teacher, images, step)
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
-        why = str(error) or type(error).__name__
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
-    return images
 
 
-def agreement_without_data(student: nn.Module, teacher: Teacher, images: CalibrationImages, step: int) -> Evaluation:
-    """Return how often student and teacher give the same answer to the calibration images that were held out."""
+def _agreement(student: nn.Module, teacher: Teacher, images: CalibrationImages, step: int) -> Evaluation:
     samples = [{"pixel_values": image} for image in images.held_out]
     scores = evaluate(student, samples, teacher_model=teacher.model)  # type: ignore[arg-type]
     return Evaluation(
-        dataset="held-out calibration images",
+        dataset=HELD_OUT,
         images=len(samples),
         batch_size=min(256, len(samples)),
         step=step,

@@ -175,7 +175,7 @@ class NoiseKDConfig(ClassifierConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
         if self.num_calibration_images < 0 or self.num_calibration_images == 1:
             raise ValueError(
-                f"num_calibration_images is {self.num_calibration_images}: use 0 for none, or at least 2; 256 are many."
+                f"num_calibration_images is {self.num_calibration_images}: use 0 for none, or at least 2, such as 256."
             )
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
             raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as [3, 32, 32].")

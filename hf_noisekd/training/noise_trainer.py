@@ -26,7 +26,7 @@ from hf_noisekd.release.environment import command_line
 from hf_noisekd.release.record import Provenance, Record, current_evaluations
 from hf_noisekd.training.answers import AnswerLog
 from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
-from hf_noisekd.training.calibrating import agreement_without_data, recalibrate_without_data
+from hf_noisekd.training.calibrating import recalibrate_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
@@ -164,22 +164,24 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         """Leave a student that noise alone taught with statistics made without data, if all processes have them."""
         if not (self.args.num_calibration_images and self.provenance().is_data_free and stored_statistics(self.model)):
             return
-        before = copy.deepcopy(self.model.state_dict())
-        images = recalibrate_without_data(
+        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        made = recalibrate_without_data(
             self.model,
             self.teacher,
             self.args.num_calibration_images,
             seed=self.args.seed,
+            step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
-        if self._sum_over_processes(torch.tensor([float(images is not None)])) < self.args.world_size:
-            self.model.load_state_dict(before)
+        if self._sum_over_processes(torch.tensor([float(made is not None)])) < self.args.world_size:
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(before[name])
+            self.provenance().attach(self.model)
             return
         for buffer in self.model.buffers() if self.args.world_size > 1 else ():
             torch.distributed.broadcast(buffer, src=0)
-        assert images is not None
-        self.calibration_images = images
-        agreement = agreement_without_data(self.model, self.teacher, images, self._step_of_weights())
+        assert made is not None
+        self.calibration_images, agreement = made
         self._evaluations = [(agreement, False)]  # the others were of other statistics
 
     def get_train_dataloader(self) -> DataLoader:
