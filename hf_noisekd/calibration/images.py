@@ -105,7 +105,7 @@ def calibration_images(
     num_held_out: int | None = None,
     input_size: Sequence[int] | None = None,
     steps: int = 60,
-    max_steps: int = 420,
+    max_steps: int = 900,
     batch_size: int | None = None,
     seed: int = 0,
     show_progress: bool = True,

@@ -24,8 +24,8 @@ def recalibrate_options(parser: CommandParser) -> None:
 
 
 def add_calibration_steps(parser: CommandParser) -> None:
-    help = "steps at most to make images without data; large inputs and many classes need more (default: 420)"
-    parser.add_argument("--calibration-steps", type=options.at_least(1), default=420, metavar="N", help=help)
+    help = "steps at most to make images without data; large inputs and many classes need more (default: 900)"
+    parser.add_argument("--calibration-steps", type=options.at_least(1), default=900, metavar="N", help=help)
 
 
 def check_same_kind(student, teacher) -> None:
