@@ -129,7 +129,7 @@ def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
     save_model(student, tmp_path / "student")
     with pytest.raises(ValueError, match=rf"those of noise.*recalibrate --model {tmp_path / 'student'} "):
         export_onnx(tmp_path / "student", tmp_path / "model.onnx")
-    with pytest.raises(ValueError, match=r"recalibrate --model \.\.\. --dataset"):
+    with pytest.raises(ValueError, match=r"recalibrate --model \.\.\. --output-dir"):
         export_onnx(student, tmp_path / "model.onnx")
     exportable.bn2.running_mean = None
     with pytest.raises(ValueError, match="layer 'bn2' keeps no running statistics"):
