@@ -41,6 +41,7 @@ def main() -> None:
         max_steps=steps,
         per_device_train_batch_size=preset["batch_size"],
         save_strategy="no",
+        num_calibration_images=0,
         disable_tqdm=True,
     )
     trainer = NoiseKDTrainer(timm.create_model("resnet18_cifar", **size), teacher, args)

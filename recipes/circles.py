@@ -71,6 +71,7 @@ def main() -> None:
             lr_scheduler_type="cosine",
             batch_norm_fraction=fraction,
             input_size=[2, 1, 1],
+            num_calibration_images=0,
         )
         results.train(ROWS[row], NoiseKDTrainer(build(), teacher, args, eval_dataset=test_dataset))
     results.print_table()

@@ -181,8 +181,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         for buffer in self.model.buffers() if self.args.world_size > 1 else ():
             torch.distributed.broadcast(buffer, src=0)
         assert made is not None
-        self.calibration_images, agreement = made
-        self._evaluations = [(agreement, False)]  # the others were of other statistics
+        self.calibration_images, self._agreement = made
+        self._evaluations.clear()  # they were of other statistics
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
@@ -231,6 +231,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         record.model.num_classes = self.teacher.num_classes
         record.model.label_names = class_names(self.teacher_model, self.teacher.num_classes)
         record.noisekd = self.provenance()
+        if self.calibration_images is not None:
+            record.evaluations.append(self._agreement)
         record.class_frequencies = self._answer_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
         return record
