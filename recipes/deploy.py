@@ -29,7 +29,7 @@ from transformers import pipeline
 from hf_noisekd import NoiseDataset, calibration_images, recalibrate_batch_norm
 from hf_noisekd.calibration.quantization import quantize_onnx
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.onnx import export_onnx, onnx_logits, onnx_session
+from hf_noisekd.release.onnx import export_onnx, halve_onnx, onnx_logits, onnx_session
 from hf_noisekd.release.record import Record
 
 # With the steps of each student; one of a MobileNetV2 takes a CPU ten times as long as one of a ResNet-10.
@@ -73,7 +73,7 @@ def main() -> None:
 
 def train_student(experiment: Experiment, student: str, steps: int) -> tuple[Record, nn.Module, Path]:
     """Return the record of a student with the statistics of its noise, the student, and where it is saved."""
-    arguments = DISTILL_DEFAULTS | {"max_steps": steps, "num_calibration_images": 0, "eval_strategy": "no"}
+    arguments = DISTILL_DEFAULTS | {"max_steps": steps, "eval_strategy": "no"}  # without calibration, as in the paper
     trainer = experiment.distill(f"structured noise, {student}", student, **arguments)
     return experiment.results.runs[-1], trainer.model, Path(trainer.args.output_dir)
 
@@ -82,14 +82,13 @@ def accuracies(experiment: Experiment, record: Record, model: nn.Module, calibra
     """Return test accuracies in percent, with running statistics of several kinds of images."""
     noises = {
         f"{kind}, {CALIBRATION_IMAGES} images": NoiseDataset.for_model(
-            model, distribution=kind.replace(" ", "_").removesuffix("_noise"), batch_size=CALIBRATION_IMAGES
+            model, distribution=name, batch_size=CALIBRATION_IMAGES
         )
-        for kind in ("white noise", "dead leaves")
+        for kind, name in (("white noise", "white"), ("dead leaves", "dead_leaves"))
     }
-    available = len(experiment.train_dataset)
     images: dict[str, Any] = {name: [noise.draw(0)] for name, noise in noises.items()}
     images[f"calibration images, {CALIBRATION_IMAGES}"] = calibration
-    images |= {f"real images, {number:,}": experiment.real_images(min(number, available)) for number in REAL_IMAGES}
+    images |= {f"real images, {number:,}": experiment.real_images(number) for number in REAL_IMAGES}
     scores = {"the training noise, as trained": record.evaluations[0].running["accuracy"]}
     scores |= {name: experiment.recalibrated_accuracy(model, batches) for name, batches in images.items()}
     return scores | {"each batch of 256 test images": record.evaluations[0].batch["accuracy"]}
@@ -101,15 +100,12 @@ def onnx_rows(experiment: Experiment, model: nn.Module, calibration) -> list[dic
     ranges = {
         "calibration images": calibration,
         "white noise": [white.draw(0)],
-        "real images": [
-            batch["pixel_values"]
-            for batch in experiment.real_images(min(CALIBRATION_IMAGES, len(experiment.train_dataset)))
-        ],
+        "real images": experiment.real_images(CALIBRATION_IMAGES),
     }
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / f"{name}.onnx" for name in ("float32", "float16")}
-        for name, path in paths.items():
-            export_onnx(model, path, half=name == "float16")
+        export_onnx(model, paths["float32"])
+        halve_onnx(paths["float32"], paths["float16"])
         for name, images in ranges.items():
             paths[f"int8, ranges of {name}"] = path = Path(folder) / f"{name}.onnx"
             quantize_onnx(paths["float32"], path, images)

@@ -7,7 +7,7 @@ from hf_noisekd import NoiseDataset, calibration_images
 from hf_noisekd.calibration import quantization
 from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.calibration.quantization import quantize_onnx
-from hf_noisekd.release.onnx import export_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
+from hf_noisekd.release.onnx import export_onnx, halve_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -79,9 +79,9 @@ def test_a_file_that_answers_differently_is_not_left(exported, images, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_float16_halves_the_weights_and_keeps_the_answers(digits_teacher, exported, digits, tmp_path):
+def test_float16_halves_the_weights_and_keeps_the_answers(exported, digits, tmp_path):
     path = tmp_path / "half.onnx"
-    export_onnx(digits_teacher, path, half=True)
+    halve_onnx(exported, path)
     assert types(path) >= {"FLOAT16"}
     assert path.stat().st_size < exported.stat().st_size * 0.6
     assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT

@@ -115,7 +115,7 @@ def export(args: argparse.Namespace) -> int:
     from hf_noisekd.calibration.quantization import quantize_onnx
     from hf_noisekd.images import load_images
     from hf_noisekd.models.classifier import declared_input_size
-    from hf_noisekd.release.onnx import export_onnx
+    from hf_noisekd.release.onnx import export_onnx, halve_onnx
 
     model = options.load_model(args.model, args)
     labelled = None
@@ -127,7 +127,7 @@ def export(args: argparse.Namespace) -> int:
         agreement = None
         if args.fp16:
             paths["float16"] = args.output
-            export_onnx(model, args.output, half=True, name=args.model)
+            halve_onnx(paths["float32"], args.output)
         elif args.int8:
             teacher = model if args.teacher is None else options.load_model(args.teacher, args)
             check_same_kind(model, teacher)

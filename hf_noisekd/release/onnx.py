@@ -7,7 +7,9 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,7 @@ TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gi
 HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 
 
-def export_onnx(
-    model: nn.Module | str | Path, path: str | Path, *, half: bool = False, name: str | Path | None = None
-) -> None:
+def export_onnx(model: nn.Module | str | Path, path: str | Path, *, name: str | Path | None = None) -> None:
     """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
 
     The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
@@ -47,7 +47,6 @@ def export_onnx(
     Args:
         model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
         path: The file to write; its folder is made if missing, and a file of that name is replaced.
-        half: Write weights in float16, and compute with them. Input and output stay float32.
         name: What the user calls the model, for the advice in an error. Default: `model`, if it is no module.
 
     Raises:
@@ -70,13 +69,38 @@ def export_onnx(
     program = _exported(classifier, input_size)
     _describe(program.model, model, input_size)
 
+    with _whole_file(path) as temporary:
+        program.save(temporary)
+        advice = "Does the model draw random numbers, or is a newer onnxruntime or onnxscript to be had?"
+        _compare(temporary, classifier, input_size, TOLERANCE, advice)
+
+
+def halve_onnx(source: str | Path, path: str | Path) -> None:
+    """Write a file of [`export_onnx`] with weights in float16, which it computes with; input and output stay float32.
+
+    Raises:
+        ImportError: onnxruntime is not installed.
+        RuntimeError: The file would answer differently. None is left.
+    """
+    require_onnx()
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    session = onnx_session(source)
+    with _whole_file(Path(path)) as temporary:
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), temporary)
+        advice = "Its numbers may be out of the range of float16: export it in float32."
+        input_size = session.get_inputs()[0].shape[1:]
+        _compare(temporary, partial(onnx_logits, session), input_size, HALF_TOLERANCE, advice)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Context that gives a name to write to, which becomes `path` unless there is an exception."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        program.save(temporary)
-        if half:
-            _halve(temporary)
-        _compare(temporary, classifier, input_size, HALF_TOLERANCE if half else TOLERANCE)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -124,14 +148,6 @@ def onnx_accuracy(path: str | Path, dataset: Any) -> float:
     loader = DataLoader(dataset, batch_size=64, collate_fn=collate_images, generator=torch.Generator())
     right = [onnx_logits(session, batch["pixel_values"]).argmax(-1) == batch["labels"] for batch in loader]
     return 100 * torch.cat(right).float().mean().item()
-
-
-def _halve(path: Path) -> None:
-    """Put an ONNX file into float16, but for its input and output."""
-    import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
 
 
 def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
@@ -203,8 +219,8 @@ def _describe(onnx_model: Any, model: nn.Module, input_size: tuple[int, int, int
 
 
 @torch.no_grad()
-def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int], tolerance: float) -> None:
-    """Check that onnxruntime answers like torch on random images."""
+def _compare(path: Path, classifier: Callable, input_size: Sequence[int], tolerance: float, advice: str) -> None:
+    """Check that onnxruntime answers like what the file was made of on random images."""
     session = onnx_session(path)
     generator = torch.Generator().manual_seed(0)
     for batch_size in CHECKED_BATCH_SIZES:
@@ -215,11 +231,6 @@ def _compare(path: Path, classifier: nn.Module, input_size: tuple[int, int, int]
         # `not <=` rather than `>`, so that NaN is a difference too.
         if not difference <= tolerance * scale:
             raise RuntimeError(
-                f"onnxruntime's logits differ by {difference:.3g} from torch's, which reach {scale:.3g}, on "
-                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. "
-                + (
-                    "Its numbers may be out of the range of float16: export it in float32."
-                    if tolerance == HALF_TOLERANCE
-                    else "Does the model draw random numbers, or is a newer onnxruntime or onnxscript to be had?"
-                )
+                f"onnxruntime's logits differ by {difference:.3g} from the model's, which reach {scale:.3g}, on "
+                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. {advice}"
             )
