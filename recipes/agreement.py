@@ -22,6 +22,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from hf_noisekd import NoiseDataset, calibration_images, evaluate, recalibrate_batch_norm
+from hf_noisekd.models.classifier import to_device_of
 
 PRESETS = NOISE_PAIRS | {
     "cpu-weak": CIFAR10["cpu"] | {"teacher": "resnet10_cifar", "supervised": {"num_train_epochs": 3}}
@@ -47,8 +48,7 @@ def main() -> None:
     noise = NoiseDataset.for_model(teacher, distribution="structured", num_steps=4, held_out=True, seed=options.seed)
     rows = []
     for name, arguments in RUNS.items():
-        arguments = DISTILL_DEFAULTS | arguments | {"num_calibration_images": 0, "eval_strategy": "no"}
-        student = experiment.distill(name, **arguments).model
+        student = experiment.distill(name, eval_strategy="no", **DISTILL_DEFAULTS | arguments).model
         on_noise = evaluate(student, noise, teacher_model=teacher)["batch"]["agreement"]
         recalibrate_batch_norm(student, calibration)
         on_images = evaluate(student, held_out, teacher_model=teacher)["running"]["agreement"]
@@ -66,7 +66,8 @@ def by_class(student: nn.Module, teacher: nn.Module, images: torch.Tensor, test_
     """Return the rank correlation over the classes of agreement on images and accuracy on test images."""
     expected, found = teacher(images).argmax(-1), student(images).argmax(-1)
     batch = test_dataset.__getitems__(range(len(test_dataset)))
-    answers = torch.cat([student(pixels).argmax(-1) for pixels in batch["pixel_values"].split(256)])
+    pixel_values = to_device_of(student, batch["pixel_values"])
+    answers = torch.cat([student(pixels).argmax(-1) for pixels in pixel_values.split(256)]).cpu()
     classes = [index for index in range(len(test_dataset.label_names)) if (expected == index).any()]
     agreements = [(found == index)[expected == index].float().mean().item() for index in classes]
     accuracies = [(answers == index)[batch["labels"] == index].float().mean().item() for index in classes]

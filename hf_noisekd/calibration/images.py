@@ -196,9 +196,7 @@ def _rounds(steps: int, max_steps: int) -> list[int]:
 
 def _noise(teacher: nn.Module, number: int, batch_size: int | None, **kwargs) -> list[torch.Tensor]:
     """Return noise images in batches of about equal size."""
-    noise = NoiseDataset.for_model(
-        teacher, distribution=START, resolutions={1.0: 1.0}, device=device_of(teacher), **kwargs
-    )
+    noise = NoiseDataset.for_model(teacher, distribution=START, device=device_of(teacher), **kwargs)
     if batch_size is None:
         batch_size = min(256, max(32, 2**20 // math.prod(noise.input_size[1:])))
     parts = math.ceil(number / batch_size)

@@ -29,12 +29,12 @@ def store_statistics(model: nn.Module, batches: Batches) -> int:
     before = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
     try:
         with evaluation_mode(model):
-            num_images, exact, change = _store_moments(model, batches, batch_statistics(model))
+            num_images, exact, change = _store_moments(model, layers, batches, batch_statistics(model))
             # With each pass at least one more layer is exact, but for those that are called several times.
             for _ in range(len(layers) + 10):
                 if exact or change < MAX_CHANGE:
                     break
-                *_, change = _store_moments(model, batches, nullcontext())
+                *_, change = _store_moments(model, layers, batches, nullcontext())
     except BaseException:
         for name, (mean, variance) in before.items():
             layers[name].running_mean.copy_(mean)
@@ -43,16 +43,18 @@ def store_statistics(model: nn.Module, batches: Batches) -> int:
     return num_images
 
 
-def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractContextManager) -> tuple[int, bool, float]:
-    """Store the moments of all layers in a pass of all images.
+def _store_moments(
+    model: nn.Module, layers: Mapping[str, Any], batches: Batches, statistics: AbstractContextManager
+) -> tuple[int, bool, float]:
+    """Store the moments of layers of a model in a pass of all images.
 
     Returns:
         The number of images, whether each layer saw them all at once, and the largest change of a layer.
     """
-    moments = {name: _Moments(name) for name in stored_statistics(model)}
+    moments = {name: _Moments(name) for name in layers}
     num_images = num_chunks = 0
     with ExitStack() as stack:
-        for name, layer in stored_statistics(model).items():
+        for name, layer in layers.items():
             stack.enter_context(layer.register_forward_pre_hook(moments[name].pool))
         for chunk in _chunks(batches):
             with statistics:
@@ -67,7 +69,7 @@ def _store_moments(model: nn.Module, batches: Batches, statistics: AbstractConte
                 f"BatchNorm layer {name!r} saw a NaN or an infinity: there is one in the images, or the model is "
                 "damaged. Nothing was changed."
             )
-    change = max((of.store(stored_statistics(model)[name]) for name, of in seen.items()), default=0.0)
+    change = max((of.store(layers[name]) for name, of in seen.items()), default=0.0)
     return num_images, all(of.calls == 1 for of in seen.values()), change
 
 

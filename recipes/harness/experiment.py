@@ -20,13 +20,7 @@ from hf_noisekd.batches import collate_images
 from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
-from hf_noisekd.models.classifier import (
-    compute_logits,
-    declared_input_size,
-    declared_num_classes,
-    teacher_identity,
-    to_device_of,
-)
+from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
 from hf_noisekd.models.loading import load_teacher, nearest_architecture
 from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
 from hf_noisekd.release.environment import usable_cores
@@ -34,6 +28,7 @@ from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.release.record import Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
+from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
 
@@ -86,8 +81,7 @@ class Experiment:
     and `students`, and `model_args` for those of this package, as far as they take them; `supervised` and
     `distillation`, training arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any
     size it has `photos`, and where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained,
-    and `pretrained`, whether
-    that starts from timm's weights.
+    and `pretrained`, whether that starts from timm's weights.
 
     Args:
         recipe: The recipe's name.
@@ -252,7 +246,8 @@ class Experiment:
         return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
 
     def real_images(self, number: int, seed: int | None = None) -> DataLoader:
-        """Return batches of training images drawn with a seed, by default the recipe's, without augmentation."""
+        """Return batches of up to `number` training images, drawn with a seed, by default the recipe's, as they are."""
+        number = min(number, len(self.train_dataset))
         images = self.train_dataset.subset(number, self.options.seed if seed is None else seed)
         return DataLoader(images, batch_size=256, collate_fn=collate_images)
 
@@ -263,14 +258,9 @@ class Experiment:
             model: The classifier. It comes back unchanged.
             images: As for [`recalibrate_batch_norm`].
         """
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model)
         recalibrate_batch_norm(model, images)
-        right = 0
-        with torch.no_grad():
-            for batch in DataLoader(self.test_dataset, batch_size=256, collate_fn=collate_images):
-                answers = compute_logits(model, to_device_of(model, batch["pixel_values"])).argmax(-1).cpu()
-                right += (answers == batch["labels"]).sum().item()
-        return 100 * right / len(self.test_dataset)
+        return evaluate(model, self.test_dataset)["running"]["accuracy"]
 
     def _photo_cfg(self) -> dict:
         """Return how the teacher, the given one or the one to be trained, wants its images."""
