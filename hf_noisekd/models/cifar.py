@@ -4,7 +4,8 @@ Their shapes and parameter counts are those of the authors' networks for 32x32 i
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d, create_classifier, create_conv2d
@@ -18,15 +19,26 @@ from torch import nn
 class CifarResNet(ResNet):
     """timm's ResNet with a 3x3 stem and no pooling, for small images `[B, in_chans, H, W]`.
 
-    The stem and the first stage have `width` channels, an even number, and each further stage has twice as many. A stem
-    of stride 2 makes a network for CPUs that costs a quarter.
+    The stem and the first stage have `width` channels, an even number, and each further stage has twice as many, unless
+    `channels` has the number of each stage. A stem of stride 2 makes a network for CPUs that costs a quarter.
 
     Raises:
-        ValueError: The width is not a positive even number.
+        ValueError: The width of a stage is not a positive even number.
     """
 
-    def __init__(self, layers: tuple[int, ...], width: int = 64, stem_stride: int = 1, in_chans: int = 3, **kwargs):
-        if width < 2 or width % 2:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        width: int = 64,
+        stem_stride: int = 1,
+        in_chans: int = 3,
+        channels: Sequence[int] | None = None,
+        **kwargs,
+    ):
+        doubling = tuple(width * 2**stage for stage in range(len(layers)))
+        channels = tuple(channels or doubling)
+        width = channels[0]
+        if min(channels) < 2 or width % 2:
             raise ValueError(f"width must be a positive even number, got {width}.")
         super().__init__(
             BasicBlock,
@@ -35,13 +47,15 @@ class CifarResNet(ResNet):
             # timm builds stages narrower than 64 channels for deep stems only; the stem itself is replaced below.
             stem_type="deep",
             stem_width=width // 2,
-            channels=tuple(width * 2**stage for stage in range(len(layers))),
+            channels=channels,
             # The authors' networks start with all weights of a block in use.
             zero_init_last=False,
             **kwargs,
         )
         # What a checkpoint has to record, beside the name, to build the same network again.
-        self.model_args = {"width": width, "stem_stride": stem_stride}
+        self.model_args: dict[str, Any] = {"width": width, "stem_stride": stem_stride}
+        if channels != doubling:
+            self.model_args["channels"] = channels
         self.conv1 = create_conv2d(in_chans, width, 3, stride=stem_stride)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
@@ -164,7 +178,10 @@ def _register(name: str, network: type[nn.Module], **architecture) -> Callable[.
 
     def build(pretrained: bool = False, **kwargs) -> nn.Module:
         feature_cfg = {"flatten_sequential": issubclass(network, ResNetV2)}
-        return build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **architecture, **kwargs)
+        model = build_model_with_cfg(network, name, pretrained, feature_cfg=feature_cfg, **architecture | kwargs)
+        changed = {key: kwargs[key] for key in architecture if key in kwargs}
+        model.model_args = getattr(model, "model_args", {}) | changed
+        return model
 
     build.__name__ = name
     return register_model(build)

@@ -80,6 +80,12 @@ def pretrained_cfg_of(model: nn.Module) -> dict:
     return dict(cfg or {}) | dict(getattr(getattr(model, "config", None), "pretrained_cfg", None) or {})
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """Return the timm model in transformers' wrapper of it; any other model as it is."""
+    bare = getattr(model, "timm_model", model)
+    return bare if isinstance(bare, nn.Module) else model
+
+
 def noisekd_section(model: nn.Module) -> dict:
     """Return the section `noisekd` of the `config.json` of a student of this package; empty for any other model."""
     section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)

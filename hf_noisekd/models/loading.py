@@ -48,19 +48,36 @@ def load_student(
     *,
     num_classes: int | None = None,
     input_size: tuple[int, int, int] | None = None,
+    model_args: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a student like a teacher, or build one with random weights where `source` is a timm name.
 
-    `num_classes` and `input_size`, `(channels, height, width)`, are those of a model built by name.
+    `num_classes` and `input_size`, `(channels, height, width)`, are those of a model built by name, and `model_args`
+    what timm builds it with beside them. A checkpoint records these.
 
     Raises:
-        ValueError: There is no such model, or it is damaged; the message says what was found.
+        ValueError: There is no such model, or it is damaged, or timm does not build it with such arguments; the message
+            says what was found.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if input_size is not None:
         kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
-    return _load(source, trust_remote_code, pretrained=False, **kwargs)
+    if not model_args:
+        return _load(source, trust_remote_code, pretrained=False, **kwargs)
+    if isinstance(source, nn.Module) or has_weights(str(source)):
+        raise ValueError("Arguments for timm are for a student given by its timm name, and this one is built already.")
+    try:
+        model = _load(source, trust_remote_code, pretrained=False, **kwargs | dict(model_args))
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm does not build {source!r} with {_as_text(model_args)}: {error}") from error
+    noted: Any = getattr(model, "model_args", {})
+    model.model_args = noted | dict(model_args)
+    return model
+
+
+def _as_text(model_args: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in model_args.items())
 
 
 def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: bool, **kwargs) -> nn.Module:
@@ -119,7 +136,7 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_NAME} holds no JSON object")
         if "architecture" in config:
-            model = _load_timm_folder(folder, config["architecture"])
+            model = _load_timm_folder(folder, config["architecture"], config.get("model_args"))
         else:
             model = _load_transformers_folder(folder, trust_remote_code)
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
@@ -164,11 +181,15 @@ def _missing(error: Exception) -> str:
     return f"it is not in the local cache, and HF_HUB_OFFLINE=1 forbids requests. {advice}"
 
 
-def _load_timm_folder(folder: Path, architecture: str) -> nn.Module:
+def _load_timm_folder(folder: Path, architecture: str, model_args: Mapping[str, Any] | None) -> nn.Module:
     if not timm.is_model(architecture):
         advice = nearest_architecture(architecture) or " Import the package that registers it, or update timm."
         raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r}.{advice}")
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    # So that it is saved again with what it was built with, which older versions of timm forget.
+    model.model_args = getattr(model, "model_args", {}) | {
+        key: value for key, value in (model_args or {}).items() if key not in ("num_classes", "in_chans")
+    }
     # By our own hand: timm would read whatever else lies in the folder, older versions by unpickling it.
     _fit(model, safetensors.torch.load_file(folder / WEIGHTS_NAME))
     return model

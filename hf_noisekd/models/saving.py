@@ -13,7 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_noisekd.files import CONFIG_NAME, WEIGHTS_NAME, replacing_files
-from hf_noisekd.models.classifier import class_names, declared_input_size, noisekd_section, pretrained_cfg_of
+from hf_noisekd.models.classifier import (
+    bare_model,
+    class_names,
+    declared_input_size,
+    noisekd_section,
+    pretrained_cfg_of,
+)
 from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
 
 logger = logging.getLogger(__name__)
@@ -32,7 +38,7 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
     section `noisekd` of `config.json`. A new folder appears whole or not at all; in one that is there each file is
     replaced whole. The model shares the preprocessing and the class names of `teacher_model`.
     """
-    bare = getattr(model, "timm_model", model)  # the timm model in transformers' wrapper
+    bare = bare_model(model)
     section = noisekd_section(model)
     like = model if teacher_model is None else teacher_model
     with replacing_files(folder) as staging:
@@ -62,7 +68,7 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
 
 def check_config_can_be_saved(model: nn.Module) -> None:
     """Raise a `ValueError` if a timm model was built with an argument that its `config.json` cannot hold."""
-    bare = getattr(model, "timm_model", model)
+    bare = bare_model(model)
     if pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -89,7 +95,7 @@ def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: di
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.
     config["model_args"].pop("num_classes", None)
-    if getattr(like, "timm_model", like) is not model:
+    if bare_model(like) is not model:
         for key in OF_OTHER_WEIGHTS:
             config["pretrained_cfg"].pop(key, None)
         if license_ := getattr(like, "origin", {}).get("license"):

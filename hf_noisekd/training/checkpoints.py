@@ -9,6 +9,7 @@ import safetensors
 from torch import nn
 
 from hf_noisekd.files import WEIGHTS_NAME
+from hf_noisekd.models.classifier import bare_model
 from hf_noisekd.models.loading import differing
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
-    model = getattr(model, "timm_model", model)  # transformers' wrapper is saved as the timm model that it wraps
+    model = bare_model(model)  # as which it is saved
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if names := differing(expected, shapes):
         raise ValueError(
