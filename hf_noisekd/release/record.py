@@ -95,6 +95,28 @@ class CalibrationFacts:
 
 
 @dataclass(kw_only=True)
+class StartFacts:
+    """What a student began as, if not at random: its teacher, cut down.
+
+    Of its `tensors`, parameters and buffers, `from_teacher` came from the teacher, `cut` of them with fewer channels.
+    """
+
+    removed_blocks: list[str]
+    tensors: int
+    from_teacher: int
+    cut: int
+    macs: float  # its multiply-adds as a share of the teacher's
+    healed: bool = True  # False if the training did not help, and it is what it began as
+
+    def __str__(self) -> str:
+        blocks = f"; without {len(self.removed_blocks)} of its blocks" if self.removed_blocks else ""
+        return (
+            f"{self.from_teacher} of {self.tensors} tensors from the teacher, {self.cut} of them cut{blocks}; "
+            f"{self.macs:.0%} of its multiply-adds"
+        )
+
+
+@dataclass(kw_only=True)
 class Provenance:
     """How a student was made; the section `noisekd` of its `config.json`. Arguments are as in [`NoiseKDConfig`]."""
 
@@ -114,6 +136,7 @@ class Provenance:
     real_images: ImagesFacts | None = None  # those that took turns with the noise
     recalibration: ImagesFacts | None = None  # those that the running statistics are of
     calibration: CalibrationFacts | None = None  # or these, made without data
+    start: StartFacts | None = None  # what it began as, if not at random
     others: dict[str, Any] = field(default_factory=dict)  # what other versions of this package know
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Cut a smaller network out of a teacher: whole blocks, and channels."""

@@ -1,0 +1,104 @@
+"""A student that begins as a smaller copy of its teacher, where the one's layers correspond to the other's."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks, stages_of
+from hf_noisekd.models.cost import count_macs
+from hf_noisekd.release.record import StartFacts
+from hf_noisekd.shrinking.channels import ChannelCutter, channel_importance, least_important
+from hf_noisekd.shrinking.ranking import block_changes, statistics_of_batch
+
+# Of the tensors of both, those that must correspond; else the two are no kin, and the student begins at random.
+MIN_SHARE = 0.8
+
+
+def begin_as_teacher(
+    student: nn.Module, teacher: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
+) -> StartFacts | None:
+    """Give a student with random weights those of its teacher, as far as their layers correspond.
+
+    Stages in which the teacher has more blocks keep those without which its answers change the most, and always their
+    first; layers in which it has more channels keep the most important ones; see [`channel_importance`].
+
+    Args:
+        student: A timm model. It is changed in place, or not at all.
+        teacher: A timm model.
+        input_size: `(channels, height, width)` of the images.
+        images: Batches `[B, C, H, W]` to compare answers on: noise will do, for the layers are on its statistics.
+
+    Returns:
+        What was taken from the teacher, or None if the two are no kin.
+    """
+    cut = copy.deepcopy(teacher)
+    removed = _blocks_to_remove(cut, student, input_size, images)
+    remove_blocks(cut, removed)
+    names = cut.state_dict().keys() | student.state_dict().keys()
+    if len(cut.state_dict().keys() & student.state_dict().keys()) < MIN_SHARE * len(names):
+        return None
+    whole = {name: tensor.shape for name, tensor in cut.state_dict().items()}
+    _narrow(cut, student, input_size, images)
+    weights, own = cut.state_dict(), student.state_dict()
+    taken = [name for name in own if name in weights and weights[name].shape == own[name].shape]
+    if len(taken) < MIN_SHARE * len(names):
+        return None
+    student.load_state_dict({name: weights[name] for name in taken}, strict=False)
+    return StartFacts(
+        removed_blocks=[place.name for place in removed],
+        tensors=len(own),
+        from_teacher=len(taken),
+        cut=sum(weights[name].shape != whole[name] for name in taken),
+        macs=count_macs(student, input_size)[""] / count_macs(teacher, input_size)[""],
+    )
+
+
+def _blocks_to_remove(
+    cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
+) -> list[Place]:
+    """Return the blocks to leave out of a teacher so that no stage has more than the student's."""
+    wanted = {stage: len(blocks) for stage, blocks in stages_of(student).items()}
+    # A stage of one block is none to `stages_of`.
+    surplus = {
+        stage: len(blocks) - wanted.get(stage, 1)
+        for stage, blocks in stages_of(cut).items()
+        if _has_module(student, stage)
+    }
+    removable = [place for place in removable_blocks(cut, input_size) if surplus.get(place.stage, 0) > 0]
+    changes = block_changes(cut, removable, images)
+    removed = []
+    for place in sorted(removable, key=lambda place: changes[place]):
+        if surplus[place.stage] > 0:
+            surplus[place.stage] -= 1
+            removed.append(place)
+    return removed
+
+
+def _narrow(
+    cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
+) -> None:
+    """Take channels out of `cut` until its layers are as wide as those of the student, where they can be."""
+    widths = {
+        name: _width(module) for name, module in student.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+    if all(_width(cut.get_submodule(name)) == width for name, width in widths.items() if _has_module(cut, name)):
+        return
+    cutter = ChannelCutter(cut, input_size)
+    importance = channel_importance(cut, cutter.groups, images, statistics_of_batch(cut))
+    removed = {}
+    for root, group in cutter.groups.items():
+        kept = widths.get(root, group.channels)
+        if kept < group.channels and kept % (group.parts * group.unit) == 0:
+            removed[root] = least_important(group, importance[root], kept)
+    cutter.cut(removed)
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return name in dict(model.named_modules())
+
+
+def _width(layer: Any) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -1,0 +1,114 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_importance, least_important
+from hf_noisekd.shrinking.ranking import statistics_of_batch
+
+SIZE = (3, 32, 32)
+
+
+def resnet(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("resnet10_cifar", width=8, num_classes=3, **kwargs).eval()
+
+
+def test_layers_that_are_added_up_share_their_channels():
+    groups = ChannelCutter(resnet(), SIZE).groups
+    assert groups["conv1"].channels == 8
+    assert set(groups["conv1"].writers) == {"conv1", "layer1.0.conv2"}
+    assert {name for name, *_ in groups["conv1"].readers} == {
+        "layer1.0.conv1",
+        "layer2.0.conv1",
+        "layer2.0.downsample.0",
+    }
+    assert not any("fc" in group.writers for group in groups.values())
+
+
+def test_a_channel_that_is_not_read_makes_no_difference_and_is_the_first_to_go():
+    model = resnet()
+    with torch.no_grad():
+        model.layer1[0].conv2.weight[:, 5] = 0
+    expected = model(images := torch.randn(4, *SIZE))
+    cutter = ChannelCutter(cut := copy.deepcopy(model), SIZE)
+    group = cutter.groups["layer1.0.conv1"]
+    importance = channel_importance(cut, cutter.groups, [images], statistics_of_batch(cut))[group.root]
+    assert importance[5] == 0
+    assert (importance > 0).sum() == 7
+    assert least_important(group, importance, 7) == [5]
+    assert cutter.cut({group.root: [5]})
+    assert cut.layer1[0].conv1.out_channels == 7
+    torch.testing.assert_close(cut(images), expected)
+
+
+def test_importance_is_the_second_order_change_of_the_answers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(2), Mean(), nn.Linear(16, 4)).eval()
+    images = torch.randn(512, 3, 4, 4)
+    model[3].weight.data *= 0.3
+    groups = ChannelCutter(model, (3, 4, 4)).groups
+    importance = channel_importance(model, groups, [images], statistics_of_batch(model))["0"] / len(images)
+    log_probs = model(images).log_softmax(-1)
+    changes = []
+    for channel in range(16):
+        without = copy.deepcopy(model)
+        without[3].weight.data[:, channel] = 0
+        changes.append((log_probs.exp() * (log_probs - without(images).log_softmax(-1))).sum(-1).mean())
+    torch.testing.assert_close(importance, torch.stack(changes), rtol=0.25, atol=1e-4)
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x.mean(-1)
+
+
+def test_grouped_convolutions_lose_whole_groups():
+    model = timm.create_model("regnetx_002", num_classes=3).eval()
+    cutter = ChannelCutter(model, (3, 64, 64))
+    group = next(group for group in cutter.groups.values() if "s2.b1.conv2.conv" in group.writers)
+    assert group.unit == 8
+    channels = least_important(group, torch.arange(float(group.channels)), group.channels - 16)
+    assert channels == list(range(16))
+    conv = model.s2.b1.conv2.conv
+    groups, weight = conv.groups, conv.weight.detach().clone()
+    assert cutter.cut({group.root: channels})
+    assert conv.groups == groups - 2
+    assert torch.equal(conv.weight, weight[16:])
+
+
+def test_the_parts_of_group_norm_lose_as_many_channels_each():
+    group = ChannelGroup("conv", channels=8, parts=2)
+    removed = least_important(group, torch.tensor([4.0, 1, 3, 2, 9, 7, 8, 6]), 4)
+    assert removed == [1, 3, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("group", "share", "width"),
+    [
+        (ChannelGroup("a", 64), 0.7, 48),
+        (ChannelGroup("a", 64), 0.01, 8),
+        (ChannelGroup("a", 30), 0.5, 15),
+        (ChannelGroup("a", 6), 0.5, 6),
+        (ChannelGroup("a", 48, unit=24), 0.6, 24),
+    ],
+)
+def test_widths_are_multiples_of_eight_where_they_can_be(group, share, width):
+    assert group.width(share) == width
+
+
+def test_a_cut_that_the_forward_pass_does_not_bear_is_told():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.fc = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 8, 1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.conv1(x)
+            assert x.shape[1] == 16
+            return self.fc(self.conv2(x).mean((2, 3)))
+
+    assert not ChannelCutter(Fixed(), SIZE).cut({"conv1": [0, 1]})
+    assert ChannelCutter(Fixed(), SIZE).cut({"conv2": [0, 1]})

@@ -1,0 +1,97 @@
+import pytest
+import timm
+import torch
+from conftest import TinyCNN, digest
+from torch import nn
+
+from hf_noisekd.models.classifier import count_parameters
+from hf_noisekd.models.cost import count_macs
+from hf_noisekd.shrinking.cutting import Budget, _named_copy, _narrowed, shrink
+
+SIZE = (3, 32, 32)
+IMAGES = [torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))]
+
+
+def build(name="resnet18_cifar", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **kwargs).eval()
+
+
+@pytest.mark.parametrize("keep", [0.75, 0.5, 0.25])
+def test_a_share_of_the_multiply_adds_is_kept(keep):
+    teacher = build(width=32, stem_stride=2)
+    before = digest(teacher)
+    student, start = shrink(teacher, keep, images=IMAGES)
+    share = count_macs(student, SIZE)[""] / count_macs(teacher, SIZE)[""]
+    assert keep * 0.75 < share <= keep
+    assert start.macs == share
+    assert digest(teacher) == before
+    assert not student.training
+    assert all(conv.out_channels % 8 == 0 for conv in student.modules() if isinstance(conv, nn.Conv2d))
+
+
+def test_limits_on_parameters_and_on_multiply_adds():
+    teacher = build(width=32, stem_stride=2)
+    student, _ = shrink(teacher, max_params=1_000_000, images=IMAGES)
+    assert 700_000 < count_parameters(student) <= 1_000_000
+    student, _ = shrink(teacher, max_macs=10**7, max_params=300_000, images=IMAGES)
+    assert count_macs(student, SIZE)[""] <= 10**7
+    assert count_parameters(student) <= 300_000
+
+
+def test_blocks_that_do_nothing_are_what_goes():
+    teacher = build("resnet34_cifar", width=16)
+    idle = ["layer2.3", "layer3.2", "layer3.4", "layer4.1", "layer4.2"]
+    for name in idle:
+        norm = teacher.get_submodule(name).bn2
+        norm.weight.data.zero_()
+        norm.bias.data.zero_()
+    student, start = shrink(teacher, 0.75, images=IMAGES)
+    assert sorted(start.removed_blocks) <= idle
+    assert start.cut == 0
+    torch.testing.assert_close(student(IMAGES[0]), teacher(IMAGES[0]))
+
+
+class Fixed(nn.Module):
+    """A network whose first layer must have 16 channels, which no dependency of layers tells."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 64, 1), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.fc(self.conv2(self.conv1(x).view(len(x), 16, *x.shape[2:])).mean((2, 3)))
+
+
+def test_layers_that_do_not_bear_it_stay_as_they_are():
+    fixed: set[str] = set()
+    whole = _named_copy(Fixed())
+    budget = Budget(macs=0.6 * count_macs(whole, SIZE)[""])
+    narrow = _narrowed(whole, budget, SIZE, IMAGES, fixed)
+    assert fixed == {"conv1"}
+    assert (narrow.conv1.out_channels, narrow.conv2.out_channels) == (16, 32)
+    assert _narrowed(whole, Budget(macs=1), SIZE, IMAGES, fixed) is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "There is no budget"),
+        ({"keep": 1.5}, "keep is 1.5"),
+        ({"max_params": 10**9}, r"max_params is 1,000,000,000: use a number between 0 and what the teacher has"),
+        ({"max_macs": 100}, "cannot be cut to 100 multiply-adds"),
+    ],
+)
+def test_budgets_that_cannot_be_met(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        shrink(build(width=8), **kwargs)
+
+
+def test_without_images_the_answers_to_noise_are_compared():
+    _, start = shrink(build(width=8, stem_stride=2), 0.5)
+    assert start.macs <= 0.5
+
+
+def test_a_teacher_that_could_not_be_built_again_is_refused():
+    with pytest.raises(ValueError, match="TinyCNN is no timm model"):
+        shrink(TinyCNN(in_chans=3), 0.5, input_size=SIZE)
