@@ -144,7 +144,7 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "--batch-norm-fraction", "2"], "batch_norm_fraction is 2.0"),
         (["distill", *THREE, "--lr-scheduler-type", "cosin"], "cosin"),
         (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),
-        (["distill", "--teacher", "t"], "required: --student, --output-dir"),
+        (["distill", "--teacher", "t"], "required: --output-dir"),
         (["distill", *THREE, "more"], "unexpected: more"),
         (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "unexpected: --bogus"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),

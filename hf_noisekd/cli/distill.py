@@ -1,6 +1,8 @@
 """`noisekd distill`: [`NoiseKDTrainer`] with every option of [`NoiseKDConfig`]."""
 
 import argparse
+import ast
+import sys
 from typing import TYPE_CHECKING
 
 from .options import DATASET, add_model, add_teacher, check_unused
@@ -21,7 +23,7 @@ def distill_options(parser: CommandParser) -> None:
     group = parser.add_argument_group("models, images and output")
     add_teacher(group, "trained model to learn from")
     help = "model to train: a timm name, for a new model that fits the teacher; or, to train one further,"
-    add_model(group, help, "--student")
+    add_model(group, help, "--student", required=False)
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
     group.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, to evaluate on (default: held-out noise)")
@@ -47,6 +49,8 @@ def _shown(action: argparse.Action) -> argparse.Action:
         # By its type it takes a folder, but the Trainer takes True as well.
         action.nargs, action.const, action.metavar = "?", "true", "FOLDER"
         action.help = "continue the run in --output-dir from its last checkpoint, or from the checkpoint FOLDER"
+    elif action.dest == "student_args":
+        action.nargs, action.type, action.metavar = "+", _argument, "NAME=VALUE"
     elif action.nargs == 0:  # `--no-...` of a switch that is on by default
         action.help = argparse.SUPPRESS
     else:
@@ -58,11 +62,27 @@ def _shown(action: argparse.Action) -> argparse.Action:
     return action
 
 
+def _argument(text: str) -> tuple[str, object]:
+    """Read `name=value`; what is no literal of Python is a text."""
+    name, equals, value = text.partition("=")
+    if not (equals and name.isidentifier()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value, such as width=32")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
 def noise_config(args: argparse.Namespace) -> "NoiseKDConfig":
     """Build the [`NoiseKDConfig`] of the options; a value that it refuses is wrong usage."""
     from hf_noisekd.training.config import NoiseKDConfig
 
     values = {name: value for name, value in vars(args).items() if name in NoiseKDConfig.__dataclass_fields__}
+    if args.student_args is not None:
+        values["student_args"] = dict(args.student_args)
+    limits = [name for name in ("keep", "max_macs", "max_params") if values[name] is not None]
+    if bool(limits) == bool(args.student):
+        args.parser.error("give either --student, or --keep, --max-macs or --max-params to cut the teacher down.")
     try:
         config = NoiseKDConfig(**values)
     except (ValueError, FileNotFoundError) as error:
@@ -86,6 +106,8 @@ def distill(args: argparse.Namespace) -> int:
 
         images = load_images(args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column)
     trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=images)
+    if trainer.is_world_process_zero():
+        print(f"The student begins {_start_text(trainer, args.student)}.", file=sys.stderr)
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     if config.push_to_hub:
@@ -98,6 +120,17 @@ def distill(args: argparse.Namespace) -> int:
     return 0
 
 
+def _start_text(trainer: "NoiseKDTrainer", student: str) -> str:
+    from hf_noisekd.models.loading import has_weights
+
+    if trainer.start:
+        return f"as its teacher: {trainer.start.facts}"
+    if has_weights(student):
+        return "as it was trained"
+    wanted = trainer.args.init_student == "random"
+    return "at random" if wanted else "at random: its layers do not correspond to those of the teacher"
+
+
 def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     """Return what the student's running statistics are of, and the agreement that was measured without data."""
     from hf_noisekd.models.batch_norm import has_batch_norm
@@ -106,6 +139,8 @@ def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     images = trainer.calibration_images
     if not has_batch_norm(trainer.model):
         return "It has no BatchNorm layers, and reads single images."
+    if images is None and trainer.provenance().batch_norm == "running" and trainer.start:
+        return "Its running statistics are its teacher's, so it answers single images."
     if images is None:
         return (
             "Its running statistics are those of the training noise. Read it in batches, by their own statistics, or "

@@ -1,11 +1,19 @@
-"""After the last step of a training: running statistics without data, and how often student and teacher agree."""
+"""After the last step of a training: running statistics without data, and how often student and teacher agree.
+
+A student that began as its teacher must not be worse than the cut it began as: where training did not help, it becomes
+that again.
+"""
 
 import logging
+from collections.abc import Mapping
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from hf_noisekd.calibration.images import CalibrationImages, calibration_images
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.release.record import Evaluation
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.teacher import Teacher
@@ -15,28 +23,90 @@ logger = logging.getLogger(__name__)
 
 HELD_OUT = "held-out calibration images"
 
+State = dict[str, torch.Tensor]
 
-def recalibrate_without_data(
-    student: nn.Module, teacher: Teacher, num_images: int, *, seed: int, step: int, show_progress: bool
-) -> tuple[CalibrationImages, Evaluation] | None:
+
+class Ending(NamedTuple):
+    """What a student is after its training, to be read in evaluation mode."""
+
+    agreement: Evaluation  # with its teacher on held-out calibration images
+    images: CalibrationImages | None = None  # those that its running statistics are of
+    healed: bool = True  # whether it has the weights of the training, not those that it began with
+
+
+def end_without_data(
+    student: nn.Module,
+    teacher: Teacher,
+    num_images: int,
+    *,
+    start: Mapping[str, torch.Tensor] | None,
+    seed: int,
+    step: int,
+    show_progress: bool,
+) -> Ending | None:
     """Re-estimate a student's running statistics on [`calibration_images`] of its teacher.
 
-    Returns:
-        The images, and how often student and teacher give the same answer to those that were held out.
+    If it began as its teacher, with the weights `start`, it is compared with that, as it was and with such statistics,
+    and becomes what agrees with the teacher on held-out images the most often. Images that are not good enough for
+    statistics are good enough to compare on; the trained student is then read by the statistics of the batch.
 
-    If the images are not good enough, or anything fails or is interrupted, there is a warning, nothing changes, and the
-    result is None: a trained student must not be lost to what comes after.
+    If the images are not good enough, or anything fails or is interrupted, there is a warning, and a student that began
+    at random does not change; a trained student must not be lost to what comes after. The result is None then.
     """
+    trained = _copy(student)
     try:
         images = calibration_images(
             teacher.model, num_images, input_size=teacher.input_size, seed=seed, show_progress=show_progress
         )
-        recalibrate_batch_norm(student, images)
-        return images, _agreement(student, teacher, images, step)
+        if start is None:
+            recalibrate_batch_norm(student, images)
+            return Ending(_agreement(student, teacher, images, step), images)
+        return _best(student, teacher, images, {True: trained, False: start}, step)
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        student.load_state_dict(trained)
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
+
+
+def _best(
+    student: nn.Module,
+    teacher: Teacher,
+    images: CalibrationImages,
+    states: Mapping[bool, Mapping[str, torch.Tensor]],
+    step: int,
+) -> Ending | None:
+    """Make of a student the best of what it was after and before its training; see [`end_without_data`]."""
+    has_statistics = bool(stored_statistics(student))
+    good = has_statistics and not images.problem
+    found: list[tuple[float, Ending, State]] = []
+    for healed, state in states.items():
+        for recalibrated in [True] * good + [False] * (not (healed and good)):
+            student.load_state_dict(state)
+            if recalibrated:
+                recalibrate_batch_norm(student, images)
+            ending = Ending(_agreement(student, teacher, images, step), images if recalibrated else None, healed)
+            # After training the statistics are of noise.
+            reading = "batch" if has_statistics and healed and not recalibrated else "running"
+            found.append((ending.agreement.scores(reading)["agreement"], ending, _copy(student)))
+    _, ending, state = max(found, key=lambda candidate: candidate[0])
+    student.load_state_dict(state)
+    if has_statistics and ending.healed and not ending.images:
+        logger.warning("The student keeps the running statistics of its training noise. %s", images.problem)
+        return None
+    if not ending.healed:
+        logger.warning(
+            "Training did not help: trained, the student gives its teacher's answer to %.1f %% of %d held-out images, "
+            "and as it was cut to %.1f %%. It is what it was cut to.",
+            max(score for score, other, _ in found if other.healed),
+            len(images.held_out),
+            ending.agreement.running["agreement"],
+        )
+    return ending
+
+
+def _copy(student: nn.Module) -> State:
+    return {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
 
 def _agreement(student: nn.Module, teacher: Teacher, images: CalibrationImages, step: int) -> Evaluation:

@@ -96,6 +96,25 @@ class NoiseKDConfig(ClassifierConfig):
         ValueError: An option is out of range; the message says what to use instead.
     """
 
+    init_student: str = HfArg(
+        default="teacher",
+        help="What a student given by its timm name begins as: 'teacher', so with the teacher's weights, as far as "
+        "the layers of the two correspond, or 'random'.",
+        metadata={"choices": ["random", "teacher"]},
+    )
+    student_args: dict | None = HfArg(  # noqa: RUF009 - HfArg makes a field
+        default=None, help="What timm builds a student of that name with, such as `width=32 drop_path_rate=0.1`."
+    )
+    keep: float | None = HfArg(
+        default=None,
+        help="Without a student: cut the teacher itself, to this share of its multiply-adds, between 0 and 1.",
+    )
+    max_macs: int | None = HfArg(
+        default=None, help="Without a student: cut the teacher itself, to so many multiply-adds for an image."
+    )
+    max_params: int | None = HfArg(
+        default=None, help="Without a student: cut the teacher itself, to so many parameters."
+    )
     loss_type: str = HfArg(
         default="kl",
         help="Distance between the student's and the teacher's answers: 'kl' (times the squared temperature), "
@@ -121,7 +140,7 @@ class NoiseKDConfig(ClassifierConfig):
         default=None,
         help="Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
         "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
-        "noise, and full size for any other.",
+        "noise and a student that begins at random, and else full size.",
     )
     batch_norm_fraction: float = HfArg(
         default=1.0,
@@ -144,7 +163,10 @@ class NoiseKDConfig(ClassifierConfig):
         default=8, help="Held-out noise batches to evaluate on where there is no evaluation data set."
     )
     num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
-    learning_rate: float = HfArg(default=1e-2, help="Peak learning rate.")
+    learning_rate: float | None = HfArg(
+        default=None,
+        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student that begins as its teacher.",
+    )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or a share of all steps if below 1.")
 
@@ -152,6 +174,13 @@ class NoiseKDConfig(ClassifierConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.init_student not in ("random", "teacher"):
+            raise ValueError(f"init_student is {self.init_student!r}: use 'teacher' or 'random'.")
+        if self.keep is not None and not 0 < self.keep < 1:
+            raise ValueError(f"keep is {self.keep}: use a share between 0 and 1, such as 0.5.")
+        for name in ("max_macs", "max_params"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name} is {limit}: use at least 1.")
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}: use one of {', '.join(sorted(LOSSES))}.")
         if not 0 < self.temperature < math.inf:
@@ -199,6 +228,7 @@ class NoiseKDConfig(ClassifierConfig):
             "loss_type": "soft_cross_entropy",
             "temperature": 1.0,
             "num_calibration_images": 0,
+            "init_student": "random",
         }
         return cls(output_dir, **setting | overrides)
 

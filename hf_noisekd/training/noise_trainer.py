@@ -18,7 +18,7 @@ from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
-from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.release.card import write_model_card
@@ -26,7 +26,7 @@ from hf_noisekd.release.environment import command_line
 from hf_noisekd.release.record import Provenance, Record, current_evaluations
 from hf_noisekd.training.answers import AnswerLog
 from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
-from hf_noisekd.training.calibrating import recalibrate_without_data
+from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
@@ -40,6 +40,7 @@ from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
+from hf_noisekd.training.starting import start_student, with_defaults_of
 from hf_noisekd.training.teacher import Teacher
 
 
@@ -59,8 +60,10 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None.
 
     Args:
-        model: The student: a module from pixels to logits, a transformers image classifier, a timm name, which is
-            built with the teacher's classes and input size, or a Hub id or folder to train further.
+        model: The student: a module from pixels to logits, a transformers image classifier, a timm name, or a Hub id or
+            folder to train further. What is named by timm is built with the teacher's classes and input size, and
+            begins with its weights as far as its layers correspond. None cuts the teacher itself to `args.keep`, or
+            another limit there.
         teacher_model: The teacher, likewise; a timm name loads its pretrained weights. Needs BatchNorm layers.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
@@ -89,7 +92,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | nn.Module | None,
         teacher_model: str | nn.Module,
         args: NoiseKDConfig | None = None,
         data_collator: Callable = collate_images,
@@ -104,11 +107,12 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         size = training_input_size(args, teacher_model, train_dataset, data_collator)
         teacher = Teacher(teacher_model, input_size=size, batch_norm_fraction=args.batch_norm_fraction, seed=args.seed)
         find_batch_norm(teacher_model)  # or the error that names what it has instead
+        set_seed(args.seed)  # before a student given by name gets its random weights
+        model, self.start = start_student(model, teacher, args)
+        args = with_defaults_of(self.start, args, train_dataset)
         train_dataset, eval_dataset = _with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
-        set_seed(args.seed)  # before a student given by name gets its random weights
-        model = load_student(model, num_classes=teacher.num_classes, input_size=teacher.input_size)
         check_models(model, teacher, explicit_size=args.input_size is not None)
         check_image_sizes(train_dataset, model, teacher_model)
         check_eval_datasets(eval_dataset, teacher, data_collator)
@@ -124,7 +128,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         )
         self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
-        self.calibration_images: CalibrationImages | None = None  # those that the student's statistics are of
+        self._ending: Ending | None = None
         self.train_dataset = _on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
         if self._fills_total_steps:
@@ -154,35 +158,43 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
             if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
                 check_length(resume_from_checkpoint, updates)
         self._answer_log.forget()
-        self.calibration_images = None
+        self._ending = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.provenance().attach(self.model)
-        self._recalibrate()
+        self._end()
         return output
 
-    def _recalibrate(self) -> None:
-        """Leave a student that noise alone taught with statistics made without data, if all processes have them."""
-        if not (self.args.num_calibration_images and self.provenance().is_data_free and stored_statistics(self.model)):
+    def _end(self) -> None:
+        """Leave a student that noise alone taught as [`end_without_data`] does, if all processes can."""
+        could = stored_statistics(self.model) or self.start
+        if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
             return
-        before = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        made = recalibrate_without_data(
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        ending = end_without_data(
             self.model,
             self.teacher,
             self.args.num_calibration_images,
+            start=self.start and self.start.state,
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
-        if self._sum_over_processes(torch.tensor([float(made is not None)])) < self.args.world_size:
-            for name, buffer in self.model.named_buffers():
-                buffer.copy_(before[name])
+        if self._sum_over_processes(torch.tensor([float(ending is not None)])) < self.args.world_size:
+            self.model.load_state_dict(before)
             self.provenance().attach(self.model)
             return
-        for buffer in self.model.buffers() if self.args.world_size > 1 else ():
-            torch.distributed.broadcast(buffer, src=0)
-        assert made is not None
-        self.calibration_images, self._agreement = made
-        self._evaluations.clear()  # they were of other statistics
+        assert ending is not None
+        for tensor in self.model.state_dict().values() if self.args.world_size > 1 else ():
+            of_first = tensor.contiguous()
+            torch.distributed.broadcast(of_first, src=0)
+            tensor.copy_(of_first)
+        self._ending = ending
+        self._evaluations.clear()  # they were of another student
+
+    @property
+    def calibration_images(self) -> CalibrationImages | None:
+        """The images that the student's running statistics are of, if they were made without data."""
+        return self._ending and self._ending.images
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
@@ -231,8 +243,8 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         record.model.num_classes = self.teacher.num_classes
         record.model.label_names = class_names(self.teacher_model, self.teacher.num_classes)
         record.noisekd = self.provenance()
-        if self.calibration_images is not None:
-            record.evaluations.append(self._agreement)
+        if self._ending:
+            record.evaluations.append(self._ending.agreement)
         record.class_frequencies = self._answer_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
         return record
@@ -242,8 +254,14 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
         made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
-        if self.calibration_images is not None:
-            made = replace(made, batch_norm="running", calibration=self.calibration_images.facts)
+        if self.start:
+            made = replace(made, start=self.start.facts)
+        if self._ending:
+            made = replace(made, batch_norm="running")
+            if self._ending.images:
+                made = replace(made, calibration=self._ending.images.facts)
+            if made.start:
+                made = replace(made, start=replace(made.start, healed=self._ending.healed))
         return made
 
     def create_model_card(

@@ -1,0 +1,108 @@
+import copy
+import logging
+
+import pytest
+import timm
+import torch
+from conftest import snapshot
+
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, recalibrate_batch_norm
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.release.record import Provenance
+from hf_noisekd.shrinking.cutting import shrink
+from hf_noisekd.training import calibrating
+from hf_noisekd.training.calibrating import end_without_data
+from hf_noisekd.training.teacher import Teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(digits_teacher):
+    return Teacher(digits_teacher)
+
+
+@pytest.fixture
+def cut(digits_teacher):
+    """A teacher cut down, and one that training has spoilt."""
+    torch.manual_seed(0)
+    student, _ = shrink(digits_teacher, 0.7)
+    spoilt = copy.deepcopy(student)
+    torch.nn.init.normal_(spoilt.fc.weight)
+    return student, spoilt
+
+
+def end(student, teacher, start):
+    return end_without_data(student, teacher, 64, start=start, seed=0, step=1, show_progress=False)
+
+
+def test_a_student_that_training_spoilt_becomes_the_cut_again(cut, teacher, caplog):
+    student, spoilt = cut
+    with caplog.at_level(logging.WARNING):
+        ending = end(spoilt, teacher, snapshot(student))
+    assert not ending.healed
+    assert "Training did not help" in caplog.text
+    assert torch.equal(spoilt.fc.weight, student.fc.weight)
+    if ending.images:
+        recalibrate_batch_norm(student, ending.images)
+    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in spoilt.state_dict().items())
+
+
+def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
+    student, spoilt = cut
+    weight = student.fc.weight.detach().clone()
+    ending = end(student, teacher, snapshot(spoilt))
+    assert ending.healed
+    assert torch.equal(student.fc.weight, weight)
+    assert ending.agreement.running["agreement"] > 50
+
+
+@pytest.mark.parametrize("helped", [True, False])
+def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(cut, teacher, helped, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 101)
+    monkeypatch.setattr(calibrating, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
+    trained, start = cut if helped else cut[::-1]
+    trained, before = copy.deepcopy(trained), snapshot(trained)
+    ending = end(trained, teacher, snapshot(start))
+    if helped:  # it is read by the statistics of the batch
+        assert ending is None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    else:
+        assert (ending.healed, ending.images) == (False, None)
+        assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in trained.state_dict().items())
+
+
+def few_steps(*args, **kwargs):
+    from hf_noisekd.calibration.images import calibration_images
+
+    return calibration_images(*args, **kwargs, steps=5, max_steps=5)
+
+
+def test_the_trainer_tells_that_its_training_did_not_help(digits_teacher, tmp_path):
+    args = NoiseKDConfig(
+        str(tmp_path),
+        keep=0.7,
+        learning_rate=100.0,
+        max_steps=5,
+        per_device_train_batch_size=8,
+        num_calibration_images=64,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = NoiseKDTrainer(None, digits_teacher, args)
+    before = snapshot(trainer.model)
+    trainer.train()
+    trainer.save_model()
+    assert torch.equal(trainer.model.conv1.weight, before["conv1.weight"])
+    made = Provenance.of(load_teacher(tmp_path))
+    assert (made.start.healed, made.batch_norm) == (False, "running")
+    assert trainer.record().evaluations[-1].running["agreement"] > 20
+
+
+def test_a_network_without_batch_norm_is_compared_too(digits_teacher):
+    torch.manual_seed(0)
+    student = timm.create_model("resnet10_cifar", width=4, stem_stride=2, in_chans=1, num_classes=10)
+    for name, module in list(student.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            parent = student.get_submodule(name.rpartition(".")[0]) if "." in name else student
+            setattr(parent, name.rpartition(".")[2], torch.nn.GroupNorm(2, module.num_features))
+    ending = end(student, Teacher(digits_teacher), snapshot(student))
+    assert ending.healed  # the trained one, where both are the same

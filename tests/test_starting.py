@@ -1,0 +1,90 @@
+import json
+
+import pytest
+import timm
+import torch
+from conftest import snapshot
+from torch import nn
+
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.models.cost import count_macs
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.saving import save_model
+from hf_noisekd.training.starting import start_student
+from hf_noisekd.training.teacher import Teacher
+
+KIN = {"width": 4, "stem_stride": 2}  # of the digits teacher, half as wide
+
+
+def config(folder, **options):
+    shared = {"max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no", "disable_tqdm": True}
+    return NoiseKDConfig(str(folder), **shared | {"num_calibration_images": 0} | options)
+
+
+def start(teacher, tmp_path, student="resnet10_cifar", **options):
+    return start_student(student, Teacher(teacher), config(tmp_path, **options))
+
+
+def test_a_student_given_by_name_begins_as_its_teacher(digits_teacher, tmp_path):
+    model, begun = start(digits_teacher, tmp_path, student_args=KIN)
+    assert begun.facts.from_teacher == begun.facts.tensors > begun.facts.cut > 0
+    assert 0.2 < begun.facts.macs < 0.4
+    assert all(torch.equal(tensor, begun.state[name]) for name, tensor in model.state_dict().items())
+    rows = digits_teacher.conv1.weight.flatten(1)
+    assert all((row == rows).all(1).any() for row in model.conv1.weight.flatten(1))
+
+
+def test_a_student_that_begins_at_random_and_one_that_is_trained_already(digits_teacher, tmp_path):
+    assert start(digits_teacher, tmp_path, student_args=KIN, init_student="random")[1] is None
+    assert start(digits_teacher, tmp_path, student="mobilenetv2_050")[1] is None
+    trained = timm.create_model("resnet10_cifar", in_chans=1, **KIN)
+    before = snapshot(trained)
+    for source in (trained, tmp_path / "trained"):
+        save_model(trained, tmp_path / "trained")
+        model, begun = start(digits_teacher, tmp_path, student=source)
+        assert begun is None
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_a_student_the_teacher_is_cut(digits_teacher, tmp_path):
+    model, begun = start(digits_teacher, tmp_path, student=None, keep=0.5)
+    size = (1, 32, 32)
+    assert count_macs(model, size)[""] <= 0.5 * count_macs(digits_teacher, size)[""]
+    assert begun.facts.from_teacher == begun.facts.tensors
+
+
+@pytest.mark.parametrize(
+    ("student", "options", "message"),
+    [
+        (None, {}, "There is no student"),
+        (None, {"keep": 0.5, "student_args": {"width": 4}}, "student_args are for a student"),
+        ("resnet10_cifar", {"keep": 0.5}, "There is a student, and keep to cut the teacher"),
+        ("resnet10_cifar", {"student_args": {"wdith": 4}}, "timm does not build 'resnet10_cifar' with wdith=4"),
+        (nn.Linear(2, 2), {"student_args": {"width": 4}}, "is built already"),
+    ],
+)
+def test_what_does_not_go_together(digits_teacher, tmp_path, student, options, message):
+    with pytest.raises(ValueError, match=message):
+        start(digits_teacher, tmp_path, student, **options)
+
+
+def test_the_learning_rate_follows_the_start(digits_teacher, tmp_path):
+    rates = [
+        NoiseKDTrainer(
+            "resnet10_cifar", digits_teacher, config(tmp_path, student_args=KIN, **options)
+        ).args.learning_rate
+        for options in ({}, {"init_student": "random"}, {"learning_rate": 5e-4})
+    ]
+    assert rates == [3e-3, 1e-2, 5e-4]
+
+
+def test_arguments_of_the_student_are_saved_with_it(digits_teacher, tmp_path):
+    args = config(tmp_path / "out", student_args=KIN | {"drop_path_rate": 0.1})
+    trainer = NoiseKDTrainer("resnet10_cifar", digits_teacher, args)
+    trainer.train()
+    trainer.save_model()
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
+    assert (saved["width"], saved["drop_path_rate"]) == (4, 0.1)
+    save_model(load_teacher(tmp_path / "out"), tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "config.json").read_text())["model_args"]
+    assert again == saved
