@@ -203,7 +203,9 @@ class Experiment:
             batch_size = ClassifierConfig.per_device_train_batch_size * PartialState().num_processes
             steps_per_epoch = math.ceil(len(self.train_dataset) / batch_size)
             arguments["max_steps"] = min(self.options.max_steps, arguments.pop("num_train_epochs") * steps_per_epoch)
-        args = ClassifierConfig(self._folder(name, model), **(self._shared() | arguments))
+        args = ClassifierConfig(
+            self._folder(name, model.pretrained_cfg["architecture"]), **(self._shared() | arguments)
+        )
         trainer = ClassifierTrainer(model, args, train_dataset=self.train_dataset, eval_dataset=self.test_dataset)
         self.results.train(name, trainer)
         trainer.save_model()
@@ -233,14 +235,18 @@ class Experiment:
 
         Args:
             name: Name of the run.
-            student: timm name of the student.
+            student: timm name of the student, which the recipe builds, or the trainer if `arguments` have
+                `student_args`. Default: the preset's first, or none if they have `keep`.
             train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
         """
-        model = self.build(student or self.preset["students"][0])
+        model: str | nn.Module | None = None
+        if "keep" not in arguments:
+            student = student or self.preset["students"][0]
+            model = student if "student_args" in arguments else self.build(student)
         arguments = self.preset["distillation"] | arguments
         arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
-        folder = self._folder(name, model)
+        folder = self._folder(name, student)
         input_size = list(self.train_dataset.pretrained_cfg["input_size"])
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
         return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
@@ -288,9 +294,7 @@ class Experiment:
         cores = usable_cores() // PartialState().num_processes
         return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
 
-    def _folder(self, name: str, model: nn.Module | None = None) -> Path:
+    def _folder(self, name: str, architecture: str | None = None) -> Path:
         if name == "teacher":
             return self.options.output_dir / name
-        return self.options.output_dir / re.sub(
-            r"[^a-z0-9]+", "-", f"{name} {model.pretrained_cfg['architecture']}".lower()
-        )
+        return self.options.output_dir / re.sub(r"[^a-z0-9]+", "-", f"{name} {architecture or 'cut'}".lower())

@@ -1,0 +1,172 @@
+"""Students that begin as their teacher, cut down, against such as begin at random: accuracy by size and by time.
+
+    python recipes/shrink.py --teacher runs/cifar10/teacher
+    python recipes/shrink.py --preset cpu-leaders           # three seeds of these
+    python recipes/shrink.py --preset cpu-wrn               # a Wide ResNet
+
+Beyond the paper. All students learn as `noisekd distill` teaches them, without data, and are read in ordinary
+evaluation mode, with running statistics of calibration images. A time is that of so many steps of the first student
+from a random start; what a student gets of it is what calibration images and cutting leave. `as it was cut` has no
+training at all. `real images` is the best that could be: the same student taught with all training images, and that one
+with the statistics of 2,560 of them.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from harness.equal_seconds import step_cost
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
+from torch import nn
+
+from hf_noisekd import NoiseKDTrainer, calibration_images
+from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.models.classifier import count_parameters
+from hf_noisekd.models.cost import count_macs
+from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
+
+CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
+STEPS_TO_TIME = 40
+RANDOM, KIN = {"init_student": "random"}, {"init_student": "teacher"}
+RESNET10 = {"student": "resnet10_cifar", "student_args": {"width": 32, "stem_stride": 2}}
+HALF_WIDTH = {"student": "resnet18_cifar", "student_args": {"width": 16, "stem_stride": 2}}
+SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "student_args": {"blocks": 1}}
+KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
+# How a student begins, and the times that it is trained for, in steps of the first one.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": NOISE_PAIRS["cpu"]
+    | {
+        "starts": {
+            "ResNet-10, random": (RESNET10 | RANDOM, [600, 2000, 6000]),
+            "ResNet-10, from the teacher": (RESNET10 | KIN, [600, 2000, 6000]),
+        }
+        | KEPT,
+        "real_images_steps": 2000,
+    },
+    "cpu-leaders": NOISE_PAIRS["cpu"]
+    | {
+        "starts": {
+            "ResNet-10, random": (RESNET10 | RANDOM, []),
+            "ResNet-10, from the teacher": (RESNET10 | KIN, [1200, 4000]),
+            "half the width, from the teacher": (HALF_WIDTH | KIN, [2400]),
+        }
+    },
+    "cpu-long": NOISE_PAIRS["cpu"]
+    | {
+        "starts": {
+            "ResNet-10, random": (RESNET10 | RANDOM, []),
+            "ResNet-10, from the teacher": (RESNET10 | KIN, [12_000]),
+        }
+    },
+    "cpu-wrn": NOISE_PAIRS["cpu-wrn"]
+    | {
+        "starts": {
+            "WRN-10-2, random": (SHALLOW_WRN | RANDOM, [600, 2000]),
+            "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [600, 2000]),
+        }
+        | KEPT,
+    },
+    "cpu-wrn-leaders": NOISE_PAIRS["cpu-wrn"]
+    | {
+        "starts": {
+            "WRN-10-2, random": (SHALLOW_WRN | RANDOM, [1000]),
+            "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [1000]),
+        }
+    },
+}
+
+
+def main() -> None:
+    """Train the students, and print their table."""
+    options = experiment_parser(__doc__, "shrink", PRESETS).parse_args()
+    preset = PRESETS[options.preset]
+    experiment = Experiment("shrink", options, preset)
+    teacher = experiment.prepare_teacher()
+    runs = {name: DISTILL_DEFAULTS | start for name, (start, _) in preset["starts"].items()}
+    costs = step_cost(experiment, runs)
+    first = next(iter(runs))
+    before = seconds_of_a_step(experiment, runs[first])
+    calibration, seconds = timed(calibration_images, teacher, CALIBRATION_IMAGES, seed=options.seed)
+    step = (before + seconds_of_a_step(experiment, runs[first])) / 2
+    experiment.results.measure(
+        "what is paid beside the steps",
+        [{"for": "calibration images", "in steps of the first student": seconds / step}],
+    )
+    rows: list[dict] = []
+    for name, (_, times) in preset["starts"].items():
+        trainer, cutting = timed(experiment.distillation_trainer, name, **runs[name] | {"max_steps": 1})
+        facts = {"student": name, "parameters (M)": count_parameters(trainer.model) / 1e6}
+        facts["multiply-adds (%)"] = 100 * share_of_macs(trainer)
+        if trainer.start:
+            rows.append(facts | {"time": 0, "steps": 0} | accuracies(experiment, trainer.model, calibration))
+        for time_ in times:
+            steps = round((time_ - (seconds + cutting) / step) / costs[name])
+            student = experiment.distill(
+                f"{name}, time of {time_:,}", **runs[name] | {"max_steps": max(steps, 1), "eval_strategy": "no"}
+            )
+            row = {"time": time_, "steps": student.state.global_step}
+            rows.append(facts | row | accuracies(experiment, student.model, calibration))
+            experiment.results.measure("accuracy", rows)
+    limits = {"the teacher": experiment.results.runs[0].evaluations[0].running["accuracy"]}
+    if steps := preset.get("real_images_steps"):
+        arguments = runs[first] | {"batch_norm_fraction": 0.0, "eval_strategy": "no", "max_steps": steps}
+        experiment.distill("real images", train_dataset=experiment.train_dataset, **arguments)
+        limits["ResNet-10, taught with all real images"] = (
+            experiment.results.runs[-1].evaluations[0].running["accuracy"]
+        )
+    if len(runs) > 3:
+        experiment.results.plot("accuracy.png", lambda _, path: plot_panels(panels(rows, limits), path, share_y=True))
+    experiment.results.print_table()
+
+
+def timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
+    """Return what a function returns, and its seconds."""
+    start = time.perf_counter()
+    return function(*args, **kwargs), time.perf_counter() - start
+
+
+def seconds_of_a_step(experiment: Experiment, arguments: Mapping) -> float:
+    """Return the seconds of a training step, on the average of a whole training."""
+    steps = experiment.options.max_steps or STEPS_TO_TIME
+    arguments = dict(arguments) | {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True}
+    return experiment.distillation_trainer("a step", **arguments).train().metrics["train_runtime"] / steps
+
+
+def share_of_macs(trainer: NoiseKDTrainer) -> float:
+    """Return the multiply-adds of a student for an image, relative to those of its teacher."""
+    size = trainer.teacher.input_size
+    return count_macs(trainer.model, size)[""] / count_macs(trainer.teacher_model, size)[""]
+
+
+def accuracies(experiment: Experiment, model: nn.Module, calibration: CalibrationImages) -> dict[str, float]:
+    """Return test accuracies in percent in evaluation mode, without data, and with statistics of real images."""
+    return {
+        "accuracy": experiment.recalibrated_accuracy(model, calibration),
+        f"with statistics of {REAL_IMAGES:,} real images": experiment.recalibrated_accuracy(
+            model, experiment.real_images(REAL_IMAGES)
+        ),
+    }
+
+
+def panels(rows: list[dict], limits: Mapping[str, float]) -> list[Panel]:
+    """Return accuracy against time, a line for each student, and against size, a line for each time."""
+    trained = [row for row in rows if row["time"]]
+    times = sorted({row["time"] for row in trained})
+    by_time: dict[str, list] = {row["student"]: [] for row in trained}
+    by_size: dict[str, list] = {f"cut to a share, time of {time_:,}": [] for time_ in times}
+    for row in trained:
+        by_time[row["student"]].append((row["time"], row["accuracy"]))
+        if row["student"].startswith("keep"):
+            by_size[f"cut to a share, time of {row['time']:,}"].append((row["multiply-adds (%)"], row["accuracy"]))
+    for name, accuracy in limits.items():
+        by_time[name] = [(time_, accuracy) for time_ in (times[0], times[-1])]
+    by_size = {name: points for name, points in by_size.items() if points}
+    return [
+        Panel(by_time, xlabel="time, in steps from a random start", ylabel=ACCURACY_LABEL, log_x=True),
+        Panel(by_size, xlabel="multiply-adds, in percent of the teacher's"),
+    ]
+
+
+if __name__ == "__main__":
+    main()
