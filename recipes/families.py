@@ -1,0 +1,107 @@
+"""Which families of timm can be cut down, and read again by everything: a small member of each, with random weights.
+
+    python recipes/families.py    # a quarter of an hour on a CPU
+
+Beyond the paper. Each is cut to half its multiply-adds, as `noisekd distill --keep 0.5` begins, saved, and loaded by
+timm and by transformers, whose logits must be the same; then exported to ONNX and read by onnxruntime. A network none
+of whose tensors is narrowed is one whose layers torch-pruning cannot follow; it can lose whole blocks alone, if those.
+"""
+
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from harness.results import Results, recipe_parser
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoModelForImageClassification
+
+from hf_noisekd.models.classifier import declared_input_size
+from hf_noisekd.models.saving import save_model
+from hf_noisekd.release.onnx import export_onnx, onnx_logits, onnx_session
+from hf_noisekd.shrinking.cutting import shrink
+
+PRESETS = {
+    "cpu": {
+        "keep": 0.5,
+        "side": 64,
+        "members": [
+            "resnet26", "resnext26ts", "seresnet50", "ecaresnet26t", "skresnet18", "res2net50_26w_4s", "resnest14d",
+            "resnetv2_50", "nf_resnet26", "regnetx_002", "regnety_002", "regnetz_b16", "gernet_s", "tresnet_m",
+            "mobilenetv1_100", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small_050", "mobileone_s0",
+            "efficientnet_lite0", "efficientnet_b0", "efficientnetv2_rw_t", "tinynet_e", "mnasnet_small", "mixnet_s",
+            "fbnetc_100", "hardcorenas_a", "lcnet_035", "ghostnet_050", "repghostnet_050", "rexnet_100", "repvgg_a0",
+            "repvit_m1", "densenet121", "dla34", "vgg11_bn", "cspresnet50", "ese_vovnet19b_dw", "hgnet_tiny",
+            "selecsls42b", "xception41", "hrnet_w18_small", "convnext_atto", "starnet_s1", "fasternet_t0",
+        ],
+    }
+}  # fmt: skip
+
+
+def main() -> None:
+    """Cut all members, and print the table."""
+    options = recipe_parser(__doc__, "families", PRESETS).parse_args()
+    preset = PRESETS[options.preset]
+    results = Results("families", options, preset)
+    warnings.filterwarnings("ignore")
+    rows = []
+    for name in preset["members"][: options.max_steps]:
+        start = time.perf_counter()
+        rows.append({"family": family_of(name), "member": name} | cut_and_read(name, preset["keep"], preset["side"]))
+        rows[-1]["seconds"] = round(time.perf_counter() - start)
+        results.measure("families", rows)
+    results.print_table()
+
+
+def family_of(name: str) -> str:
+    """Return the module of timm that has a network."""
+    return timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def cut_and_read(name: str, keep: float, side: int) -> dict:
+    """Cut a network, and return what of it is left, and which libraries read it as it is."""
+    torch.manual_seed(0)
+    teacher = timm.create_model(name, num_classes=10).eval()
+    for layer in teacher.modules():
+        if isinstance(layer, _BatchNorm):  # fresh ones would hide a wrong channel
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias, std=0.1)
+    size = (3, side, side)
+    images = [torch.randn(16, *size)]
+    row: dict = {"multiply-adds (%)": None, "cut": "", "built as": "", "read by": ""}
+    try:
+        student, start = shrink(teacher, keep, input_size=size, images=images)
+    except ValueError as error:
+        return row | {"cut": f"not: {str(error).partition(':')[0]}"}
+    row |= {"multiply-adds (%)": 100 * start.macs, "built as": student.pretrained_cfg["architecture"]}
+    row["cut"] = f"{start.cut} of {start.tensors} tensors narrowed, {len(start.removed_blocks)} blocks left out"
+    return row | {"read by": ", ".join(readers(student, images[0][:2]))}
+
+
+def readers(student: nn.Module, images: torch.Tensor) -> list[str]:
+    """Return the libraries that give the logits of a student that was saved."""
+    found = []
+    # The size that the file is exported for.
+    student.pretrained_cfg["input_size"] = tuple(images.shape[1:])
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        expected = student(images)
+        save_model(student, folder)
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        if torch.equal(again(images), expected):
+            found.append("timm")
+        logits = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
+        if torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
+            found.append("transformers")
+        path = Path(folder) / "student.onnx"
+        export_onnx(student, path)
+        if torch.allclose(onnx_logits(onnx_session(path), images), expected, rtol=1e-2, atol=1e-3):
+            found.append("onnxruntime")
+    assert declared_input_size(student) == tuple(images.shape[1:])
+    return found
+
+
+if __name__ == "__main__":
+    main()
