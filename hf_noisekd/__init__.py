@@ -1,17 +1,19 @@
 """hf_noisekd: distill a CNN with noise, when its training data is gone, private or forbidden.
 
-Importing the package registers its CIFAR-size models with timm.
+Importing the package registers its CIFAR-size models with timm, and the networks that it cuts out of others.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
-import hf_noisekd.models.cifar  # noqa: F401 - registers architectures
+import hf_noisekd.models.cifar
+import hf_noisekd.models.shrunk  # noqa: F401 - likewise
 from hf_noisekd.calibration.images import calibration_images
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import batch_statistics
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.noise.spec import register_noise
+from hf_noisekd.shrinking.cutting import shrink
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
@@ -31,4 +33,5 @@ __all__ = [
     "evaluate",
     "recalibrate_batch_norm",
     "register_noise",
+    "shrink",
 ]

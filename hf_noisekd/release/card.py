@@ -104,6 +104,7 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
         size=_pixels(model.input_size) if model.input_size else "any size",
         taught_by=_taught_by(made),
         is_data_free=made.is_data_free,
+        start=made.start,
         results_table=_results_table(record),
         results_note=_results_note(record.evaluations),
         has_accuracy=any("accuracy" in evaluation.batch for evaluation in record.evaluations),
@@ -220,6 +221,8 @@ def _facts(record: Record, made: Provenance) -> list[str]:
     elif made.teacher.sha256:
         teacher += f" (SHA-256 of its weights `{made.teacher.sha256[:16]}`)"
     lines = [f"Teacher: {teacher}, with {layers} on the statistics of the batch at hand."]
+    if made.start:
+        lines.append(f"Start: the teacher, cut down; {made.start}.")
     if noise := made.noise:
         # Older records do not know sizes that change in the course of the training.
         parts = [f"{h}x{w} pixels for {share:.0%} of the steps" for (h, w), share in noise.image_sizes]
@@ -235,6 +238,11 @@ def _facts(record: Record, made: Provenance) -> list[str]:
         f"Training: {made.steps:,} steps of {made.batch_size} images, {LOSS_NAMES[made.loss_type]} at temperature "
         f"{made.temperature:g}, seed {made.seed}."
     )
+    if made.start and not made.start.healed:
+        lines.append(
+            "This training did not help: cut down, and with no training, the student agrees with its teacher more "
+            "often on images made without data. **So it has the weights that it began with.**"
+        )
     if made.recalibration:
         lines.append(f"Recalibration: running statistics of {_number_of_images(made.recalibration)}.")
     if of := made.calibration:

@@ -1,6 +1,6 @@
 """The code that a card shows: how to load the student and read images with it."""
 
-from hf_noisekd.models import cifar
+from hf_noisekd.models import cifar, shrunk
 from hf_noisekd.release.record import Record
 
 
@@ -14,7 +14,7 @@ class CardCode:
         self.image_mode = "L" if (record.model.input_size or [3])[0] == 1 else "RGB"
         self.on_batch = on_batch
         # timm and transformers know the architectures of this package once it is imported.
-        registers = self.is_timm and architecture in cifar.default_cfgs
+        registers = self.is_timm and architecture in cifar.default_cfgs | shrunk.default_cfgs
         self._register = [f"import hf_noisekd  # registers {architecture}"] if registers else []
         self.needs_package = on_batch or registers
 

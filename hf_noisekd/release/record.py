@@ -111,7 +111,7 @@ class StartFacts:
     def __str__(self) -> str:
         blocks = f"; without {len(self.removed_blocks)} of its blocks" if self.removed_blocks else ""
         return (
-            f"{self.from_teacher} of {self.tensors} tensors from the teacher, {self.cut} of them cut{blocks}; "
+            f"{self.from_teacher} of {self.tensors} tensors from it, {self.cut} of them cut{blocks}; "
             f"{self.macs:.0%} of its multiply-adds"
         )
 
