@@ -84,7 +84,7 @@ class ChannelCutter:
                 verbose=False,
             )
             found = self._graph.get_all_groups(ignored_layers=heads, root_module_types=list(LAYERS))
-            self.groups = {group.root: group for group in map(self._describe, found)}
+            self.groups = {group.root: group for group in map(self._describe, found) if self._is_sound(group)}
 
     def _describe(self, found: Any) -> ChannelGroup:
         root = found[0].dep.target.module
@@ -102,6 +102,14 @@ class ChannelCutter:
             else:
                 group.readers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
         return group
+
+    def _is_sound(self, group: ChannelGroup) -> bool:
+        """Whether the layers have the channels that the graph says they read."""
+        layers = dict(self._model.named_modules())
+        return all(
+            max(inputs, default=0) < num_inputs(layers[name]) and max(channels, default=0) < group.channels
+            for name, inputs, channels in group.readers
+        )
 
     def cut(self, removed: Mapping[str, Sequence[int]]) -> bool:
         """Take channels out of the model, by the root of their group; return whether it still answers.

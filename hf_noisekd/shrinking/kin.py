@@ -11,7 +11,7 @@ from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks, sta
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.release.record import StartFacts
 from hf_noisekd.shrinking.channels import ChannelCutter, channel_importance, least_important
-from hf_noisekd.shrinking.ranking import block_changes, statistics_of_batch
+from hf_noisekd.shrinking.ranking import order_of_removal, statistics_of_batch
 
 # Of the tensors of both, those that must correspond; else the two are no kin, and the student begins at random.
 MIN_SHARE = 0.8
@@ -68,9 +68,8 @@ def _blocks_to_remove(
         if _has_module(student, stage)
     }
     removable = [place for place in removable_blocks(cut, input_size) if surplus.get(place.stage, 0) > 0]
-    changes = block_changes(cut, removable, images)
     removed = []
-    for place in sorted(removable, key=lambda place: changes[place]):
+    for place in order_of_removal(cut, removable, dict.fromkeys(removable, 1.0), images):
         if surplus[place.stage] > 0:
             surplus[place.stage] -= 1
             removed.append(place)

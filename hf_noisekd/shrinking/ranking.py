@@ -5,7 +5,8 @@ is left sees inputs of the usual size.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,28 +16,57 @@ from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
 from hf_noisekd.models.blocks import Place, remove_blocks
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 
+# Blocks that are looked at again, after another one was left out, before the next one is chosen.
+LOOK_AGAIN = 4
 
-def block_changes(model: nn.Module, blocks: Iterable[Place], images: Sequence[torch.Tensor]) -> dict[Place, float]:
-    """Return how much the answers of `model` to batches `[B, C, H, W]` change without each of its blocks, in nats.
 
-    That is the mean KL divergence of the whole model's answers from those of the rest.
+def order_of_removal(
+    model: nn.Module,
+    blocks: Sequence[Place],
+    worth: Mapping[Place, float],
+    images: Sequence[torch.Tensor],
+    enough: float = math.inf,
+) -> list[Place]:
+    """Return blocks of `model` in the order in which to leave them out, the least missed first.
+
+    That is the one without which, and without those before it, the answers to batches `[B, C, H, W]` change the least,
+    for what it is `worth`; see [`answer_change`]. To spare forward passes only a few are tried at each step: those that
+    were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts nothing.
     """
-    changes = {}
-    for block in blocks:
+    expected = log_probs(model, images)
+
+    def change_without(removed: Sequence[Place]) -> float:
         rest = copy.deepcopy(model)
-        remove_blocks(rest, [block])
-        changes[block] = answer_change(model, rest, images)
-    return changes
+        remove_blocks(rest, removed)
+        return answer_change(expected, rest, images)
+
+    order: list[Place] = []
+    changes = {block: change_without([block]) for block in blocks}
+    total = 0.0
+    while changes and (missing := enough - sum(worth[block] for block in order)) > 0:
+
+        def price(block: Place, missing: float = missing) -> float:
+            return changes[block] / min(worth[block], missing)
+
+        tried = sorted(changes, key=price)[:LOOK_AGAIN]
+        if order:
+            changes.update({block: max(change_without([*order, block]) - total, 0.0) for block in tried})
+        best = min(tried, key=price)
+        total += changes.pop(best)
+        order.append(best)
+    return order
 
 
-def answer_change(model: nn.Module, other: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """Return the mean KL divergence, in nats, of the answers of `model` from those of `other` to batches of images."""
-    expected = _log_probs(model, images)
-    return (expected.exp() * (expected - _log_probs(other, images))).sum(-1).mean().item()
+def answer_change(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
+    """Return the mean KL divergence, in nats, of answers from those of `model` to batches of images.
+
+    `expected` are the [`log_probs`] of another model for the same images.
+    """
+    return (expected.exp() * (expected - log_probs(model, images))).sum(-1).mean().item()
 
 
 @torch.no_grad()
-def _log_probs(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
+def log_probs(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the logarithms of the answers `[N, num_classes]` to batches `[B, C, H, W]`, on the CPU."""
     with evaluation_mode(model), statistics_of_batch(model):
         logits = [compute_logits(model, to_device_of(model, batch)).float().cpu() for batch in images]
