@@ -29,13 +29,11 @@ PRESETS = {
         "keep": 0.5,
         "side": 64,
         "members": [
-            "resnet26", "resnext26ts", "seresnet50", "ecaresnet26t", "skresnet18", "res2net50_26w_4s", "resnest14d",
-            "resnetv2_50", "nf_resnet26", "regnetx_002", "regnety_002", "regnetz_b16", "gernet_s", "tresnet_m",
-            "mobilenetv1_100", "mobilenetv2_050", "mobilenetv3_small_050", "mobilenetv4_conv_small_050", "mobileone_s0",
-            "efficientnet_lite0", "efficientnet_b0", "efficientnetv2_rw_t", "tinynet_e", "mnasnet_small", "mixnet_s",
-            "fbnetc_100", "hardcorenas_a", "lcnet_035", "ghostnet_050", "repghostnet_050", "rexnet_100", "repvgg_a0",
+            "resnet26", "ecaresnet26t", "resnetv2_50", "regnety_002", "gernet_s", "mobilenetv2_050", "efficientnet_b0",
+            "mobilenetv3_small_050", "mobileone_s0", "hardcorenas_a", "ghostnet_050", "repghostnet_050", "rexnet_100",
             "repvit_m1", "densenet121", "dla34", "vgg11_bn", "cspresnet50", "ese_vovnet19b_dw", "hgnet_tiny",
-            "selecsls42b", "xception41", "hrnet_w18_small", "convnext_atto", "starnet_s1", "fasternet_t0",
+            "selecsls42b", "xception41", "hrnet_w18_small", "tresnet_m", "resnest14d", "legacy_seresnet18",
+            "starnet_s1", "convnext_atto", "skresnet18", "nf_resnet26", "fasternet_t0", "mixnet_s", "res2net50_26w_4s",
         ],
     }
 }  # fmt: skip

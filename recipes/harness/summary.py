@@ -29,6 +29,13 @@ SHOWN = {
     "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
     "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
+# Of `shrink.py`: the teachers by preset.
+SHRUNK_PRESETS = {
+    "cpu": "ResNet-18, 82.4 %",
+    "cpu-leaders": "ResNet-18, 82.4 %",
+    "cpu-long": "ResNet-18, 82.4 %",
+    "cpu-wrn-leaders": "WRN-16-2, 84.4 %",
+}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
 CLEAR_CUT = (
@@ -162,6 +169,29 @@ def _agreement_table(results: Path) -> str:
     return _markdown(["teacher", "agreement", "rank correlation with accuracy", "mean error"], rows)
 
 
+def _shrunk_table(results: Path) -> str:
+    """Students that begin as their teacher, and others at random, by the time that they had."""
+    found: dict[tuple[str, ...], list[float]] = {}
+    for preset in SHRUNK_PRESETS:
+        for row in _measured(results, "shrink", preset):
+            if row["time"]:
+                size = (f"{row['parameters (M)']:.2f}", f"{row['multiply-adds (%)']:.0f}")
+                key = (SHRUNK_PRESETS[preset], row["student"], *size, f"{row['time']:,}")
+                found.setdefault(key, []).append(row["accuracy"])
+    header = ["teacher", "student", "parameters (M)", "multiply-adds (%)", "time", "accuracy (%)"]
+    return _markdown(header, [[*key, mean_and_spread(accuracies)] for key, accuracies in found.items()])
+
+
+def _families_table(results: Path) -> str:
+    """What is cut of a member of each family of timm, and what reads it."""
+    rows = read_json(results / "families_cpu.json")["measurements"]["families"]
+    shown = [
+        [row["family"], row["member"], f"{row['multiply-adds (%)'] or 100:.0f}", row["cut"], row["read by"]]
+        for row in rows
+    ]
+    return _markdown(["timm's family", "member", "multiply-adds (%)", "what was cut", "read by"], shown)
+
+
 def _deploy_records(results: Path, preset: str) -> list[Mapping]:
     return [record for record in map(read_json, sorted(results.glob("deploy_*.json"))) if record["preset"] == preset]
 
@@ -184,6 +214,8 @@ TABLES = {
     "statistics": _statistics_table,
     "files": _files_table,
     "agreement": _agreement_table,
+    "shrunk": _shrunk_table,
+    "families": _families_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
     "step-costs": _step_costs_table,
