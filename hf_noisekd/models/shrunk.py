@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from torch import nn
 
 from hf_noisekd.models.blocks import Place, remove_blocks
-from hf_noisekd.models.classifier import architecture_of, bare_model, pretrained_cfg_of
+from hf_noisekd.models.classifier import architecture_of, bare_model, declared_input_size, pretrained_cfg_of
 
 ARCHITECTURE = "shrunk"
 Sizes = Mapping[str, Mapping[str, Any]]
@@ -49,7 +49,7 @@ def shrunk(
     _resize(model, sizes)
     model.pretrained_cfg = dict(model.pretrained_cfg) | {"architecture": ARCHITECTURE}
     if pretrained:
-        load_pretrained(model, model.pretrained_cfg, model.num_classes, model.in_chans)
+        load_pretrained(model, model.pretrained_cfg, model.num_classes, _input_channels(model))
     # What timm noted holds for the base; this is what a checkpoint has to record beside the name.
     model._model_args = {}
     model.model_args = {"base": base, "base_args": base_args, "removed": removed, "sizes": sizes}
@@ -86,7 +86,7 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
     base, base_args = architecture_of(teacher), _arguments_of(teacher)
 
     def build(**kwargs) -> nn.Module:
-        given = {"num_classes": teacher.num_classes, "in_chans": teacher.in_chans, "pretrained_cfg": cfg}
+        given = {"num_classes": teacher.num_classes, "in_chans": _input_channels(teacher), "pretrained_cfg": cfg}
         return timm.create_model(base, **base_args | given | kwargs)
 
     found = shapes_of(cut)
@@ -108,11 +108,16 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
             removed=[tuple(place) for place in removed],
             sizes=_sizes(cut, whole),
             num_classes=teacher.num_classes,
-            in_chans=teacher.in_chans,
+            in_chans=_input_channels(teacher),
             pretrained_cfg=cfg,
         )
     model.load_state_dict(cut.state_dict())
     return model.eval()
+
+
+def _input_channels(model: nn.Module) -> int:
+    """Return the number of channels of the images that a timm model takes."""
+    return (declared_input_size(model) or (3,))[0]
 
 
 def _arguments_of(model: nn.Module) -> dict[str, Any]:

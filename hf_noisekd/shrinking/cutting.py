@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,24 +77,7 @@ def shrink(
     costs = count_macs(teacher, size)
     budget = _budget(costs[""], count_parameters(teacher), keep, max_macs, max_params)
     images = ranking_noise(teacher, size) if images is None else images
-    blocks = removable_blocks(teacher, size)
-    worth = {place: costs[place.name] for place in blocks}
-    enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
-    blocks = order_of_removal(teacher, blocks, worth, images, enough)
-    expected = log_probs(teacher, images)
-    best: tuple[float, nn.Module, list[Place]] | None = None
-    fixed: set[str] = set()
-    for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
-        cut, removed = _named_copy(teacher), blocks[:number]
-        remove_blocks(cut, removed)
-        fits = budget.holds(count_macs(cut, size)[""], count_parameters(cut))
-        narrow = cut if fits else _narrowed(cut, budget, size, images, fixed)
-        if narrow is not None:
-            change = answer_change(expected, narrow, images) / (PREFERENCE if fits else 1)
-            if best is None or change < best[0]:
-                best = change, narrow, removed
-        if fits:
-            break  # with fewer blocks it gets worse
+    best = min(_cuts(teacher, budget, size, images), key=lambda found: found[0], default=None)
     if best is None:
         raise ValueError(
             f"{type(teacher).__name__} cannot be cut to {budget}: too few of its layers can be narrowed or "
@@ -110,6 +93,26 @@ def shrink(
         cut=len(differing(shapes_of(rest), shapes_of(student))),
         macs=count_macs(student, size)[""] / costs[""],
     )
+
+
+def _cuts(
+    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], images: Sequence[torch.Tensor]
+) -> Iterator[tuple[float, nn.Module, list[Place]]]:
+    """Yield networks that meet a budget, each with how much its answers change, and the blocks that it lost."""
+    costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
+    enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
+    blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, images, enough)
+    expected = log_probs(teacher, images)
+    fixed: set[str] = set()
+    for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
+        cut, removed = _named_copy(teacher), blocks[:number]
+        remove_blocks(cut, removed)
+        fits = budget.holds(count_macs(cut, size)[""], count_parameters(cut))
+        narrow = cut if fits else _narrowed(cut, budget, size, images, fixed)
+        if narrow is not None:
+            yield answer_change(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
+        if fits:
+            return  # with fewer blocks it gets worse
 
 
 def _budget(macs: float, params: float, keep: float | None, max_macs: float | None, max_params: float | None) -> Budget:

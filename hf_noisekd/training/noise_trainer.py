@@ -1,16 +1,12 @@
 """Distill a teacher into a student with noise: no image, no label, no generator network."""
 
-import copy
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from accelerate.data_loader import DataLoaderShard
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
@@ -25,7 +21,7 @@ from hf_noisekd.release.card import write_model_card
 from hf_noisekd.release.environment import command_line
 from hf_noisekd.release.record import Provenance, Record, current_evaluations
 from hf_noisekd.training.answers import AnswerLog
-from hf_noisekd.training.base import BaseTrainer, check_batch_norm_is_local
+from hf_noisekd.training.base import check_batch_norm_is_local
 from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
@@ -38,13 +34,14 @@ from hf_noisekd.training.checks import (
 )
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.losses import LOSSES
+from hf_noisekd.training.noise_steps import NoiseStepsTrainer, on_device, with_noise
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
 from hf_noisekd.training.starting import start_student, with_defaults_of
 from hf_noisekd.training.teacher import Teacher
 
 
-class NoiseKDTrainer(PushingTrainer, BaseTrainer):
+class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
@@ -110,7 +107,7 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         set_seed(args.seed)  # before a student given by name gets its random weights
         model, self.start = start_student(model, teacher, args)
         args = with_defaults_of(self.start, args, train_dataset)
-        train_dataset, eval_dataset = _with_noise(args, teacher, train_dataset, eval_dataset)
+        train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher, explicit_size=args.input_size is not None)
@@ -129,11 +126,11 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
         self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
         self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
         self._ending: Ending | None = None
-        self.train_dataset = _on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
+        self.train_dataset = on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
         if self._fills_total_steps:
             _, self.train_dataset.total_steps = self._training_length()
-        self.eval_dataset = _on_device(self.eval_dataset, self.args, self.memory_format, rank=0)
+        self.eval_dataset = on_device(self.eval_dataset, self.args, self.memory_format, rank=0)
 
     @property
     def teacher_model(self) -> nn.Module:
@@ -195,22 +192,6 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     def calibration_images(self) -> CalibrationImages | None:
         """The images that the student's running statistics are of, if they were made without data."""
         return self._ending and self._ending.images
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
-
-        So steps before a resumption cost nothing, and gradient accumulation does not hold several batches.
-        """
-        if not isinstance(self.train_dataset, NoiseDataset):
-            return super().get_train_dataloader()
-        # Not prepared by Accelerate, which would draw on rank 0 and broadcast, or draw every rank's noise on each.
-        return DataLoaderShard(_NoiseSteps(self.train_dataset), batch_size=None)
-
-    def num_examples(self, dataloader: DataLoader) -> int:
-        """Return the number of training images in an epoch, over all processes."""
-        if isinstance(dataloader.dataset, _NoiseSteps):
-            return len(dataloader) * self.train_dataset.batch_size * self.args.world_size
-        return super().num_examples(dataloader)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
@@ -294,66 +275,3 @@ class NoiseKDTrainer(PushingTrainer, BaseTrainer):
     def _save_classifier(self, output_dir: str) -> None:
         self.provenance().attach(self.model)
         save_model(self.model, output_dir, teacher_model=self.teacher_model)
-
-    def _prepare_inputs(self, inputs):
-        if "noise_step" in inputs:
-            inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
-        return super()._prepare_inputs(inputs)
-
-    def _training_length(self) -> tuple[int, int]:
-        """Return the numbers of updates and of batches of the whole training."""
-        updates, accumulation = self.args.max_steps, self.args.gradient_accumulation_steps
-        if self.train_dataset.num_steps is None:
-            return updates, updates * accumulation
-        batches = len(self.train_dataset)
-        updates_per_epoch = math.ceil(batches / accumulation)
-        if updates <= 0:
-            updates = math.ceil(self.args.num_train_epochs * updates_per_epoch)
-        epochs, rest = divmod(updates, updates_per_epoch)
-        # The last update of an epoch may have fewer batches than the others.
-        return updates, epochs * batches + min(rest * accumulation, batches)
-
-
-def _on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
-    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
-    if isinstance(dataset, dict):
-        return {name: _on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
-    if not isinstance(dataset, NoiseDataset):
-        return dataset
-    dataset = copy.copy(dataset)
-    dataset.device, dataset.rank = args.device, rank
-    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
-    dataset.memory_format = memory_format
-    return dataset
-
-
-def _with_noise(args: NoiseKDConfig, teacher: Teacher, train_dataset, eval_dataset) -> tuple:
-    """Return the data sets, with the noise that the arguments name in place of those that are missing."""
-    noise: dict[str, Any] = {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise}
-    if args.noise_std is not None:
-        noise["std"] = args.noise_std
-    if train_dataset is None:
-        batches = {"batch_size": args.per_device_train_batch_size, "num_steps": args.steps_per_epoch}
-        train_dataset = NoiseDataset.for_model(teacher.model, resolutions=args.resolutions, **batches, **noise)
-    elif isinstance(train_dataset, NoiseDataset):
-        noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
-    if eval_dataset is None:
-        batches = {"batch_size": args.per_device_eval_batch_size, "num_steps": args.eval_noise_batches}
-        eval_dataset = NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
-    return train_dataset, eval_dataset
-
-
-class _NoiseSteps(IterableDataset):
-    """The step numbers of a [`NoiseDataset`], for a loader that leaves the drawing to the training step."""
-
-    def __init__(self, noise: NoiseDataset):
-        self.noise = noise
-
-    def set_epoch(self, epoch: int) -> None:
-        self.noise.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, int]]:
-        return ({"noise_step": step} for step in self.noise.steps())
-
-    def __len__(self) -> int:
-        return len(self.noise)
