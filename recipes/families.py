@@ -41,12 +41,14 @@ PRESETS = {
 
 def main() -> None:
     """Cut all members, and print the table."""
-    options = recipe_parser(__doc__, "families", PRESETS).parse_args()
-    preset = PRESETS[options.preset]
+    parser = recipe_parser(__doc__, "families", PRESETS)
+    parser.add_argument("--members", nargs="+", metavar="NAME", help="timm names; default: the preset's")
+    options = parser.parse_args()
+    preset = PRESETS[options.preset] | ({"members": options.members} if options.members else {})
     results = Results("families", options, preset)
     warnings.filterwarnings("ignore")
     rows = []
-    for name in preset["members"][: options.max_steps]:
+    for name in preset["members"]:
         start = time.perf_counter()
         rows.append({"family": family_of(name), "member": name} | cut_and_read(name, preset["keep"], preset["side"]))
         rows[-1]["seconds"] = round(time.perf_counter() - start)

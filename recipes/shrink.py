@@ -79,8 +79,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Train the students, and print their table."""
-    options = experiment_parser(__doc__, "shrink", PRESETS).parse_args()
+    parser = experiment_parser(__doc__, "shrink", PRESETS)
+    parser.add_argument("--starts", nargs="+", metavar="NAME", help="students to train; default: all of the preset")
+    options = parser.parse_args()
     preset = PRESETS[options.preset]
+    if options.starts:
+        kept = {name: (start, times * (name in options.starts)) for name, (start, times) in preset["starts"].items()}
+        first = next(iter(kept))  # whose steps are the unit of time
+        preset = preset | {"starts": {name: kept[name] for name in kept if name == first or name in options.starts}}
     experiment = Experiment("shrink", options, preset)
     teacher = experiment.prepare_teacher()
     runs = {name: DISTILL_DEFAULTS | start for name, (start, _) in preset["starts"].items()}
@@ -109,7 +115,7 @@ def main() -> None:
             rows.append(facts | row | accuracies(experiment, student.model, calibration))
             experiment.results.measure("accuracy", rows)
     limits = {"the teacher": experiment.results.runs[0].evaluations[0].running["accuracy"]}
-    if steps := preset.get("real_images_steps"):
+    if (steps := preset.get("real_images_steps")) and not options.starts:
         arguments = runs[first] | {"batch_norm_fraction": 0.0, "eval_strategy": "no", "max_steps": steps}
         experiment.distill("real images", train_dataset=experiment.train_dataset, **arguments)
         limits["ResNet-10, taught with all real images"] = (

@@ -127,6 +127,27 @@ def test_students_are_deployed_and_their_agreement_is_weighed(cifar10, small_tea
     assert len(record["measurements"]["what it tells"]) == 2
 
 
+def test_students_are_cut_out_of_their_teacher(cifar10, small_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.calibration.images._self_agreement", lambda *_: 100.0)
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
+    record = run_here("shrink", monkeypatch, *options, "--starts", "keep 0.5")
+    assert [run["name"] for run in record["runs"]] == [
+        "teacher", "keep 0.5, time of 600", "keep 0.5, time of 2,000"
+    ]  # fmt: skip
+    assert record["runs"][1]["noisekd"]["start"]["macs"] <= 0.5
+    rows = record["measurements"]["accuracy"]
+    assert [(row["time"], row["steps"]) for row in rows] == [(0, 0), (600, 2), (2000, 2)]
+    assert list(record["step_costs"]) == ["ResNet-10, random", "keep 0.5"]
+
+
+@pytest.mark.slow
+def test_what_is_cut_of_a_family_is_read_by_three_libraries(tmp_path, monkeypatch):
+    record = run_here("families", monkeypatch, "--members", "mobilenetv2_050", "--output-dir", tmp_path)
+    (row,) = record["measurements"]["families"]
+    assert (row["family"], row["read by"]) == ("efficientnet", "timm, transformers, onnxruntime")
+    assert row["multiply-adds (%)"] <= 50
+
+
 def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("partial_batch_norm", monkeypatch, *options)
