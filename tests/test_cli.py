@@ -124,6 +124,13 @@ def test_both_spellings_and_all_kinds_of_values():
     assert config.skip_memory_metrics is False
 
 
+def test_arguments_of_the_student(file):
+    expected = {"width": 32, "drop_path_rate": 0.1, "act_layer": "silu", "layers": [1, 1]}
+    typed = config_of("--student-args", "width=32", "drop_path_rate=0.1", "act_layer=silu", "layers=[1, 1]")
+    path = file("student_args: {width: 32, drop_path_rate: 0.1, act_layer: silu, layers: [1, 1]}")
+    assert typed.student_args == config_of("--config", path).student_args == expected
+
+
 def test_defaults_are_those_of_the_configuration():
     assert config_of().to_dict() == NoiseKDConfig("out", use_cpu=True).to_dict()
 
@@ -146,6 +153,10 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),
         (["distill", "--teacher", "t"], "required: --output-dir"),
         (["distill", *THREE, "more"], "unexpected: more"),
+        (["distill", *THREE, "--keep", "0.5"], "give either --student, or --keep"),
+        (["distill", "--teacher", "t", "--output-dir", "o"], "give either --student, or --keep"),
+        (["distill", "--teacher", "t", "--output-dir", "o", "--keep", "2"], "keep is 2.0"),
+        (["distill", *THREE, "--student-args", "width"], "'width' is not of the form name=value"),
         (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "unexpected: --bogus"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),

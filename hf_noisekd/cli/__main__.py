@@ -13,7 +13,7 @@ from .parser import CommandParser, in_one_line
 EPILOG = """\
 examples:
   noisekd info --teacher resnet18.a1_in1k
-  noisekd distill --teacher resnet18.a1_in1k --student resnet10t --output-dir student
+  noisekd distill --teacher resnet18.a1_in1k --keep 0.5 --output-dir student
   noisekd push --model student --repo-id organisation/student
   noisekd evaluate --model organisation/student --dataset FOLDER_OR_HUB_ID --split test
 

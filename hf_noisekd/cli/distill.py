@@ -22,7 +22,7 @@ def distill_options(parser: CommandParser) -> None:
 
     group = parser.add_argument_group("models, images and output")
     add_teacher(group, "trained model to learn from")
-    help = "model to train: a timm name, for a new model that fits the teacher; or, to train one further,"
+    help = "model to train: a timm name, for a new model that fits the teacher, or, to train one further,"
     add_model(group, help, "--student", required=False)
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)

@@ -50,6 +50,8 @@ class CommandParser(argparse.ArgumentParser):
                 self.error(f"the configuration file {path} has an unknown option {key!r}.{self._nearest(option)}")
             if isinstance(value, list) and action.nargs == "+":
                 tokens += [option, *map(as_text, value)]
+            elif isinstance(value, dict) and action.nargs == "+":
+                tokens += [option, *(f"{name}={as_text(one)}" for name, one in value.items())]
             elif value is not None:
                 tokens.append(f"{option}={as_text(value)}")
         return tokens

@@ -47,6 +47,7 @@ def start_student(
     Raises:
         ValueError: There is no such model, or nothing says what student is wanted, or two things do.
     """
+    teacher.model.to(args.device)  # where its answers are compared
     limits = {name: getattr(args, name) for name in ("keep", "max_macs", "max_params")}
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if source is None:
