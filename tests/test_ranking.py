@@ -47,6 +47,7 @@ def test_blocks_that_undo_each_other_stay_together():
 def test_it_ends_where_there_is_enough():
     assert removal(network(4.0, 0.0, 9.0, 1.0), enough=2.0) == [1, 3]
     assert removal(network(4.0, 0.0), enough=-1.0) == []
+    assert removal(network(4.0, 0.0, 9.0, 1.0), at_most={"0": 3}) == [1, 3, 0]
 
 
 def test_the_change_is_a_divergence():

@@ -67,7 +67,7 @@ class ChannelCutter:
         self._num_classes = answer_to_blanks(model, input_size, "model").shape[-1]
         # A layer with an output for each class is taken for the classifier, whose outputs stay.
         layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
-        heads = [layer for layer in layers if _outputs(layer) == self._num_classes]
+        heads = [layer for layer in layers if num_outputs(layer) == self._num_classes]
         self._names = {module: name for name, module in model.named_modules()}
         grouped = _as_grouped(model)
         model.requires_grad_(True)
@@ -88,7 +88,7 @@ class ChannelCutter:
 
     def _describe(self, found: Any) -> ChannelGroup:
         root = found[0].dep.target.module
-        group = ChannelGroup(self._names[root], _outputs(root))
+        group = ChannelGroup(self._names[root], num_outputs(root))
         for item in found:
             layer, is_input = item.dep.target.module, self._graph.is_in_channel_pruning_fn(item.dep.handler)
             if isinstance(layer, nn.GroupNorm) and layer.num_groups < layer.num_channels:
@@ -229,7 +229,8 @@ def _by_channel(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (product.flatten(2).sum(2) if product.ndim > 2 else product).cpu()
 
 
-def _outputs(layer: Any) -> int:
+def num_outputs(layer: Any) -> int:
+    """Return the number of channels that a convolution or a linear layer gives out."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 

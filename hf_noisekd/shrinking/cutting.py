@@ -101,7 +101,7 @@ def _cuts(
     """Yield networks that meet a budget, each with how much its answers change, and the blocks that it lost."""
     costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
     enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
-    blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, images, enough)
+    blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, images, enough=enough)
     expected = log_probs(teacher, images)
     fixed: set[str] = set()
     for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):

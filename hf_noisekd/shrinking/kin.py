@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +9,7 @@ from torch import nn
 from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks, stages_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.release.record import StartFacts
-from hf_noisekd.shrinking.channels import ChannelCutter, channel_importance, least_important
+from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
 from hf_noisekd.shrinking.ranking import order_of_removal, statistics_of_batch
 
 # Of the tensors of both, those that must correspond; else the two are no kin, and the student begins at random.
@@ -41,7 +40,8 @@ def begin_as_teacher(
     if len(cut.state_dict().keys() & student.state_dict().keys()) < MIN_SHARE * len(names):
         return None
     whole = {name: tensor.shape for name, tensor in cut.state_dict().items()}
-    _narrow(cut, student, input_size, images)
+    if not _narrow(cut, student, input_size, images):
+        return None
     weights, own = cut.state_dict(), student.state_dict()
     taken = [name for name in own if name in weights and weights[name].shape == own[name].shape]
     if len(taken) < MIN_SHARE * len(names):
@@ -68,23 +68,20 @@ def _blocks_to_remove(
         if _has_module(student, stage)
     }
     removable = [place for place in removable_blocks(cut, input_size) if surplus.get(place.stage, 0) > 0]
-    removed = []
-    for place in order_of_removal(cut, removable, dict.fromkeys(removable, 1.0), images):
-        if surplus[place.stage] > 0:
-            surplus[place.stage] -= 1
-            removed.append(place)
-    return removed
+    return order_of_removal(cut, removable, dict.fromkeys(removable, 1.0), images, at_most=surplus)
 
 
 def _narrow(
     cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
-) -> None:
-    """Take channels out of `cut` until its layers are as wide as those of the student, where they can be."""
-    widths = {
-        name: _width(module) for name, module in student.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
-    }
-    if all(_width(cut.get_submodule(name)) == width for name, width in widths.items() if _has_module(cut, name)):
-        return
+) -> bool:
+    """Take channels out of `cut` until its layers are as wide as those of the student, where they can be.
+
+    Returns:
+        Whether it still answers.
+    """
+    widths = {name: num_outputs(module) for name, module in student.named_modules() if isinstance(module, LAYERS)}
+    if all(num_outputs(cut.get_submodule(name)) == width for name, width in widths.items() if _has_module(cut, name)):
+        return True
     cutter = ChannelCutter(cut, input_size)
     importance = channel_importance(cut, cutter.groups, images, statistics_of_batch(cut))
     removed = {}
@@ -92,12 +89,8 @@ def _narrow(
         kept = widths.get(root, group.channels)
         if kept < group.channels and kept % (group.parts * group.unit) == 0:
             removed[root] = least_important(group, importance[root], kept)
-    cutter.cut(removed)
+    return cutter.cut(removed)
 
 
 def _has_module(model: nn.Module, name: str) -> bool:
     return name in dict(model.named_modules())
-
-
-def _width(layer: Any) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -6,6 +6,7 @@ is left sees inputs of the usual size.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -25,13 +26,16 @@ def order_of_removal(
     blocks: Sequence[Place],
     worth: Mapping[Place, float],
     images: Sequence[torch.Tensor],
+    *,
     enough: float = math.inf,
+    at_most: Mapping[str, int] | None = None,
 ) -> list[Place]:
     """Return blocks of `model` in the order in which to leave them out, the least missed first.
 
     That is the one without which, and without those before it, the answers to batches `[B, C, H, W]` change the least,
     for what it is `worth`; see [`answer_change`]. To spare forward passes only a few are tried at each step: those that
-    were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts nothing.
+    were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts nothing. Of
+    a stage that `at_most` names there are so many at most.
     """
     expected = log_probs(model, images)
 
@@ -48,7 +52,11 @@ def order_of_removal(
         def price(block: Place, missing: float = missing) -> float:
             return changes[block] / min(worth[block], missing)
 
-        tried = sorted(changes, key=price)[:LOOK_AGAIN]
+        stages = Counter(block.stage for block in order)
+        left = [block for block in changes if stages[block.stage] < (at_most or {}).get(block.stage, math.inf)]
+        if not left:
+            break
+        tried = sorted(left, key=price)[:LOOK_AGAIN]
         if order:
             changes.update({block: max(change_without([*order, block]) - total, 0.0) for block in tried})
         best = min(tried, key=price)
