@@ -31,8 +31,12 @@ class Budget:
     macs: float = math.inf
     params: float = math.inf
 
-    def holds(self, macs: float, params: float) -> bool:
-        """Return whether it is kept to."""
+    def holds(self, model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+        """Return whether `model` costs no more."""
+        return self.holds_for(count_macs(model, input_size)[""], count_parameters(model))
+
+    def holds_for(self, macs: float, params: float) -> bool:
+        """Return whether these are no more."""
         return macs <= self.macs and params <= self.params
 
     def __str__(self) -> str:
@@ -107,9 +111,9 @@ def _cuts(
     for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
         cut, removed = _named_copy(teacher), blocks[:number]
         remove_blocks(cut, removed)
-        fits = budget.holds(count_macs(cut, size)[""], count_parameters(cut))
+        fits = budget.holds(cut, size)
         narrow = cut if fits else _narrowed(cut, budget, size, images, fixed)
-        if narrow is not None:
+        if narrow is not None and budget.holds(narrow, size):  # products without weights are not in the plan
             yield answer_change(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
         if fits:
             return  # with fewer blocks it gets worse
@@ -207,7 +211,7 @@ def _widths(
     for _ in range(12):
         share = (low + high) / 2
         widths = {root: group.width(share) for root, group in groups.items()}
-        if budget.holds(*cost(widths)):
+        if budget.holds_for(*cost(widths)):
             best, low = widths, share
         else:
             high = share

@@ -29,13 +29,8 @@ SHOWN = {
     "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
     "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
-# Of `shrink.py`: the teachers by preset.
-SHRUNK_PRESETS = {
-    "cpu": "ResNet-18, 82.4 %",
-    "cpu-leaders": "ResNet-18, 82.4 %",
-    "cpu-long": "ResNet-18, 82.4 %",
-    "cpu-wrn-leaders": "WRN-16-2, 84.4 %",
-}
+# Of `shrink.py`: the teachers of the presets whose rows have several seeds.
+SHRUNK = {"cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
 CLEAR_CUT = (
@@ -171,15 +166,20 @@ def _agreement_table(results: Path) -> str:
 
 def _shrunk_table(results: Path) -> str:
     """Students that begin as their teacher, and others at random, by the time that they had."""
-    found: dict[tuple[str, ...], list[float]] = {}
-    for preset in SHRUNK_PRESETS:
-        for row in _measured(results, "shrink", preset):
-            if row["time"]:
-                size = (f"{row['parameters (M)']:.2f}", f"{row['multiply-adds (%)']:.0f}")
-                key = (SHRUNK_PRESETS[preset], row["student"], *size, f"{row['time']:,}")
-                found.setdefault(key, []).append(row["accuracy"])
-    header = ["teacher", "student", "parameters (M)", "multiply-adds (%)", "time", "accuracy (%)"]
-    return _markdown(header, [[*key, mean_and_spread(accuracies)] for key, accuracies in found.items()])
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for preset, teacher in SHRUNK.items():
+        measured = _measured(results, "shrink", preset)
+        if preset == "cpu-leaders":
+            size = f"{next(row for row in measured if row['student'].startswith('ResNet-10'))['multiply-adds (%)']:.0f}"
+            random = _column(results, "cpu", STATISTICS_TABLE, "statistics of")["calibration images, 256"]
+            rows[teacher, "ResNet-10", "random", size, "2,400 and calibration"] = random
+        for row in measured:
+            student, _, start = row["student"].partition(", ")
+            begins = start if row["time"] else "cut, with no training"
+            key = (teacher, student, begins, f"{row['multiply-adds (%)']:.0f}", f"{row['time']:,}")
+            rows.setdefault(key, []).append(row["accuracy"])
+    header = ["teacher", "student", "begins", "multiply-adds (%)", "time (steps)", "accuracy (%)"]
+    return _markdown(header, [[*key, mean_and_spread(accuracies)] for key, accuracies in rows.items()])
 
 
 def _families_table(results: Path) -> str:
