@@ -84,12 +84,12 @@ def recalibrated(trainer) -> list[str]:
     digests = []
     calibration._self_agreement = lambda *_: 100.0  # a teacher with random weights vouches for nothing
     trainer.args.num_calibration_images = 16
-    trainer._recalibrate()
+    trainer._end()
     digests.append(digest(trainer.model))
     if trainer.args.process_index == 1:
         calibrating.calibration_images = None
     trainer.args.seed += 1
-    trainer._recalibrate()
+    trainer._end()
     digests.append(digest(trainer.model))
     return digests
 
