@@ -226,3 +226,18 @@ def test_released_cards_are_those_of_the_results_files(tmp_path, name, results, 
 
 def test_no_other_card_is_kept():
     assert {folder.name for folder in (ROOT / "model_cards").iterdir()} == {name for name, *_ in RELEASED}
+
+
+@pytest.mark.parametrize("healed", [True, False])
+def test_a_student_that_began_as_its_teacher_says_so(tmp_path, healed):
+    trainer = run(tmp_path, None, keep=0.5)
+    record = trainer.record()
+    record.noisekd.start.healed = healed
+    record.model.architecture = "shrunk"
+    card = str(render_model_card(record))
+    share = f"{record.noisekd.start.macs:.0%}"
+    assert f"# resnet10_cifar cut to {share}, taught by" in card
+    assert f"It began as its teacher, cut down to {share[:-1]} % of the multiply-adds." in card
+    assert "- Start: the teacher, cut down; " in card
+    assert "needs the package hf_noisekd" in card
+    assert ("did not help" in card) != healed

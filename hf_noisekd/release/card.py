@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CURVES_NAME, replacing_files
+from hf_noisekd.models import shrunk
 from hf_noisekd.release.card_code import CardCode
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
 from hf_noisekd.release.record import (
@@ -92,11 +93,15 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
     if made is None:
         raise ValueError("The record tells of no distilled student: it has no section 'noisekd'.")
     on_batch = made.batch_norm == "batch"
+    network = model.architecture
+    if made.start and network == shrunk.ARCHITECTURE:  # which is no name that anybody knows
+        network = f"{made.teacher.architecture} cut to {made.start.macs:.0%}"
     title = record.title or (record.repo_id or "").split("/")[-1]
     return ModelCard.from_template(
         _card_data(record, made),
         template_str=(files("hf_noisekd.release") / "templates" / "model_card.md").read_text(encoding="utf-8"),
-        title=title or f"{model.architecture}, taught by {made.teacher.architecture} with {_taught_by(made)}",
+        network=network,
+        title=title or f"{network}, taught by {made.teacher.architecture} with {_taught_by(made)}",
         model=model,
         parameters=_millions(model.parameters),
         teacher_parameters=_millions(made.teacher.parameters),
