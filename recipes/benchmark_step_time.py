@@ -46,7 +46,7 @@ def main() -> None:
     )
     trainer = NoiseKDTrainer(timm.create_model("resnet18_cifar", **size), teacher, args)
     student = timm.create_model("resnet18_cifar", **size).to(args.device, memory_format=trainer.memory_format)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.learning_rate, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=trainer.args.learning_rate, fused=True)
     autocast = torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16)
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     noise = NoiseDataset(

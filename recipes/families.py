@@ -75,8 +75,8 @@ def cut_and_read(name: str, keep: float, side: int) -> dict:
     row: dict = {"multiply-adds (%)": None, "cut": "", "built as": "", "read by": ""}
     try:
         student, start = shrink(teacher, keep, input_size=size, images=images)
-    except ValueError as error:
-        return row | {"cut": f"not: {str(error).partition(':')[0]}"}
+    except Exception as error:  # the others are to be tried all the same
+        return row | {"cut": f"{type(error).__name__}: {str(error).partition(':')[0]}"}
     row |= {"multiply-adds (%)": 100 * start.macs, "built as": student.pretrained_cfg["architecture"]}
     row["cut"] = f"{start.cut} of {start.tensors} tensors narrowed, {len(start.removed_blocks)} blocks left out"
     return row | {"read by": ", ".join(readers(student, images[0][:2]))}

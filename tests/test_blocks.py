@@ -43,6 +43,19 @@ def test_a_block_that_changes_its_shape_stays_wherever_it_stands():
     assert [place.name for place in removable_blocks(Network(), SIZE)] == ["stage.b2", "stage.b4"]
 
 
+def test_a_block_whose_output_others_read_too_stays():
+    class Aggregation(Chain):
+        def forward(self, x):
+            seen = [x]
+            for block in self.children():
+                seen.append(block(seen[-1]))
+            return torch.cat(seen, dim=1)
+
+    model = Network()
+    model.stage, model.fc = Aggregation([(4, 4)] * 3), nn.Linear(16, 3)
+    assert removable_blocks(model, SIZE) == []
+
+
 def test_blocks_behind_a_removed_one_take_its_name():
     model = Network()
     last = model.stage.b4

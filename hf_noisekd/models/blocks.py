@@ -1,5 +1,6 @@
 """Depth: the blocks of a network that can be left out, since they give back what they take in shape."""
 
+import copy
 from collections.abc import Collection
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -45,7 +46,8 @@ def stages_of(model: nn.Module) -> dict[str, list[str]]:
 def removable_blocks(model: nn.Module, input_size: tuple[int, int, int]) -> list[Place]:
     """Return the blocks that can be left out, in order: their output has the shape of their input.
 
-    Of blocks inside one another the outermost counts. The first block of a stage is not among them, so that none gets
+    The network must answer without them, which it does not where another layer reads what they give out, too. Of
+    blocks inside one another the outermost counts. The first block of a stage is not among them, so that none gets
     empty; it is the one that changes the shape as a rule.
     """
     places = {
@@ -65,7 +67,18 @@ def removable_blocks(model: nn.Module, input_size: tuple[int, int, int]) -> list
             stack.enter_context(block.register_forward_hook(compare))
         answer_to_blanks(model, input_size, "model")
     fitting = [place for place, same in shapes.items() if same == [True]]
-    return [place for place in fitting if not any(place.name.startswith(f"{other.name}.") for other in fitting)]
+    outermost = [place for place in fitting if not any(place.name.startswith(f"{other.name}.") for other in fitting)]
+    return [place for place in outermost if _answers_without(model, place, input_size)]
+
+
+def _answers_without(model: nn.Module, place: Place, input_size: tuple[int, int, int]) -> bool:
+    rest = copy.deepcopy(model)
+    remove_blocks(rest, [place])
+    try:
+        answer_to_blanks(rest, input_size, "model")
+    except (ValueError, IndexError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def remove_blocks(model: nn.Module, places: Collection[Place]) -> None:
