@@ -1,14 +1,14 @@
 """Students that begin as their teacher, cut down, against such as begin at random: accuracy by size and by time.
 
     python recipes/shrink.py --teacher runs/cifar10/teacher
-    python recipes/shrink.py --preset cpu-leaders           # three seeds of these
+    python recipes/shrink.py --preset cpu-leaders           # the rows of the README
     python recipes/shrink.py --preset cpu-wrn               # a Wide ResNet
 
 Beyond the paper. All students learn as `noisekd distill` teaches them, without data, and are read in ordinary
 evaluation mode, with running statistics of calibration images. A time is that of so many steps of the first student
-from a random start; what a student gets of it is what calibration images and cutting leave. `as it was cut` has no
-training at all. `real images` is the best that could be: the same student taught with all training images, and that one
-with the statistics of 2,560 of them.
+from a random start; a student trains in what calibration images and cutting leave of it. Time 0 is a student as it was
+cut, with no training at all. `real images` is what could be had with data: the first student, from a random start,
+taught with all training images.
 """
 
 import time
