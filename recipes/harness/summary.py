@@ -172,13 +172,13 @@ def _shrunk_table(results: Path) -> str:
         if preset == "cpu-leaders":
             size = f"{next(row for row in measured if row['student'].startswith('ResNet-10'))['multiply-adds (%)']:.0f}"
             random = _column(results, "cpu", STATISTICS_TABLE, "statistics of")["calibration images, 256"]
-            rows[teacher, "ResNet-10", "random", size, "2,400 and calibration"] = random
+            rows[f"ResNet-10 of {teacher}", "random", size, "2,400 and calibration"] = random
         for row in measured:
             student, _, start = row["student"].partition(", ")
-            begins = start if row["time"] else "cut, with no training"
-            key = (teacher, student, begins, f"{row['multiply-adds (%)']:.0f}", f"{row['time']:,}")
+            begins = start if row["time"] else "untrained"
+            key = (f"{student} of {teacher}", begins, f"{row['multiply-adds (%)']:.0f}", f"{row['time']:,}")
             rows.setdefault(key, []).append(row["accuracy"])
-    header = ["teacher", "student", "begins", "multiply-adds (%)", "time (steps)", "accuracy (%)"]
+    header = ["student", "begins", "multiply-adds (%)", "time (steps)", "accuracy (%)"]
     return _markdown(header, [[*key, mean_and_spread(accuracies)] for key, accuracies in rows.items()])
 
 
