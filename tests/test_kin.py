@@ -19,7 +19,7 @@ def build(name, **kwargs):
 @pytest.mark.parametrize(
     ("teacher", "student"),
     [
-        (("resnet34", {}), ("resnet18", {})),
+        (("resnet34_cifar", {"width": 4}), ("resnet18_cifar", {"width": 4})),
         (("resnet18_cifar", {"width": 8}), ("resnet10_cifar", {"width": 8})),
         (("wide_resnet16_2_cifar", {}), ("wide_resnet16_2_cifar", {"blocks": 1})),
     ],
