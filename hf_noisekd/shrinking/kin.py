@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks, stages_of
+from hf_noisekd.models.blocks import removable_blocks, remove_blocks, stages_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.release.record import StartFacts
 from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
@@ -33,12 +33,20 @@ def begin_as_teacher(
     Returns:
         What was taken from the teacher, or None if the two are no kin.
     """
-    cut = copy.deepcopy(teacher)
-    removed = _blocks_to_remove(cut, student, input_size, images)
-    remove_blocks(cut, removed)
+    surplus = _surplus(teacher, student)
+    removable = [place for place in removable_blocks(teacher, input_size) if place.stage in surplus] if surplus else []
+    some = [
+        place
+        for stage, number in surplus.items()
+        for place in [place for place in removable if place.stage == stage][:number]
+    ]
+    # Before answers are compared: which blocks go makes no difference to the names of the rest.
+    remove_blocks(cut := copy.deepcopy(teacher), some)
     names = cut.state_dict().keys() | student.state_dict().keys()
     if len(cut.state_dict().keys() & student.state_dict().keys()) < MIN_SHARE * len(names):
         return None
+    removed = order_of_removal(teacher, removable, dict.fromkeys(removable, 1.0), images, at_most=surplus)
+    remove_blocks(cut := copy.deepcopy(teacher), removed)
     whole = {name: tensor.shape for name, tensor in cut.state_dict().items()}
     if not _narrow(cut, student, input_size, images):
         return None
@@ -56,19 +64,16 @@ def begin_as_teacher(
     )
 
 
-def _blocks_to_remove(
-    cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
-) -> list[Place]:
-    """Return the blocks to leave out of a teacher so that no stage has more than the student's."""
+def _surplus(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
+    """Return how many more blocks a teacher has than the student, of the stages in which it has more."""
     wanted = {stage: len(blocks) for stage, blocks in stages_of(student).items()}
     # A stage of one block is none to `stages_of`.
     surplus = {
         stage: len(blocks) - wanted.get(stage, 1)
-        for stage, blocks in stages_of(cut).items()
+        for stage, blocks in stages_of(teacher).items()
         if _has_module(student, stage)
     }
-    removable = [place for place in removable_blocks(cut, input_size) if surplus.get(place.stage, 0) > 0]
-    return order_of_removal(cut, removable, dict.fromkeys(removable, 1.0), images, at_most=surplus)
+    return {stage: number for stage, number in surplus.items() if number > 0}
 
 
 def _narrow(
