@@ -80,13 +80,12 @@ def noise_config(args: argparse.Namespace) -> "NoiseKDConfig":
     values = {name: value for name, value in vars(args).items() if name in NoiseKDConfig.__dataclass_fields__}
     if args.student_args is not None:
         values["student_args"] = dict(args.student_args)
-    limits = [name for name in ("keep", "max_macs", "max_params") if values[name] is not None]
-    if bool(limits) == bool(args.student):
-        args.parser.error("give either --student, or --keep, --max-macs or --max-params to cut the teacher down.")
     try:
         config = NoiseKDConfig(**values)
     except (ValueError, FileNotFoundError) as error:
         args.parser.error(in_one_line(error))
+    if bool(config.limits) == bool(args.student):
+        args.parser.error("give either --student, or --keep, --max-macs or --max-params to cut the teacher down.")
     return config
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch_pruning import DependencyGraph
 from torch_pruning.pruner.function import BasePruningFunc
 
 from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, evaluation_mode, to_device_of
@@ -61,21 +62,20 @@ class ChannelCutter:
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
-        import torch_pruning
-
         self._model, self._input_size = model, input_size
         self._num_classes = answer_to_blanks(model, input_size, "model").shape[-1]
         # A layer with an output for each class is taken for the classifier, whose outputs stay.
         layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
         heads = [layer for layer in layers if num_outputs(layer) == self._num_classes]
-        self._names = {module: name for name, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
+        self._names = {module: name for name, module in self._modules.items()}
         grouped = _as_grouped(model)
         model.requires_grad_(True)
         self.groups: dict[str, ChannelGroup] = {}
         # What torch-pruning cannot follow in a network ends it in one of these.
         with warnings.catch_warnings(), torch.enable_grad(), evaluation_mode(model), suppress(*FAULTS):
             warnings.simplefilter("ignore")
-            self._graph = torch_pruning.DependencyGraph().build_dependency(
+            self._graph = DependencyGraph().build_dependency(
                 model,
                 to_device_of(model, torch.zeros(2, *input_size)),
                 # timm's 1d convolutions run over the channels, in place of their being mixed.
@@ -105,9 +105,8 @@ class ChannelCutter:
 
     def _is_sound(self, group: ChannelGroup) -> bool:
         """Whether the layers have the channels that the graph says they read."""
-        layers = dict(self._model.named_modules())
         return all(
-            max(inputs, default=0) < num_inputs(layers[name]) and max(channels, default=0) < group.channels
+            max(inputs, default=0) < num_inputs(self._modules[name]) and max(channels, default=0) < group.channels
             for name, inputs, channels in group.readers
         )
 
@@ -116,12 +115,12 @@ class ChannelCutter:
 
         It does not where the dependency graph missed what the forward pass does. The model is of no use then.
         """
-        modules = {name: module for module, name in self._names.items()}
         try:
             for root, channels in removed.items():
                 if channels:
-                    handler = self._graph.get_pruner_of_module(modules[root]).prune_out_channels
-                    self._graph.get_pruning_group(modules[root], handler, list(channels)).prune()
+                    module = self._modules[root]
+                    handler = self._graph.get_pruner_of_module(module).prune_out_channels
+                    self._graph.get_pruning_group(module, handler, list(channels)).prune()
             return answer_to_blanks(self._model, self._input_size, "model").shape[-1] == self._num_classes
         except FAULTS:
             return False

@@ -209,6 +209,12 @@ class NoiseKDConfig(ClassifierConfig):
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
             raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as [3, 32, 32].")
 
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What the teacher is to be cut to, as far as it is given, by the names of the arguments of [`shrink`]."""
+        given = {"keep": self.keep, "max_macs": self.max_macs, "max_params": self.max_params}
+        return {name: limit for name, limit in given.items() if limit is not None}
+
     @classmethod
     def paper(cls, output_dir: str | None = None, **overrides) -> "NoiseKDConfig":
         """Build the authors' setting: Adam at 1e-3, temperature 1, and the default length and batches.

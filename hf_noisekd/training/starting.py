@@ -30,9 +30,6 @@ class CutTeacher(NamedTuple):
     facts: StartFacts
     state: dict[str, torch.Tensor]
 
-    def __str__(self) -> str:
-        return str(self.facts)
-
 
 def start_student(
     source: str | Path | nn.Module | None, teacher: Teacher, args: NoiseKDConfig
@@ -48,16 +45,14 @@ def start_student(
         ValueError: There is no such model, or nothing says what student is wanted, or two things do.
     """
     teacher.model.to(args.device)  # where its answers are compared
-    limits = {name: getattr(args, name) for name in ("keep", "max_macs", "max_params")}
-    given = {name: limit for name, limit in limits.items() if limit is not None}
     if source is None:
-        if not given:
+        if not args.limits:
             raise ValueError("There is no student: name one, or give keep, max_macs or max_params to cut the teacher.")
         if args.student_args:
             raise ValueError("student_args are for a student given by its timm name, and there is none.")
-        student, facts = shrink(teacher.model, **limits, input_size=teacher.input_size)
-    elif given:
-        raise ValueError(f"There is a student, and {next(iter(given))} to cut the teacher: give one of the two.")
+        student, facts = shrink(teacher.model, **args.limits, input_size=teacher.input_size)
+    elif args.limits:
+        raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
         student = load_student(
             source, num_classes=teacher.num_classes, input_size=teacher.input_size, model_args=args.student_args

@@ -29,7 +29,7 @@ SHOWN = {
     "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
     "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
-# Of `shrink.py`: the teachers of the presets whose rows have several seeds.
+# Of `shrink.py`: the teachers of the presets that the README shows.
 SHRUNK = {"cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
