@@ -3,6 +3,7 @@
     python recipes/shrink.py --teacher runs/cifar10/teacher
     python recipes/shrink.py --preset cpu-leaders           # the rows of the README
     python recipes/shrink.py --preset cpu-wrn               # a Wide ResNet
+    python recipes/shrink.py --preset gpu                   # the authors' networks
 
 Beyond the paper. All students learn as `noisekd distill` teaches them, without data, and are read in ordinary
 evaluation mode, with running statistics of calibration images. A time is that of so many steps of the first student
@@ -17,7 +18,7 @@ from typing import Any
 
 from harness.equal_seconds import step_cost
 from harness.experiment import Experiment, experiment_parser
-from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
+from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
 from torch import nn
 
 from hf_noisekd import NoiseKDTrainer, calibration_images
@@ -31,6 +32,7 @@ STEPS_TO_TIME = 40
 RANDOM, KIN = {"init_student": "random"}, {"init_student": "teacher"}
 RESNET10 = {"student": "resnet10_cifar", "student_args": {"width": 32, "stem_stride": 2}}
 HALF_WIDTH = {"student": "resnet18_cifar", "student_args": {"width": 16, "stem_stride": 2}}
+RESNET18 = {"student": "resnet18_cifar", "student_args": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "student_args": {"blocks": 1}}
 KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student begins, and the times that it is trained for, in steps of the first one.
@@ -74,6 +76,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [1000]),
         }
     },
+    "gpu": CIFAR10["paper"] | {"starts": {"ResNet-18, from the teacher": (RESNET18 | KIN, [15_000])}},
 }
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import pictures, upright_rgb
+from conftest import DEVICES, pictures, upright_rgb
 from harness.datasets import ImageDataset, channel_statistics, load_image_datasets, load_photo_datasets
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
@@ -41,13 +41,14 @@ def test_batches_of_a_loader_and_single_images_agree(images):
     assert batch["labels"][2] == data[2]["labels"]
 
 
-def test_augmentation_is_a_crop_of_the_reflected_image_or_its_mirror(images):
-    plain = dataset(images)[3]["pixel_values"]
+@pytest.mark.parametrize("device", DEVICES)
+def test_augmentation_is_a_crop_of_the_reflected_image_or_its_mirror(images, device):
+    plain = dataset(images).to(device)[3]["pixel_values"]
     padded = torch.nn.functional.pad(plain[None], (2,) * 4, mode="reflect")[0]
     crops = [padded[:, i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
     mirrored = torch.nn.functional.pad(plain.flip(-1)[None], (2,) * 4, mode="reflect")[0]
     crops += [mirrored[:, i : i + 8, j : j + 8] for i in range(5) for j in range(5)]
-    augmented = dataset(images, crop_padding=2, flip=True)
+    augmented = dataset(images, crop_padding=2, flip=True).to(device)
     torch.manual_seed(0)
     seen = set()
     for _ in range(200):

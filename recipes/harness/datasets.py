@@ -26,6 +26,8 @@ from hf_noisekd.images import (
 class ImageDataset(Dataset):
     """Small images held in memory, served in whole batches `{"pixel_values": [B, C, H, W], "labels": [B]}`.
 
+    They are cropped and mirrored on the device that they lie on.
+
     Args:
         images: uint8 images of shape `[N, C, H, W]`.
         labels: Classes of shape `[N]`, in [0, num_classes - 1].
@@ -80,12 +82,17 @@ class ImageDataset(Dataset):
             seed: Seed of the draw.
             augmented: Whether to crop and mirror them as here.
         """
-        indices = torch.tensor(draw_indices(len(self), num_images, seed, self.name))
+        indices = torch.tensor(draw_indices(len(self), num_images, seed, self.name), device=self.images.device)
         part = copy.copy(self)
         part.images, part.labels = self.images[indices], self.labels[indices]
         if not augmented:
             part.crop_padding, part.flip = 0, False
         return part
+
+    def to(self, device: torch.device) -> "ImageDataset":
+        """Bring the images to a device, in place, and return the data set."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
 
     def __len__(self) -> int:
         return len(self.images)
@@ -94,11 +101,12 @@ class ImageDataset(Dataset):
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        indices = torch.as_tensor(indices)
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.mean, self.std))
+        device = self.images.device
+        indices = torch.as_tensor(indices, device=device)
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (self.mean, self.std))
         pixel_values = (self.images[indices].float() / 255 - mean) / std
         if self.flip:
-            mirrored = torch.rand(len(indices), 1, 1, 1) < 0.5
+            mirrored = torch.rand(len(indices), 1, 1, 1, device=device) < 0.5
             pixel_values = torch.where(mirrored, pixel_values.flip(-1), pixel_values)
         if self.crop_padding:
             pixel_values = _random_crops(pixel_values, self.crop_padding)
@@ -219,10 +227,9 @@ def _train_and_test(name: str, config: str | None) -> dict[str, datasets.Dataset
 
 def _random_crops(pixel_values: torch.Tensor, padding: int) -> torch.Tensor:
     """Cut an image of the same size out of each reflected one, at a place of its own."""
-    batch, _, height, width = pixel_values.shape
+    batch = len(pixel_values)
     padded = F.pad(pixel_values, (padding,) * 4, mode="reflect")
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1))
-    rows = (top + torch.arange(height))[:, None, :, None]
-    columns = (left + torch.arange(width))[:, None, None, :]
-    images = torch.arange(batch)[:, None, None, None]
-    return padded[images, torch.arange(padded.shape[1])[None, :, None, None], rows, columns]
+    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), device=pixel_values.device)
+    count, channel, row, column = (torch.arange(size, device=pixel_values.device) for size in pixel_values.shape)
+    rows, columns = (top + row)[:, None, :, None], (left + column)[:, None, None, :]
+    return padded[count[:, None, None, None], channel[None, :, None, None], rows, columns]

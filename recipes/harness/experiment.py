@@ -117,6 +117,7 @@ class Experiment:
             self.train_dataset, self.test_dataset = load_image_datasets(name, flip=preset.get("flip", True), **choice)
             cfg = preprocessing_of(self.teacher) if self.teacher else {}  # a student sees images as its teacher does
             for dataset in (self.train_dataset, self.test_dataset):
+                dataset.to(PartialState().device)  # a CPU would not keep up with a GPU in cropping and mirroring
                 dataset.mean, dataset.std = cfg.get("mean", dataset.mean), cfg.get("std", dataset.std)
         self._check_teacher()
         facts = {"dataset": self.train_dataset.name, "dataset_config": choice["config"]}
@@ -172,7 +173,7 @@ class Experiment:
             self.teacher = self.teacher or self.load(self._folder("teacher"))
             self._check_same_teacher()
         elif self.teacher is not None:
-            self.results.add("teacher", self.teacher, self.test_dataset, **self._workers())
+            self.results.add("teacher", self.teacher, self.test_dataset, **self._loading())
         else:
             model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
             self.teacher = self.train_supervised("teacher", model).model
@@ -287,12 +288,13 @@ class Experiment:
 
     def _shared(self) -> dict:
         shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
-        return shared | self._workers()
+        return shared | self._loading()
 
-    def _workers(self) -> dict:
-        """Return the number of processes that decode photos; small images are in memory."""
-        cores = usable_cores() // PartialState().num_processes
-        return {"dataloader_num_workers": min(8, max(1, cores))} if self.preset.get("photos") else {}
+    def _loading(self) -> dict:
+        """Return how images are loaded: processes decode photos; small images lie on the device already."""
+        if not self.preset.get("photos"):
+            return {"dataloader_pin_memory": False}
+        return {"dataloader_num_workers": min(8, max(1, usable_cores() // PartialState().num_processes))}
 
     def _folder(self, name: str, architecture: str | None = None) -> Path:
         if name == "teacher":

@@ -29,7 +29,7 @@ CIFAR10 = {
         "dataset": "uoft-cs/cifar10",
         "teacher": "resnet34_cifar",
         "students": ["resnet18_cifar", "mobilenetv2_cifar", "resnet34_cifar"],
-        "supervised": {"num_train_epochs": 100},
+        "supervised": {"num_train_epochs": 20, "weight_decay": 0.2},
         "distillation": {"max_steps": 39_200},
     },
 }
