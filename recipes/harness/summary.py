@@ -30,7 +30,7 @@ SHOWN = {
     "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
 # Of `shrink.py`: the teachers of the presets that the README shows.
-SHRUNK = {"cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
+SHRUNK = {"gpu": "ResNet-34", "cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
 CLEAR_CUT = (
