@@ -5,7 +5,6 @@
 Beyond the paper. Each is cut to half its multiply-adds, as `noisekd distill --keep 0.5` begins, saved, and loaded by
 timm and by transformers, whose logits must be the same; then exported to ONNX and read by onnxruntime. A network none
 of whose tensors is narrowed is one that is as well off without blocks, or one whose layers torch-pruning cannot follow.
-ReXNet is not among them: torch-pruning does not come to an end there.
 """
 
 import tempfile
@@ -33,7 +32,7 @@ PRESETS = {
             "mobilenetv3_small_050", "hardcorenas_a", "ghostnet_050", "repghostnet_050", "repvit_m1", "densenet121",
             "dla34", "vgg11_bn", "cspresnet50", "ese_vovnet19b_dw", "hgnet_tiny", "selecsls42b", "xception41",
             "hrnet_w18_small", "tresnet_m", "legacy_seresnet18", "starnet_s1", "convnext_atto", "skresnet18",
-            "fasternet_t0", "res2net50_26w_4s", "mobileone_s0", "nf_resnet26", "resnest14d", "mixnet_s",
+            "fasternet_t0", "res2net50_26w_4s", "mobileone_s0", "nf_resnet26", "rexnet_100", "mixnet_s", "resnest14d",
         ],
     }
 }  # fmt: skip

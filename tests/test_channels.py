@@ -99,6 +99,12 @@ def test_widths_are_multiples_of_eight_where_they_can_be(group, share, width):
     assert group.width(share) == width
 
 
+def test_a_search_without_an_end_is_given_up(monkeypatch):
+    monkeypatch.setattr("hf_noisekd.shrinking.channels.MAX_VISITS", 500)
+    assert not ChannelCutter(timm.create_model("rexnet_100").eval(), SIZE).groups
+    assert ChannelCutter(resnet(), SIZE).groups
+
+
 def test_a_cut_that_the_forward_pass_does_not_bear_is_told():
     class Fixed(nn.Module):
         def __init__(self):
