@@ -34,6 +34,7 @@ RESNET10 = {"student": "resnet10_cifar", "student_args": {"width": 32, "stem_str
 HALF_WIDTH = {"student": "resnet18_cifar", "student_args": {"width": 16, "stem_stride": 2}}
 RESNET18 = {"student": "resnet18_cifar", "student_args": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "student_args": {"blocks": 1}}
+SMALL_FIRST = {"resolutions": "0.5:0.6,0.75:0.25,1:0.15"}  # as students that begin at random have it
 KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student begins, and the times that it is trained for, in steps of the first one.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,6 +75,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "starts": {
             "WRN-10-2, random": (SHALLOW_WRN | RANDOM, [1000]),
             "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [1000]),
+            "WRN-10-2, from the teacher, small sizes first": (SHALLOW_WRN | KIN | SMALL_FIRST, [1000]),
         }
     },
     "gpu": CIFAR10["paper"] | {"starts": {"ResNet-18, from the teacher": (RESNET18 | KIN, [15_000])}},
