@@ -1,15 +1,19 @@
 import copy
 import itertools
+import random
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import modes, snapshot
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
+from torch.fx import symbolic_trace
 
 from hf_noisekd import batch_statistics
-from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.batch_norm import check_uses_the_batch, find_batch_norm
 
 
 def assert_unchanged(model, before):
@@ -85,6 +89,47 @@ def test_nests_also_with_itself(tiny_cnn):
         assert modes(tiny_cnn) == within
         assert tiny_cnn.bn1.training
     assert modes(tiny_cnn) == before
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_holds_whatever_mode_is_set_inside(tiny_cnn, seed):
+    pixels = torch.randn(12, 1, 8, 8)
+    with batch_statistics(tiny_cnn):
+        expected = tiny_cnn(pixels)
+    before, chance = snapshot(tiny_cnn), random.Random(seed)
+    modules = list(tiny_cnn.modules())
+    asked = {module: module.training for module in modules}
+    with batch_statistics(tiny_cnn):
+        for _ in range(10):
+            module, mode = chance.choice(modules), chance.random() < 0.5
+            with batch_statistics(tiny_cnn, fraction=0.4) if chance.random() < 0.3 else nullcontext():
+                module.train(mode)
+            asked |= dict.fromkeys(module.modules(), mode)
+            tiny_cnn.drop.eval()
+            torch.testing.assert_close(tiny_cnn(pixels), expected)
+            tiny_cnn.drop.train(asked[tiny_cnn.drop])
+    assert {module: module.training for module in modules} == asked
+    assert_unchanged(tiny_cnn, before)
+
+
+def test_a_forward_pass_that_leaves_the_batch_is_found(tiny_cnn):
+    class WithStatistics(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return F.batch_norm(self.model(x), torch.zeros(3), torch.ones(3), training=self.training)
+
+    check_uses_the_batch(tiny_cnn, (1, 8, 8))
+    for mode in (True, False):
+        traced = symbolic_trace(
+            nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.BatchNorm2d(4), nn.Flatten()).train(mode)
+        )
+        with pytest.raises(ValueError, match="1 of 2"):
+            check_uses_the_batch(traced, (1, 8, 8))
+    with pytest.raises(ValueError, match="1 of 4"):
+        check_uses_the_batch(WithStatistics(tiny_cnn), (1, 8, 8))
 
 
 def test_fraction_chooses_layers_by_a_seeded_order():

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
 from hf_noisekd.calibration.images import CalibrationImages
-from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
+from hf_noisekd.models.batch_norm import check_uses_the_batch, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_teacher
@@ -103,7 +103,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         teacher_model = load_teacher(teacher_model)
         size = training_input_size(args, teacher_model, train_dataset, data_collator)
         teacher = Teacher(teacher_model, input_size=size, batch_norm_fraction=args.batch_norm_fraction, seed=args.seed)
-        find_batch_norm(teacher_model)  # or the error that names what it has instead
+        check_uses_the_batch(teacher_model, teacher.input_size)
         set_seed(args.seed)  # before a student given by name gets its random weights
         model, self.start = start_student(model, teacher, args)
         args = with_defaults_of(self.start, args, train_dataset)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.models.batch_norm import check_uses_the_batch, find_batch_norm
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     architecture_of,
@@ -33,6 +33,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     num_classes = answer_to_blanks(model, noise.input_size, "model").shape[-1]
     try:
+        check_uses_the_batch(model, noise.input_size)
         layers, obstacle = find_batch_norm(model), ""
     except ValueError as error:
         layers, obstacle = {}, str(error)
