@@ -389,17 +389,19 @@ def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path)
     assert (trainer.train_dataset.std, trainer.eval_dataset.std) == (0.5, 0.5)
 
 
-def test_a_model_of_one_size_is_refused_small_noise_before_training(tmp_path):
-    class OneSize(TinyCNN):
+@pytest.mark.parametrize(
+    ("multiple", "sides"), [(1, [16, 30, 40]), (8, [16, 32, 40]), (10, [40]), (32, [32, 40]), (40, [40])]
+)
+def test_small_noise_comes_in_sizes_that_the_models_take(tmp_path, multiple, sides):
+    class Picky(TinyCNN):
         def forward(self, x):
-            if x.shape[-1] != 32:
-                raise ValueError("only 32 pixels")
+            if x.shape[-1] % multiple and x.shape[-1] != 40:
+                raise ValueError("other sizes")
             return super().forward(x)
 
-    teacher = TinyCNN().eval()
-    with pytest.raises(ValueError, match=r"student does not take images of 1x16x16.*resolutions='1'"):
-        NoiseKDTrainer(OneSize(), teacher, config(tmp_path, input_size=[1, 32, 32]))
-    NoiseKDTrainer(OneSize(), teacher, config(tmp_path, input_size=[1, 32, 32], resolutions="1"))
+    args = config(tmp_path, input_size=[1, 40, 40], resolutions="0.3:1,0.74:1,1:1")
+    trainer = NoiseKDTrainer(Picky(), TinyCNN().eval(), args)
+    assert [size for size, _ in trainer.train_dataset.image_sizes()] == [(side, side) for side in sides]
 
 
 def test_checkpoints_are_whole_models_that_timm_reads(digits_teacher, tmp_path):

@@ -47,7 +47,8 @@ class NoiseDataset(DrawnDataset):
             [`hf_noisekd.noise.distributions`].
         resolutions: Share of the steps for each size of the images, in this order, as a mapping or a text such as
             "0.5:0.6,1:0.4". A size is relative to `input_size`, in (0, 1]; no side gets below 16 pixels, or below its
-            full size if that is less. Small images first teach more in the same time. Default: `{0.5: 0.6, 0.75: 0.25,
+            full size if that is less. [`NoiseKDTrainer`] rounds them up to what its models take. Small images first
+            teach more in the same time. Default: `{0.5: 0.6, 0.75: 0.25,
             1: 0.15}` for structured noise that is not held out, else `{1: 1}`.
         total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
         device: Where to draw.
@@ -106,6 +107,7 @@ class NoiseDataset(DrawnDataset):
         self.device = torch.device(device)
         self.dtype = dtype
         self.memory_format = memory_format
+        self.size_multiple = 1  # that the sides of smaller images are rounded up to
         self.epoch = 0
 
     @classmethod
@@ -170,12 +172,15 @@ class NoiseDataset(DrawnDataset):
         """Return the sizes `(height, width)` in their order, each with its share of the steps; together 1."""
         sizes: list[tuple[tuple[int, int], float]] = []
         for scale, share in self.resolutions.items():
-            height, width = (max(round(side * scale), min(side, MIN_SIDE)) for side in self.input_size[1:])
+            height, width = (self._rounded(max(round(side * scale), MIN_SIDE), side) for side in self.input_size[1:])
             share /= sum(self.resolutions.values())
             if sizes and sizes[-1][0] == (height, width):
                 share += sizes.pop()[1]
             sizes.append(((height, width), share))
         return sizes
+
+    def _rounded(self, side: int, most: int) -> int:
+        return min(math.ceil(side / self.size_multiple) * self.size_multiple, most)
 
     def set_epoch(self, epoch: int) -> None:
         """Continue with the steps of `epoch`, counted from 0. Accelerate's data loaders call it."""

@@ -5,7 +5,7 @@ Each raises a `ValueError` that says what is wrong and what to do about it.
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -93,17 +93,31 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -
             )
 
 
-def check_image_sizes(train_dataset: Dataset, model: nn.Module, teacher_model: nn.Module) -> None:
-    """Check that both models take images of the smaller sizes that noise has in the course of the training."""
-    if not isinstance(train_dataset, NoiseDataset):
-        return
-    channels, *full_size = train_dataset.input_size
-    for size in {size for size, _ in train_dataset.image_sizes()} - {tuple(full_size)}:
-        for role, candidate in (("teacher", teacher_model), ("student", model)):
-            try:
-                answer_to_blanks(candidate, (channels, *size), role)
-            except ValueError as error:
-                raise ValueError(f"{error} Or train with noise of full size only: resolutions='1'.") from error
+def with_sizes_taken(noise: NoiseDataset, models: Sequence[nn.Module]) -> NoiseDataset:
+    """Return the noise with its smaller images in sizes that all models take, up to the full size.
+
+    Many networks take multiples of 2, 4, ... or 32 pixels alone, and nothing tells which but a trial.
+    """
+    rounded = copy.copy(noise)
+    channels, *full_size = noise.input_size
+    refused: list | None = None
+    while (smaller := [size for size, _ in rounded.image_sizes() if [*size] != full_size]) == refused or not all(
+        _takes(model, (channels, *size)) for size in smaller for model in models
+    ):
+        refused = smaller
+        rounded.size_multiple *= 2
+    if rounded.size_multiple > 1:
+        found = ", ".join(format_size(size) for size, _ in rounded.image_sizes())
+        logger.warning("The noise has images of %s pixels: the models do not take its own smaller sizes.", found)
+    return rounded
+
+
+def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    try:
+        answer_to_blanks(model, input_size, "model")
+    except ValueError:
+        return False
+    return True
 
 
 def check_eval_datasets(eval_dataset: Dataset | Mapping[str, Dataset], teacher: Teacher, collate_fn: Callable) -> None:

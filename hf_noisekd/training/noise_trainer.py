@@ -26,10 +26,10 @@ from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
-    check_image_sizes,
     check_models,
     check_train_noise,
     training_input_size,
+    with_sizes_taken,
     without_wrong_gradients,
 )
 from hf_noisekd.training.config import NoiseKDConfig
@@ -111,7 +111,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         check_train_noise(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher, explicit_size=args.input_size is not None)
-        check_image_sizes(train_dataset, model, teacher_model)
+        if isinstance(train_dataset, NoiseDataset):
+            train_dataset = with_sizes_taken(train_dataset, (model, teacher_model))
         check_eval_datasets(eval_dataset, teacher, data_collator)
         super().__init__(
             model=model,
