@@ -1,5 +1,6 @@
 """The command line, in this process as far as it goes: `main` returns the exit code."""
 
+import itertools
 import json
 import re
 import shutil
@@ -201,6 +202,25 @@ def test_options_go_over_the_file_and_the_file_over_the_defaults(file):
     assert config.loss_type == "kl"
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr_scheduler_kwargs: {min_lr: 1e-5, a: .5}", ["--lr-scheduler-kwargs", '{"min_lr": 1e-05, "a": 0.5}']),
+        ("lr_scheduler_kwargs: {a: '1', on: no}", ["--lr-scheduler-kwargs", '{"a": "1", "on": "no"}']),
+        ("report_to: [tensorboard, wandb]", ["--report-to", "tensorboard", "wandb"]),
+        ("label_names: [0012, 1e3, no]", ["--label-names", "0012", "1e3", "no"]),
+        ("run_name: 2024_01_01", ["--run-name", "2024_01_01"]),
+        ("run_name: 1_000", ["--run-name", "1_000"]),
+        ("learning_rate: &x 1e-3\nadam_beta1: *x", ["--learning-rate", "1e-3", "--adam-beta1", "1e-3"]),
+        ("bf16: False\nseed: 017", ["--bf16", "False", "--seed", "017"]),
+        ("student_args: {width: 32, name: 1e-2, a: [1]}", ["--student-args", "width=32", "name=1e-2", "a=[1]"]),
+    ],
+)
+def test_what_a_file_says_is_as_if_typed(file, text, words):
+    from_file, typed = (vars(cli.parse_args(["distill", *THREE, *more])) for more in (["--config", file(text)], words))
+    assert {key for key in typed if from_file[key] != typed[key]} == {"config", "parser"}
+
+
 def test_a_file_has_what_is_required_of_any_command(file):
     args = cli.parse_args(["distill", "--config", file("teacher: t\nstudent: s\noutput_dir: -out-\n")])
     assert (args.teacher, args.student, args.output_dir) == ("t", "s", "-out-")
@@ -210,6 +230,12 @@ def test_a_file_has_what_is_required_of_any_command(file):
     assert (args.teacher, args.json) == ("t", True)
 
 
+# 9 times 9 times 9 ... values in seven lines.
+MANY_VALUES = "a: &a [1]\n" + "".join(
+    f"{y}: &{y} [{','.join(9 * ['*' + x])}]\n" for x, y in itertools.pairwise("abcdefg")
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -217,7 +243,7 @@ def test_a_file_has_what_is_required_of_any_command(file):
         ("no_skip_memory_metrics: true", "unknown option 'no_skip_memory_metrics'"),
         ("help: true", "unknown option 'help'"),
         ("config: other.yaml", "unknown option 'config'"),
-        ("3: 4", "unknown option 3"),
+        ("3: 4", "unknown option '3'"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("learning_rate: true", "invalid float value: 'true'"),
         ("temperature: 0", "temperature is 0.0: use a number above 0"),
@@ -225,6 +251,12 @@ def test_a_file_has_what_is_required_of_any_command(file):
         ("- learning_rate", "holds list: it must map names of options to values"),
         ("", "holds nothing"),
         ("learning_rate: [1", "config.yaml is no YAML: "),
+        ("max_steps: 3\nlearning_rate: 1\nmax-steps: 4", "has 'max-steps' twice, again in line 3"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "has 'a' twice"),
+        ("lr_scheduler_kwargs: &a {b: *a}", "holds itself"),
+        ("student_args: &a [*a]", "holds itself"),
+        ("[a]: 3", "no name"),
+        (MANY_VALUES, "values"),
     ],
 )
 def test_bad_files_are_wrong_usage(capsys, file, text, message):

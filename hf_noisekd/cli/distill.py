@@ -3,7 +3,7 @@
 import argparse
 import ast
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from .options import DATASET, add_model, add_teacher, check_unused
 from .parser import CommandParser, as_text, in_one_line
@@ -33,15 +33,15 @@ def distill_options(parser: CommandParser) -> None:
     other = parser.add_argument_group("training", "Options of transformers' TrainingArguments.")
     declared, inherited = NoiseKDConfig.__dataclass_fields__, TrainingArguments.__dataclass_fields__
     actions = HfArgumentParser(NoiseKDConfig, add_help=False)._actions
-    first = list(NoiseKDConfig.__annotations__)
+    first, kinds = list(NoiseKDConfig.__annotations__), get_type_hints(NoiseKDConfig)
     for action in sorted(actions, key=lambda action: first.index(action.dest) if action.dest in first else len(first)):
         if action.dest != "output_dir":
             is_own = declared[action.dest] is not inherited.get(action.dest)
-            (own if is_own else other)._add_action(_shown(action))
+            (own if is_own else other)._add_action(_shown(action, kinds[action.dest]))
 
 
-def _shown(action: argparse.Action) -> argparse.Action:
-    """Return an action of `HfArgumentParser` in the spelling with dashes, with its default in its help text."""
+def _shown(action: argparse.Action, kind: object) -> argparse.Action:
+    """Return an action of `HfArgumentParser`, of a field of a type, as users write it and with its default."""
     from transformers.hf_argparser import string_to_bool
 
     action.option_strings = [option for option in action.option_strings if "_" not in option]
@@ -55,6 +55,8 @@ def _shown(action: argparse.Action) -> argparse.Action:
         action.help = argparse.SUPPRESS
     else:
         action.metavar = "VALUE"
+        if list[str] in (kind, *get_args(kind)):  # where it may be a text as well, HfArgumentParser sees that alone
+            action.nargs = "+"
         if action.type is string_to_bool:  # of those that may also be None, HfArgumentParser wants a value
             action.nargs, action.const, action.metavar = "?", True, "true|false"
         default = "" if action.default in (None, "") else f" (default: {as_text(action.default)})"

@@ -4,8 +4,9 @@ import argparse
 import difflib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from .config_file import read_options, words
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -28,32 +29,23 @@ class CommandParser(argparse.ArgumentParser):
         return tokens if config is None else [*self._read_config(config), *tokens]
 
     def _read_config(self, path: str) -> list[str]:
-        import yaml
-
         try:
-            content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        except OSError as error:
-            self.error(f"cannot read the configuration file {path}: {error.strerror}.")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"the configuration file {path} is no YAML: {in_one_line(error)}")
-        if not isinstance(content, dict):
-            self.error(
-                f"the configuration file {path} holds {'nothing' if content is None else type(content).__name__}: it "
-                "must map names of options to values, such as `learning_rate: 0.001`."
-            )
+            options = read_options(path)
+        except ValueError as error:
+            self.error(str(error))
         tokens = []
-        for key, value in content.items():
+        for key, node in options.items():
             option = f"--{key}".replace("_", "-")
             action = self._option_string_actions.get(option)
             # `no_...` and `help` take no value: there is `...: false`, and a file asks for no help.
             if action is None or action.nargs == 0 or action.dest == "config":
                 self.error(f"the configuration file {path} has an unknown option {key!r}.{self._nearest(option)}")
-            if isinstance(value, list) and action.nargs == "+":
-                tokens += [option, *map(as_text, value)]
-            elif isinstance(value, dict) and action.nargs == "+":
-                tokens += [option, *(f"{name}={as_text(one)}" for name, one in value.items())]
-            elif value is not None:
-                tokens.append(f"{option}={as_text(value)}")
+            several = action.nargs == "+"
+            values = words(node, several=several)
+            if several and values:
+                tokens += [option, *values]
+            else:
+                tokens += [f"{option}={value}" for value in values]
         return tokens
 
     def _nearest(self, name: str) -> str:
