@@ -115,7 +115,16 @@ def test_help_lists_the_commands_a_line_each(capsys):
 def test_both_spellings_and_all_kinds_of_values():
     config = config_of(
         *("--max_steps", "5", "--learning-rate", "1e-3", "--warmup_steps=0", "--input-size", "1", "8", "8", "--bf16"),
-        *("--no-dataloader-in-order", "--lr_scheduler_kwargs", '{"num_cycles": 2}', "--label-names", "a_b", "c"),
+        *(
+            "--no-dataloader-in-order",
+            "--lr_scheduler_kwargs",
+            '{"num_cycles": 2}',
+            "--lr-scheduler-type",
+            "cosine",
+            "--label-names",
+            "a_b",
+            "c",
+        ),
         *("--run-name=a_b", "--include-for-metrics", "loss", "--tf32", "false", "--no_skip_memory_metrics"),
     )
     assert (config.max_steps, config.learning_rate, config.warmup_steps) == (5, 1e-3, 0)
@@ -193,7 +202,8 @@ def file(tmp_path):
 def test_options_go_over_the_file_and_the_file_over_the_defaults(file):
     path = file(
         "learning_rate: 1e-2\nmax-steps: 7\ninput_size: [1, 8, 8]\nbf16: false\nuse_cpu: true\nrun_name: ~\n"
-        "lr_scheduler_kwargs: {num_cycles: 2}\ntemperature: 2\nskip_memory_metrics: false\nhub_model_id: 12\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\ntemperature: 2\n"
+        "skip_memory_metrics: false\nhub_model_id: 12\n"
     )
     config = config_of("--config", path, "--max_steps", "9", "--input-size", "3", "8", "8", "--skip-memory-metrics")
     assert (config.learning_rate, config.temperature, config.bf16) == (1e-2, 2.0, False)
@@ -306,17 +316,18 @@ def test_a_run_that_fails_says_so_in_a_line(capsys, tmp_path):
         (KeyError("labels"), False),
     ],
 )
-def test_only_what_is_not_expected_has_a_traceback(capsys, monkeypatch, tmp_path, error, explained):
+def test_what_is_not_expected_is_named_and_shown_on_demand(capsys, monkeypatch, tmp_path, error, explained):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("hf_noisekd.release.card.write_model_card", fail)
+    line = run_error(capsys, "card", tmp_path)
     if explained:
-        line = " ".join(str(error).split()) or "ConnectionError"
-        assert run_error(capsys, "card", tmp_path) == f"noisekd card: error: {line}"
+        assert line == f"noisekd card: error: {' '.join(str(error).split()) or 'ConnectionError'}"
     else:
-        with pytest.raises(type(error)):
-            main(["card", str(tmp_path)])
+        assert f"{type(error).__name__}: {error} (--debug" in line
+    with pytest.raises(type(error)):
+        main(["card", str(tmp_path), "--debug"])
 
 
 # The commands

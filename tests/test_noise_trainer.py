@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 from conftest import TinyCNN, digest
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.fx import symbolic_trace
 from torch.utils.data import IterableDataset, TensorDataset
 from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClassification, TrainerCallback
 
@@ -589,6 +591,12 @@ def nan_teacher():
     return model
 
 
+def traced():
+    """A network with the statistics of two of its three BatchNorm layers in its code."""
+    layers = [nn.Conv2d(1, 8, 3), BatchNormAct2d(8), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return symbolic_trace(nn.Sequential(*layers, nn.Linear(8, 3), nn.BatchNorm1d(3)).eval())
+
+
 class NoLogits(TinyCNN):
     def forward(self, x):
         return self.conv1(x)
@@ -674,6 +682,8 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
             {"input_size": [3, 32, 32]},
             "student could not be saved: .*act_layer.* arguments that a config.json can hold",
         ),
+        ({"teacher_model": traced()}, {}, "2 of 3 normalisations use stored ones"),
+        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True, and TinyCNN has none"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
         ({"eval_dataset": {}}, {}, "empty mapping"),
         ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),

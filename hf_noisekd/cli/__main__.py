@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from . import deploy, distill, measure, publish
+from . import deploy, distill, measure, options, publish
 from .parser import CommandParser, in_one_line
 
 EPILOG = """\
@@ -69,6 +69,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         subparser.set_defaults(run=command.run, parser=subparser)
         help = "YAML file of options, such as `output_dir: student`; those of the command line go over it"
         subparser.add_argument("--config", metavar="FILE", help=help)
+        options.add_switch(subparser, "--debug", "show where an error comes from (default: false)")
         command.add_options(subparser)
         required = [action for action in subparser._actions if action.required]
         words = [word for action in required for word in (*action.option_strings, str(action.metavar))]
@@ -82,19 +83,22 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of some words, by default those of this process after `noisekd`, and return its exit code."""
-    prog = "noisekd"
+    prog, debug = "noisekd", False
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        prog = args.parser.prog
+        prog, debug = args.parser.prog, args.debug
         return args.run(args)
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             raise
         return stop.code  # of argparse, which has said why
     except Exception as error:
-        if not _says_all(error):
+        if debug:
             raise
-        print(f"{prog}: error: {in_one_line(error)}", file=sys.stderr)
+        message = in_one_line(error)
+        if not _says_all(error):
+            message = f"{type(error).__name__}: {message} (--debug shows where it comes from)"
+        print(f"{prog}: error: {message}", file=sys.stderr)
         return 1
 
 

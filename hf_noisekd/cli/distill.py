@@ -35,7 +35,7 @@ def distill_options(parser: CommandParser) -> None:
     actions = HfArgumentParser(NoiseKDConfig, add_help=False)._actions
     first, kinds = list(NoiseKDConfig.__annotations__), get_type_hints(NoiseKDConfig)
     for action in sorted(actions, key=lambda action: first.index(action.dest) if action.dest in first else len(first)):
-        if action.dest != "output_dir":
+        if action.dest not in ("output_dir", "debug"):  # the other `--debug` here is that of all commands
             is_own = declared[action.dest] is not inherited.get(action.dest)
             (own if is_own else other)._add_action(_shown(action, kinds[action.dest]))
 
@@ -79,12 +79,15 @@ def noise_config(args: argparse.Namespace) -> "NoiseKDConfig":
     """Build the [`NoiseKDConfig`] of the options; a value that it refuses is wrong usage."""
     from hf_noisekd.training.config import NoiseKDConfig
 
-    values = {name: value for name, value in vars(args).items() if name in NoiseKDConfig.__dataclass_fields__}
+    names = NoiseKDConfig.__dataclass_fields__.keys() - {"debug"}
+    values = {name: value for name, value in vars(args).items() if name in names}
     if args.student_args is not None:
         values["student_args"] = dict(args.student_args)
     try:
         config = NoiseKDConfig(**values)
-    except (ValueError, FileNotFoundError) as error:
+    except Exception as error:  # of transformers, whose refusals are of many kinds
+        if args.debug:
+            raise
         args.parser.error(in_one_line(error))
     if bool(config.limits) == bool(args.student):
         args.parser.error("give either --student, or --keep, --max-macs or --max-params to cut the teacher down.")
@@ -106,7 +109,12 @@ def distill(args: argparse.Namespace) -> int:
         from hf_noisekd.images import load_images
 
         images = load_images(args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column)
-    trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=images)
+    try:
+        trainer = NoiseKDTrainer(args.student, teacher, config, eval_dataset=images)
+    except ValueError as error:  # nothing has been done, and nothing is to be done with these options
+        if args.debug:
+            raise
+        args.parser.error(in_one_line(error))
     if trainer.is_world_process_zero():
         print(f"The student begins {_start_text(trainer, args.student)}.", file=sys.stderr)
     trainer.train(resume_from_checkpoint=resume)

@@ -41,6 +41,14 @@ class BaseTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: ClassifierConfig, *others, **kwargs):
         check_batch_norm_is_local(model, args.world_size)
+        wanted = args.gradient_checkpointing or getattr(
+            args, "activation_checkpointing", False
+        )  # its name from 5.24 on
+        if wanted and not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient_checkpointing is True, and {type(model).__name__} has none that transformers can switch on: "
+                "leave it out. timm's networks have set_grad_checkpointing(), to be called before the training."
+            )
         super().__init__(model, args, *others, **kwargs)
         # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
         # divided it by the number of accumulation steps already.

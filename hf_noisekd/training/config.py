@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
+from hf_noisekd.noise.dataset import MAX_STEPS
 from hf_noisekd.noise.spec import parse_noise, parse_resolutions
 from hf_noisekd.training.losses import LOSSES
 
@@ -75,6 +79,37 @@ class ClassifierConfig(TrainingArguments):
                     f"{name} is {getattr(self, name)}: BatchNorm cannot take statistics of fewer than 2 images. Use "
                     "256 where it fits, and at least 2."
                 )
+
+        self._check_what_is_met_in_the_training()
+
+    def _check_what_is_met_in_the_training(self) -> None:
+        """Raise a `ValueError` for what would otherwise stop a training that has begun, by the libraries' own words."""
+        for name in ("seed", "data_seed"):
+            if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
+                raise ValueError(f"{name} is {seed}: use a number from 0 to {2**32 - 1}.")
+        for name in ("dataloader_num_workers", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more.")
+        wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        if missing := set(wanted) - set(get_available_reporting_integrations()) - {"none", "all"}:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(
+                f"report_to is {', '.join(sorted(missing))!r}: use one of {known}, after its package is installed."
+            )
+        try:
+            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
+            if self.learning_rate is None:  # chosen later, by what the student begins as
+                options["lr"] = 1e-3
+            optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
+            steps = {"num_warmup_steps": self.get_warmup_steps(1), "num_training_steps": 1}
+            get_scheduler(
+                self.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=self.lr_scheduler_kwargs
+            )
+            if self.torch_compile:
+                torch.compile(torch.nn.Identity(), backend=self.torch_compile_backend, mode=self.torch_compile_mode)
+        except (ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
+            message = " ".join(str(error).split())
+            raise ValueError(f"No training can be set up with these arguments: {message}") from error
 
     _default_metric = "batch_accuracy"
 
@@ -202,6 +237,8 @@ class NoiseKDConfig(ClassifierConfig):
         for name in ("steps_per_epoch", "eval_noise_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
+        if self.max_steps > MAX_STEPS:
+            raise ValueError(f"max_steps is {self.max_steps}: no more than {MAX_STEPS} steps have noise of their own.")
         if self.num_calibration_images < 0 or self.num_calibration_images == 1:
             raise ValueError(
                 f"num_calibration_images is {self.num_calibration_images}: use 0 for none, or at least 2, such as 256."
