@@ -18,6 +18,7 @@ import timm
 import torch
 from harness.datasets import ImageDataset, channel_statistics
 from hub_server import HubServer
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
 
@@ -26,6 +27,16 @@ from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.hub import _api
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
+
+# The same examples in each run; the models and folders of fixtures are left as they were by each.
+settings.register_profile(
+    "same",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("same")
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

@@ -1,6 +1,5 @@
 import copy
 import itertools
-import random
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +7,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import modes, snapshot
+from hypothesis import given
+from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import nn
 from torch.fx import symbolic_trace
@@ -91,20 +92,18 @@ def test_nests_also_with_itself(tiny_cnn):
     assert modes(tiny_cnn) == before
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_holds_whatever_mode_is_set_inside(tiny_cnn, seed):
+@given(st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.booleans()), max_size=8))
+def test_holds_whatever_mode_is_set_inside(tiny_cnn, steps):
     pixels = torch.randn(12, 1, 8, 8)
-    with batch_statistics(tiny_cnn):
+    with batch_statistics(tiny_cnn.eval()):
         expected = tiny_cnn(pixels)
-    before, chance = snapshot(tiny_cnn), random.Random(seed)
-    modules = list(tiny_cnn.modules())
+    before, modules = snapshot(tiny_cnn), list(tiny_cnn.modules())
     asked = {module: module.training for module in modules}
     with batch_statistics(tiny_cnn):
-        for _ in range(10):
-            module, mode = chance.choice(modules), chance.random() < 0.5
-            with batch_statistics(tiny_cnn, fraction=0.4) if chance.random() < 0.3 else nullcontext():
-                module.train(mode)
-            asked |= dict.fromkeys(module.modules(), mode)
+        for index, mode, nested in steps:
+            with batch_statistics(tiny_cnn, fraction=0.4) if nested else nullcontext():
+                modules[index].train(mode)
+            asked |= dict.fromkeys(modules[index].modules(), mode)
             tiny_cnn.drop.eval()
             torch.testing.assert_close(tiny_cnn(pixels), expected)
             tiny_cnn.drop.train(asked[tiny_cnn.drop])

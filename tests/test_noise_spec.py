@@ -1,9 +1,23 @@
+import math
+from contextlib import suppress
+
 import pytest
 import torch
 from conftest import DEVICES
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from hf_noisekd import NoiseDataset, register_noise
-from hf_noisekd.noise.spec import AUGMENTATIONS, DISTRIBUTIONS, noise_name, parse_noise
+from hf_noisekd.noise.spec import (
+    AUGMENTATIONS,
+    BUILT_IN,
+    DISTRIBUTIONS,
+    Mixture,
+    noise_name,
+    parse_noise,
+    parse_resolutions,
+    resolutions_text,
+)
 
 
 def generator(seed: int = 0, device: str = "cpu") -> torch.Generator:
@@ -67,6 +81,32 @@ def test_cutmix_pastes_pixels_of_one_other_image():
         values = set(image.unique().tolist())
         assert len(values) <= 2
         assert len(values - {index}) <= 1
+
+
+POSITIVE = st.floats(0, 1e300, exclude_min=True)
+
+
+@given(st.dictionaries(st.sampled_from(BUILT_IN), POSITIVE, min_size=1))
+def test_any_weights_read_back(weights):
+    assert parse_noise(str(Mixture("any", weights, {"mixup": 1 / 3}))).weights == weights
+
+
+@given(st.dictionaries(st.floats(0, 1, exclude_min=True), POSITIVE, min_size=1))
+def test_any_resolutions_read_back_and_are_within_the_full_size(resolutions):
+    assert parse_resolutions(resolutions_text(resolutions)) == resolutions
+    sizes = NoiseDataset((1, 24, 40), 2, resolutions=resolutions).image_sizes()
+    assert math.isclose(sum(share for _, share in sizes), 1)
+    assert all(16 <= height <= 24 and 16 <= width <= 40 for (height, width), _ in sizes)
+
+
+@given(st.text("white,spectrum|mixup:(0.5)", max_size=20) | st.text())
+@example("white:nan")
+@example("spectrum(1e3)")
+def test_any_text_is_a_mixture_or_refused(text):
+    with suppress(ValueError):
+        images = parse_noise(text)(torch.Generator(), (2, 1, 8, 8))
+        assert images.shape == (2, 1, 8, 8)
+        assert images.isfinite().all()
 
 
 def test_text_of_a_mixture_reads_back():

@@ -73,7 +73,8 @@ class Mixture:
     def __str__(self) -> str:
         parts = (self.weights, self.augmentations) if self.augmentations else (self.weights,)
         return "|".join(
-            ",".join(name if number == 1 else f"{name}:{number:g}" for name, number in part.items()) for part in parts
+            ",".join(name if number == 1 else f"{name}:{_number_text(number)}" for name, number in part.items())
+            for part in parts
         )
 
 
@@ -145,10 +146,15 @@ def parse_weights(text: str) -> dict[str, float]:
             weight = float(number) if colon else 1.0
         except ValueError:
             weight = math.nan
-        if not name or name in weights or not 0 < weight < math.inf:
+        if not name or name in weights or not 0 < weight < math.inf or weight + sum(weights.values()) == math.inf:
             raise ValueError(f"{text!r} must be names with numbers above 0, each once, such as 'white:3,spectrum:1'.")
         weights[name] = weight
     return weights
+
+
+def _number_text(number: float) -> str:
+    """Return the shortest text that reads back as a number."""
+    return short if float(short := f"{number:g}") == number else repr(float(number))
 
 
 def parse_resolutions(text: str) -> dict[float, float]:
@@ -167,12 +173,17 @@ def parse_resolutions(text: str) -> dict[float, float]:
 
 def resolutions_text(resolutions: Mapping[float, float]) -> str:
     """Return the text that [`parse_resolutions`] reads as `resolutions`."""
-    return ",".join(f"{scale:g}:{share:g}" for scale, share in resolutions.items())
+    return ",".join(f"{_number_text(scale)}:{_number_text(share)}" for scale, share in resolutions.items())
 
 
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
     """Return resolutions as a new mapping, or raise a `ValueError` that says what is wrong with them."""
-    if not resolutions or not all(0 < scale <= 1 and 0 < share < math.inf for scale, share in resolutions.items()):
+    shares = list(resolutions.values())
+    if (
+        not all(0 < scale <= 1 for scale in resolutions)
+        or not all(share > 0 for share in shares)
+        or not (0 < sum(shares) < math.inf)
+    ):
         raise ValueError(
             f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
         )
