@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -63,17 +64,31 @@ def check_model_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; an `OSError` if it cannot be read, and a `ValueError` if it is no JSON."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Return what a JSON file holds; an `OSError` if it cannot be read, and a `ValueError` if it is no JSON.
+
+    A NaN or an infinity, which Python would write, is null.
+    """
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda constant: None)
 
 
 def json_text(value: Any) -> str:
-    """Return a value as the text of a JSON file that people can compare: a log entry is a line, as is what is short."""
-    return _json_text(value, "") + "\n"
+    """Return a value as the text of a JSON file that people can compare: a log entry is a line, as is what is short.
+
+    JSON knows no NaN and no infinity: they become null, as what is not known.
+    """
+    return _json_text(_without_nan(value), "") + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json_text(value: Any, indent: str) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, allow_nan=False)
     if not isinstance(value, dict | list):
         return text
     names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)

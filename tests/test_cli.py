@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
@@ -399,6 +399,33 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
     assert "accuracy" not in summary
     assert json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
     assert "no.pt" in run_error(capsys, *command, "--resume-from-checkpoint", tmp_path / "no.pt")
+
+
+def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
+    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "6"]
+    command += ["--learning-rate", "1e20", "--max-grad-norm", "0", "--warmup-steps", "0", "--logging-steps", "2"]
+    assert re.search(r"loss is (nan|inf) at step \d", run_error(capsys, *command))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_not_measured(student, teacher, images, tmp_path, capsys):
+    shutil.copytree(student[0], tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    weights["fc.weight"][:] = torch.nan
+    save_file(weights, tmp_path / "damaged" / "model.safetensors")
+    damaged, on, to = tmp_path / "damaged", ["--dataset", images], ["--output-dir", tmp_path / "new"]
+    for command in (
+        ["evaluate", "--model", damaged, *on, "--label-column", "label"],
+        ["evaluate", "--model", student[0], "--teacher", damaged, *on, "--label-column", "label"],
+        ["recalibrate", "--model", damaged, *on, *to],
+        ["recalibrate", "--model", damaged, "--teacher", teacher, *to],
+        ["distill", "--student", damaged, "--teacher", teacher, *to],
+        ["export", "--model", damaged, "--output", tmp_path / "new"],
+        ["info", "--teacher", damaged],
+    ):
+        assert "'fc.weight' holds a NaN" in run_error(capsys, *command)
+    assert not (tmp_path / "new").exists()
 
 
 def test_evaluate(teacher, student, images, tmp_path, capsys):

@@ -53,6 +53,17 @@ def test_order_matters_only_through_the_batches(tiny_cnn, images):
     assert whole[0]["batch"] == pytest.approx(whole[1]["batch"], rel=1e-4)
 
 
+@pytest.mark.parametrize("whose", ["images", "model", "teacher"])
+def test_what_is_not_finite_is_not_measured(tiny_cnn, images, whose):
+    """The largest of answers that are NaN is the first, so that each accuracy would be the share of class 0."""
+    teacher = copy.deepcopy(tiny_cnn)
+    broken = {"images": images.tensors[0], "model": tiny_cnn.fc.bias, "teacher": teacher.fc.bias}[whose]
+    with torch.no_grad():
+        broken[-1] = float("nan" if whose == "images" else "inf")
+    with pytest.raises(ValueError, match=f"(?i){whose}.* a NaN"):
+        evaluate(tiny_cnn, images, teacher_model=teacher, batch_size=16)
+
+
 def test_changes_neither_model(tiny_cnn, images):
     torch.manual_seed(1)
     teacher = TinyCNN().train()

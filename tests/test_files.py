@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hf_noisekd.files import json_text, replacing_files
+from hf_noisekd.files import json_text, read_json, replacing_files
 from hf_noisekd.models.loading import load_teacher
 
 
@@ -20,6 +20,14 @@ def test_json_can_be_compared_line_by_line():
     assert list(json.loads(text)) == list(value)
     assert text.splitlines()[:4] == ["{", ' "a": 1, "b": null,', ' "sizes": [[[16, 16], 0.6]],', ' "curve": [']
     assert text.splitlines()[4:6] == ['  {"step": 1, "loss": 0.5},', '  {"step": 2, "loss": 0.25}']
+
+
+def test_json_has_null_in_place_of_what_is_no_number(tmp_path):
+    value = {"loss": float("nan"), "sizes": [1.5, -float("inf")], "curve": [{"grad_norm": float("inf"), "step": 1}]}
+    expected = {"loss": None, "sizes": [1.5, None], "curve": [{"grad_norm": None, "step": 1}]}
+    assert json.loads(json_text(value), parse_constant=pytest.fail) == expected
+    (tmp_path / "old.json").write_text(json.dumps(value))
+    assert read_json(tmp_path / "old.json") == expected
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

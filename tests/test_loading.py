@@ -4,6 +4,7 @@ import pickle
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -118,3 +119,22 @@ def test_a_file_of_weights_is_read_where_the_user_points_at_one(tmp_path, wrappe
         load_teacher("resnet34", checkpoint=tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no file"):
         load_teacher("resnet18", checkpoint=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_weights_that_are_not_finite(saved, digits_teacher, tmp_path, value):
+    """Wherever they lie: as a folder of timm's or transformers' layout, or as a file."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4, layer_type="basic")
+    save_model(ResNetForImageClassification(config), tmp_path / "transformers")
+    for folder, name in ((saved, "fc.bias"), (tmp_path / "transformers", "classifier.1.bias")):
+        weights = load_file(folder / "model.safetensors")
+        weights[name][-1] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        for load in (load_teacher, load_student):
+            with pytest.raises(ValueError, match=rf"'{name}' holds a NaN"):
+                load(str(folder))
+    weights = timm.create_model("resnet10_cifar").state_dict()
+    weights["bn1.running_var"][3] = value
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"'bn1\.running_var' holds a NaN"):
+        load_teacher("resnet10_cifar", checkpoint=tmp_path / "weights.pth")

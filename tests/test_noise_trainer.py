@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from conftest import TinyCNN, digest
+from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.fx import symbolic_trace
@@ -191,6 +192,44 @@ def test_noise_is_drawn_in_the_precision_of_the_training(tiny_cnn, tmp_path):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=bf16, max_steps=1), train_dataset=noise)
         assert trainer.train_dataset.draw(0).dtype == dtype
         trainer.train()
+
+
+DIVERGING = {"learning_rate": 1e20, "max_grad_norm": 0.0, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+
+
+def test_training_ends_at_the_first_loss_that_is_not_finite(tiny_cnn, tmp_path):
+    options = {"max_steps": 40, "save_strategy": "steps", "save_steps": 1}
+
+    class Diverge(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+            if state.global_step == 5:
+                optimizer.param_groups[0]["lr"] = float("inf")
+
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options), callbacks=[Diverge()])
+    with pytest.raises(FloatingPointError, match=r"at step 6\. .*learning rate.* checkpoint .*checkpoint-5\."):
+        trainer.train()
+    assert not (tmp_path / "out" / "checkpoint-6").exists()
+    recorder = Recorder()
+    args = config(tmp_path / "new", max_steps=40, logging_steps=5, **DIVERGING)
+    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 5\. .*max_grad_norm=1.*no checkpoint"):
+        NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[recorder]).train()
+    assert recorder.log == []
+
+
+@pytest.mark.parametrize("options", [{"logging_strategy": "no"}, {"logging_nan_inf_filter": True}])
+def test_a_student_that_is_not_finite_is_not_returned_where_nothing_is_logged(tiny_cnn, tmp_path, options):
+    trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options, **DIVERGING))
+    with pytest.raises(FloatingPointError, match="at step 6"):
+        trainer.train()
+    with pytest.raises(FloatingPointError):
+        trainer.save_model()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_training_data_that_are_not_finite_are_told_from_a_student_that_diverges(tiny_cnn, tmp_path):
+    noise = NoiseDataset((1, 8, 8), 16, 4, distribution=lambda generator, shape: torch.full(shape, float("nan")))
+    with pytest.raises(FloatingPointError, match="teacher's answers were not finite"):
+        NoiseKDTrainer(student(), tiny_cnn, config(tmp_path), train_dataset=noise, eval_dataset=images()).train()
 
 
 def test_logs_agreement_and_class_balance(tiny_cnn, tmp_path):
@@ -648,6 +687,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         ({"teacher_model": "/no/such/folder"}, {}, "no folder"),
         ({"teacher_model": 3}, {}, "a name, a folder or an nn.Module, got int"),
         ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' holds a NaN"),
+        ({"model": nan_teacher()}, {}, "student's 'conv2.weight' holds a NaN"),
         ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[2, 8, 8, 8\]"),
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 1)},
@@ -705,6 +745,12 @@ def damage(name, size):
     return apply
 
 
+def spoil_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["fc.bias"][1] = float("inf")
+    save_file(weights, folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -713,6 +759,7 @@ def damage(name, size):
         (damage("scheduler.pt", 100), "scheduler.pt of the checkpoint .* is damaged"),
         (damage("rng_state.pth", 1000), "rng_state.pth of the checkpoint .* is damaged"),
         (damage("trainer_state.json", 10), "trainer_state.json of the checkpoint .* is damaged"),
+        (spoil_weights, "is damaged .*'fc.bias' holds a NaN"),
         (lambda folder: os.remove(folder / "optimizer.pt"), "not whole: optimizer.pt missing"),
         (lambda folder: os.remove(folder / "model.safetensors"), "not whole: model.safetensors missing"),
     ],

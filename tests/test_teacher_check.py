@@ -35,3 +35,15 @@ def test_says_what_stands_in_the_way(tiny_cnn):
     assert (facts["can_teach"], facts["answers"]) == (False, {})
     assert "'fc.bias' holds a NaN" in facts["verdict"]
     assert "one class" in describe_teacher(TinyCNN(num_classes=1), (1, 8, 8), batch_size=4)["verdict"]
+
+
+def test_a_teacher_that_answers_noise_with_nan_cannot_teach(tiny_cnn):
+    class Roots(TinyCNN):
+        def forward(self, x):
+            return super().forward(x).sqrt()
+
+    model = Roots()
+    model.load_state_dict(tiny_cnn.state_dict())
+    facts = describe_teacher(model.eval(), (1, 8, 8), batch_size=16)
+    assert not facts["can_teach"]
+    assert "answers noise with a NaN" in facts["verdict"]

@@ -108,7 +108,9 @@ def _says_all(error: Exception) -> bool:
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_in = str(frame.f_globals.get("__package__")).partition(".")[0]
-    return raised_in in ("hf_noisekd", __package__) and isinstance(error, ValueError | RuntimeError | ImportError)
+    return raised_in in ("hf_noisekd", __package__) and isinstance(
+        error, ValueError | RuntimeError | ArithmeticError | ImportError
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
-from hf_noisekd.models.classifier import pretrained_cfg_of
+from hf_noisekd.models.classifier import nonfinite_tensor, pretrained_cfg_of
 
 
 def load_teacher(
@@ -141,6 +141,8 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
             model = _load_transformers_folder(folder, trust_remote_code)
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
+    if name := nonfinite_tensor(model):
+        raise ValueError(f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Get it again.")
     model.origin = origin | {"license": pretrained_cfg_of(model).get("license") or _card_license(folder)}
     if config.get("noisekd"):
         model.noisekd = config["noisekd"]
@@ -225,6 +227,8 @@ def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
         raise ValueError(f"There is no file {str(checkpoint)!r}.") from error
     except (safetensors.SafetensorError, RuntimeError, OSError, AttributeError, EOFError) as error:
         raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
+    if name := nonfinite_tensor(model):
+        raise ValueError(f"The checkpoint {str(checkpoint)!r} is damaged: its {name!r} holds a NaN or an infinity.")
     return model
 
 

@@ -41,7 +41,7 @@ class AnswerLog:
         self._logged_answers = [total + p * self._steps for total, p in zip(self._logged_answers, answer, strict=True)]
         self._logged_steps += self._steps
         self._begin_entry()
-        balance = -sum(p * math.log(p) for p in answer if p > 0) / math.log(len(answer))
+        balance = -sum(p * math.log(p) for p in answer if p != 0) / math.log(len(answer))
         return {"agreement": 100 * agreement, "class_balance": balance}
 
     @property

@@ -20,6 +20,7 @@ from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.environment import Machine, versions
 from hf_noisekd.release.record import Evaluation, ModelFacts, Provenance, Record, current_evaluations
 from hf_noisekd.training.config import ClassifierConfig
+from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
 
 
@@ -64,6 +65,9 @@ class BaseTrainer(Trainer):
 
         The model comes back without the autocast that Accelerate wraps around its forward pass, so that it computes in
         float32 in anybody's hands.
+
+        Raises:
+            FloatingPointError: A loss that was logged, or a weight that was to be saved, is a NaN or an infinity.
         """
         # What a loaded model says of its own making does not hold for what it becomes.
         Provenance.detach(self.model)
@@ -71,9 +75,20 @@ class BaseTrainer(Trainer):
         self._evaluations = []
         self._resumed = bool(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._unwrap_model()
+        check_weights(self.model, self.args, self.state.global_step)  # of the steps since the last log entry, too
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log an entry, unless its loss ends the training."""
+        check_loss(logs, self.model, self.args, self.state.global_step, self._cause_of_divergence(logs))
+        super().log(logs, start_time)
+
+    def _cause_of_divergence(self, logs: dict[str, float]) -> str:
+        """Return what a log entry tells of the cause of a loss that is not finite, if anything."""
+        return ""
 
     def _unwrap_model(self) -> None:
         """Take off what Accelerate put around the model, so that another call wraps it anew."""
@@ -188,6 +203,7 @@ class BaseTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.
         if self.args.should_save:
+            check_weights(self.model, self.args, self.state.global_step)
             output_dir = output_dir or self.args.output_dir
             self._save_classifier(output_dir)
             if self.processing_class is not None:

@@ -52,6 +52,9 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
         file = path / WEIGHTS_NAME
         with safetensors.safe_open(file, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            for name in shapes:
+                if not weights.get_tensor(name).isfinite().all():
+                    raise ValueError(f"{name!r} holds a NaN or an infinity")
     except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
     model = bare_model(model)  # as which it is saved

@@ -38,6 +38,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     """
     input_size, num_classes = teacher.input_size, teacher.num_classes
     check_finite(teacher.model, "teacher")
+    check_finite(model, "student")
     for role, candidate in (("teacher", teacher.model), ("student", model)):
         declared = declared_input_size(candidate) or input_size
         if declared[0] != input_size[0]:

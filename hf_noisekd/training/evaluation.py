@@ -49,8 +49,8 @@ def evaluate(
         teacher `agreement`, the share of equal top-1 answers in percent, and `kl`, `KL(teacher || model)` in nats.
 
     Raises:
-        ValueError: The data set has no length or fewer than 2 images, a label is out of range, or there is neither a
-            label nor a teacher.
+        ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
+            nor a teacher, or an image or an answer holds a NaN or an infinity.
     """
     loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
     if teacher_model is None:
@@ -82,11 +82,15 @@ def evaluate_loader(
     with evaluation_mode(model):
         for batch, count in zip(loader, counts_of(loader), strict=True):
             pixel_values = to_device_of(model, batch["pixel_values"])
+            _check_finite(pixel_values, "The images to evaluate on hold")
             labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
             teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
+            if teacher_logits is not None:
+                _check_finite(teacher_logits, "The teacher's answers hold")
             for row, context in enumerate(contexts):
                 with context:
                     logits = compute_logits(model, pixel_values)[:count].float()
+                _check_finite(logits, f"The model's answers under {STATISTICS[row]} statistics hold")
                 sums = _sums(logits, labels, teacher_logits)
                 for name, total in sums.items():
                     totals[row, METRICS.index(name)] += total.item()
@@ -146,6 +150,12 @@ def counts_of(loader: DataLoader) -> list[int]:
 def evaluated_dataset(loader: DataLoader) -> Dataset:
     """Return the data set that an [`evaluation_loader`] was built for."""
     return loader.dataset.drawn if isinstance(loader.dataset, _DrawnBatches) else loader.dataset
+
+
+def _check_finite(values: torch.Tensor, what: str) -> None:
+    """Raise a `ValueError` if not all values are finite: the largest of them would still name a class."""
+    if not values.isfinite().all():
+        raise ValueError(f"{what} a NaN or an infinity, so nothing can be measured: look for what is damaged.")
 
 
 def _sums(

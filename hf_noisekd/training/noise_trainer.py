@@ -1,5 +1,6 @@
 """Distill a teacher into a student with noise: no image, no label, no generator network."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -216,6 +217,11 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if "loss" in logs:
             logs |= self._answer_log.entry(self._sum_over_processes, self.args.world_size)
         super().log(logs, start_time)
+
+    def _cause_of_divergence(self, logs: dict[str, float]) -> str:
+        if math.isfinite(logs.get("class_balance", 0.0)):
+            return ""
+        return "The teacher's answers were not finite: look for such values in what it is given, or at its own weights."
 
     def record(self) -> Record:
         """Return what is known of the student. On process 0."""

@@ -44,7 +44,11 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
         for statistics in ("running", "batch") if layers else ("running",):
-            answers[statistics] = describe_answers(answer_noise(Teacher(model), noise, statistics))
+            probs = answer_noise(Teacher(model), noise, statistics)
+            if probs.isfinite().all():
+                answers[statistics] = describe_answers(probs)
+            else:
+                obstacle = f"with {statistics} statistics it answers noise with a NaN."
     return {
         "architecture": architecture_of(model),
         "parameters": count_parameters(model),
