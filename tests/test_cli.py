@@ -409,6 +409,24 @@ def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("failing", ["evaluate", "create_model_card", "_end"])
+def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path, capsys, monkeypatch, failing):
+    def fail(*args, **kwargs):
+        raise OSError("image file is truncated")
+
+    monkeypatch.setattr(f"hf_noisekd.training.noise_trainer.NoiseKDTrainer.{failing}", fail)
+    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "2"]
+    command += ["--save-strategy", "no", "--num-calibration-images", "0"]
+    capsys.readouterr()
+    assert main(command) == 1
+    *_, where, error = capsys.readouterr().err.strip().splitlines()
+    assert "truncated" in error
+    assert str(tmp_path / "out") in where
+    assert Provenance.of(load_teacher(str(tmp_path / "out"))).steps == 2
+    assert (tmp_path / "out" / "noisekd.json").is_file() == (failing == "evaluate")
+
+
 def test_weights_that_are_not_finite_are_not_measured(student, teacher, images, tmp_path, capsys):
     shutil.copytree(student[0], tmp_path / "damaged")
     weights = load_file(tmp_path / "damaged" / "model.safetensors")

@@ -2,6 +2,7 @@ import copy
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -811,9 +812,32 @@ def test_resuming_passes_over_a_checkpoint_that_a_kill_left_half_written(tiny_cn
     assert digest(again.model) == digest(whole.model)
     passed_over = [record.getMessage() for record in caplog.records if "Passing over" in record.getMessage()]
     assert ["checkpoint-6" in passed_over[0], "checkpoint-4" in passed_over[1], len(passed_over)] == [True, True, 2]
-    for checkpoint in output_dir.glob("checkpoint-*"):
-        (checkpoint / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match=r"trainer_state\.json missing"):
+    (output_dir / "checkpoint-2" / "model.safetensors").unlink()
+    (output_dir / "checkpoint-4" / "model.safetensors").unlink()
+    (output_dir / "checkpoint-6" / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors missing.*delete .*out"):
+        again.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("left", ["checkpoint-2/model.safetensors", "state", ".checkpoint-2.saving/model.safetensors"])
+def test_a_training_that_a_kill_cut_off_in_its_first_checkpoint_begins_anew(tiny_cnn, tmp_path, left):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    whole = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path / "whole", **options))
+    whole.train()
+    output_dir = tmp_path / "killed" / "out"
+    if left == "state":
+        shutil.copytree(Path(whole.args.output_dir) / "checkpoint-2", output_dir / "checkpoint-2")
+        (output_dir / "checkpoint-2" / "trainer_state.json").write_text('{"global_st')
+    else:
+        (output_dir / left).parent.mkdir(parents=True)
+        (output_dir / left).write_bytes(b"half")
+    again = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path / "killed", **options))
+    again.train(resume_from_checkpoint=True)
+    assert digest(again.model) == digest(whole.model)
+    assert sorted(path.name for path in output_dir.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    (output_dir / "checkpoint-2" / "optimizer.pt").unlink()  # as where models alone are kept
+    (output_dir / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="delete"):
         again.train(resume_from_checkpoint=True)
 
 

@@ -117,16 +117,46 @@ def distill(args: argparse.Namespace) -> int:
         args.parser.error(in_one_line(error))
     if trainer.is_world_process_zero():
         print(f"The student begins {_start_text(trainer, args.student)}.", file=sys.stderr)
-    trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate()
-    if config.push_to_hub:
-        trainer.push_to_hub()
-    else:
-        trainer.save_model()
-        trainer.create_model_card()
+    metrics = train_and_measure(trainer, resume)
     if trainer.is_world_process_zero():
         print(_summary(config, metrics, args.eval_dataset, _calibration_text(trainer)))
     return 0
+
+
+def train_and_measure(trainer: "NoiseKDTrainer", resume: str | bool | None) -> dict[str, float]:
+    """Train a student, save it before anything else is done with it, evaluate it, and save what is known then.
+
+    Whatever fails after the training tells where the student is.
+    """
+    from transformers import TrainerCallback
+
+    class SaveStudent(TrainerCallback):
+        """Saves the student after its last step; it will be saved again when more is known of it."""
+
+        done = False
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if state.global_step >= state.max_steps:
+                trainer.save_model(_internal_call=True)
+                self.done = True
+
+    saving = SaveStudent()
+    trainer.add_callback(saving)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(_internal_call=True)  # without a push
+        try:
+            metrics = trainer.evaluate()
+        finally:
+            trainer.save_model(_internal_call=True)
+            trainer.create_model_card()
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+    except BaseException:
+        if saving.done and trainer.is_world_process_zero():
+            print(f"The student is trained: it is whole in {trainer.args.output_dir}.", file=sys.stderr)
+        raise
+    return metrics
 
 
 def _start_text(trainer: "NoiseKDTrainer", student: str) -> str:

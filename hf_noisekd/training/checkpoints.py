@@ -15,8 +15,14 @@ from hf_noisekd.models.loading import differing
 logger = logging.getLogger(__name__)
 
 
-def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
-    """Return the last whole checkpoint in a folder, passing over any that a kill cut off; a `ValueError` if none."""
+def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
+    """Return the last whole checkpoint in a folder, passing over any that a kill cut off.
+
+    None if there is nothing to go on from yet, since the kill fell into the first one.
+
+    Raises:
+        ValueError: There is none of a training of `model`; the message says what to do.
+    """
     found = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
     problems = []
     for step in sorted(filter(str.isdigit, found), key=int, reverse=True):
@@ -25,12 +31,25 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str:
             return str(found[step])
         except ValueError as error:
             logger.warning("Passing over a checkpoint. %s", error)
-            problems.append(str(error))
+            if not _is_cut_off(found[step]):
+                problems.append(str(error))
     if problems:
-        raise ValueError(problems[0])
-    raise ValueError(
-        f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint first."
-    )
+        raise ValueError(f"{problems[0]} To train from the beginning, delete {output_dir!r} first.")
+    if not found and not any(Path(output_dir).glob(".checkpoint-*.saving")):  # as `replacing_files` calls it
+        raise ValueError(
+            f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint, and, if "
+            "something is in it that you no longer need, delete it first."
+        )
+    return None
+
+
+def _is_cut_off(folder: Path) -> bool:
+    """Whether a checkpoint lacks the file that is written last, or the end of it."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return True
+    return False
 
 
 def check_checkpoint(folder: str, model: nn.Module) -> None:

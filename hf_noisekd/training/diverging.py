@@ -39,8 +39,9 @@ def _text(what: str, model: nn.Module, args: ClassifierConfig, step: int, cause:
         causes.append("the small range of fp16 (bf16 has a larger one)")
     causes.append("images with such values")
     try:
-        rest = f"The last checkpoint from before is {last_whole_checkpoint(args.output_dir, model)}."
+        checkpoint = last_whole_checkpoint(args.output_dir, model)
     except ValueError:
-        rest = "There is no checkpoint from before."
+        checkpoint = None
+    rest = f"The last checkpoint from before is {checkpoint}." if checkpoint else "There is no checkpoint from before."
     cause = cause or f"Likely causes: {', or '.join(causes)}."
     return f"{what} at step {step:,}. {cause} {rest}"

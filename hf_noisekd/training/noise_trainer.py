@@ -1,5 +1,6 @@
 """Distill a teacher into a student with noise: no image, no label, no generator network."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +41,8 @@ from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
 from hf_noisekd.training.starting import start_student, with_defaults_of
 from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
@@ -143,13 +146,16 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         """Train the student; see transformers' `Trainer.train`.
 
         Resuming is exact: step `k` sees the noise it would have seen without the break. The sizes of the noise and the
-        learning rate go by the number of all steps, which must stay the same.
+        learning rate go by the number of all steps, which must stay the same. True resumes from the last whole
+        checkpoint, and begins anew if a kill fell into the first one.
 
         Raises:
             ValueError: The checkpoint is missing, damaged or, for noise of several sizes, of another number of steps.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
+            if resume_from_checkpoint is None:
+                logger.warning("The training begins anew: it was cut off in its first checkpoint.")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
         if self._fills_total_steps:  # once more: the arguments may have been changed

@@ -119,7 +119,7 @@ class Results:
         return next((run for run in self.runs if run.name == name), None)
 
     def train(self, name: str, trainer: ClassifierTrainer) -> nn.Module:
-        """Train, evaluate in float32 on the trainer's evaluation images, record the run, and return the trained model.
+        """Train, save, evaluate in float32 on the trainer's evaluation images, record the run, and return the model.
 
         Args:
             name: Name of the run in the table.
@@ -127,6 +127,7 @@ class Results:
         """
         trainer.add_callback(IdleCores())
         trainer.train()
+        trainer.save_model()  # before what may fail
         trainer.evaluate()
         if trainer.is_world_process_zero():
             self._write(name, trainer.record())
