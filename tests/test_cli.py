@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_noisekd
-from hf_noisekd import NoiseKDConfig
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.cli import __main__ as cli
 from hf_noisekd.cli.__main__ import main
 from hf_noisekd.cli.distill import noise_config
@@ -425,6 +427,63 @@ def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path,
     assert str(tmp_path / "out") in where
     assert Provenance.of(load_teacher(str(tmp_path / "out"))).steps == 2
     assert (tmp_path / "out" / "noisekd.json").is_file() == (failing == "evaluate")
+
+
+@pytest.mark.parametrize(
+    "by", ["SIGINT", "SIGTERM", "SIGTERM with a checkpoint", "SIGINT in a save", "SIGTERM at the end"]
+)
+def test_an_interrupted_distillation_says_in_a_line_how_to_go_on(teacher, tmp_path, capsys, monkeypatch, by):
+    def interrupt(method, call):
+        calls = []
+
+        def interrupted(self, *args, **kwargs):
+            calls.append(args)
+            if len(calls) == call:
+                os.kill(os.getpid(), getattr(signal, by.split()[0]))
+            return original(self, *args, **kwargs)
+
+        original = getattr(NoiseKDTrainer, method)
+        monkeypatch.setattr(NoiseKDTrainer, method, interrupted)
+
+    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "6"]
+    command += ["--save-steps", "2", "--num-calibration-images", "0"]
+    if "save" in by:
+        interrupt("_save_rng_state", 1)
+        words, left = "step 2: there is no checkpoint yet", set()
+    elif "end" in by:
+        interrupt("evaluate", 1)
+        words, left = f"student is whole in {tmp_path / 'out'}", {"config.json", "model.safetensors"}
+    elif "checkpoint" in by:
+        monkeypatch.setattr("threading.Timer.start", lambda timer: timer.function())  # transformers waits for seconds
+        interrupt("compute_loss", 4)
+        command += ["--enable-jit-checkpoint"]
+        words, left = r"step \d: .*--resume-from-checkpoint goes on from .*checkpoint-\d", {"checkpoint-2"}
+    else:
+        interrupt("compute_loss", 4)
+        words, left = "step 3: .*--resume-from-checkpoint goes on from .*checkpoint-2", {"checkpoint-2"}
+    capsys.readouterr()
+    assert main(command) == {"SIGINT": 130, "SIGTERM": 143}[by.split()[0]]
+    output, message = capsys.readouterr()
+    assert "The student is in" not in output
+    assert re.search(rf"^noisekd distill: interrupted.*{words}", message.splitlines()[-1])
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found >= left
+    assert "README.md" not in found or "end" in by
+    assert "checkpoint-2" in found or "save" in by
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    if "end" not in by:
+        assert main([*command, *(["--resume-from-checkpoint"] if left else [])]) == 0
+
+
+def test_any_other_command_ends_in_a_line_too(capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_noisekd.models.loading.load_teacher", stop)
+    assert main(["info", "--teacher", "resnet18"]) == 130
+    assert capsys.readouterr().err == "noisekd info: interrupted.\n"
 
 
 def test_weights_that_are_not_finite_are_not_measured(student, teacher, images, tmp_path, capsys):

@@ -7,5 +7,6 @@ and what is in it imports its neighbours relatively, and the package only where 
 
 Every command takes `--config FILE`, a YAML mapping from options to values, which are put before those of the command
 line and read as if they had been typed. Exit codes: 0 for success; 1 if the run failed, and from `info` if the model
-cannot be a teacher; 2 for wrong usage, such as a value out of range, a bad file or an output folder that is in use.
+cannot be a teacher; 2 for wrong usage, such as a value out of range, a bad file or an output folder that is in use; 130
+after Ctrl-C and 143 after SIGTERM, as a shell has it.
 """

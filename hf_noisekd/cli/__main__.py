@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from . import deploy, distill, measure, options, publish
 from .parser import CommandParser, in_one_line
+from .stopping import Terminated, exit_code, raising_at_sigterm
 
 EPILOG = """\
 examples:
@@ -87,7 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         prog, debug = args.parser.prog, args.debug
-        return args.run(args)
+        with raising_at_sigterm():
+            return args.run(args)
+    except (KeyboardInterrupt, Terminated) as stop:
+        beginning = "\n" if sys.stderr.isatty() else ""  # below a progress bar, and what Ctrl-C is echoed as
+        print(f"{beginning}{prog}: interrupted{str(stop) or '.'}", file=sys.stderr)
+        return exit_code(stop)
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             raise

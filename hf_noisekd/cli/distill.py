@@ -3,10 +3,12 @@
 import argparse
 import ast
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 from .options import DATASET, add_model, add_teacher, check_unused
 from .parser import CommandParser, as_text, in_one_line
+from .stopping import Terminated
 from .text import scores_table
 
 if TYPE_CHECKING:
@@ -136,9 +138,10 @@ def train_and_measure(trainer: "NoiseKDTrainer", resume: str | bool | None) -> d
         done = False
 
         def on_train_end(self, args, state, control, **kwargs):
-            if state.global_step >= state.max_steps:
-                trainer.save_model(_internal_call=True)
-                self.done = True
+            if state.global_step < state.max_steps and args.enable_jit_checkpoint:
+                raise Terminated  # whose signal transformers took, to save a checkpoint
+            trainer.save_model(_internal_call=True)
+            self.done = True
 
     saving = SaveStudent()
     trainer.add_callback(saving)
@@ -152,11 +155,32 @@ def train_and_measure(trainer: "NoiseKDTrainer", resume: str | bool | None) -> d
             trainer.create_model_card()
         if trainer.args.push_to_hub:
             trainer.push_to_hub()
-    except BaseException:
+    except (KeyboardInterrupt, Terminated) as stop:
+        stop.args = (_how_to_go_on(trainer, saving.done),)
+        raise
+    except Exception:
         if saving.done and trainer.is_world_process_zero():
             print(f"The student is trained: it is whole in {trainer.args.output_dir}.", file=sys.stderr)
         raise
     return metrics
+
+
+def _how_to_go_on(trainer: "NoiseKDTrainer", is_trained: bool) -> str:
+    """Return the rest of the sentence that begins with "interrupted"."""
+    from hf_noisekd.training.checkpoints import last_whole_checkpoint
+
+    folder = trainer.args.output_dir
+    if is_trained:
+        return f" after the training: the student is whole in {folder}, and `noisekd evaluate` measures it."
+    try:
+        checkpoint = last_whole_checkpoint(folder, trainer.model)
+    except ValueError:
+        checkpoint = None
+    text = f" at step {trainer.state.global_step:,}: "
+    if checkpoint:
+        return f"{text}the same command with --resume-from-checkpoint goes on from {checkpoint}."
+    deleting = f" after deleting {folder}" if any(Path(folder).iterdir()) else ""
+    return f"{text}there is no checkpoint yet. Begin anew with the same command{deleting}."
 
 
 def _start_text(trainer: "NoiseKDTrainer", student: str) -> str:

@@ -1,5 +1,6 @@
 """What all trainers here share: they train classifiers, read them in two ways, save and record them."""
 
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerControl
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_noisekd.batches import DrawnDataset, dataset_name
@@ -19,6 +21,7 @@ from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.environment import Machine, versions
 from hf_noisekd.release.record import Evaluation, ModelFacts, Provenance, Record, current_evaluations
+from hf_noisekd.training.checkpoints import is_cut_off
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
@@ -199,6 +202,19 @@ class BaseTrainer(Trainer):
         if self.args.load_best_model_at_end and not self.is_in_train and best:
             return int(Path(best).name.rpartition("-")[2])
         return self.state.global_step
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint, or nothing: what is half-written when something fails or is interrupted goes away."""
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            # Written last; that of another training must not vouch for this one.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and is_cut_off(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # Unlike transformers' this leaves the training arguments out: pickled, and with the user's token in them.

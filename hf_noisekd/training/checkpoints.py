@@ -31,7 +31,7 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
             return str(found[step])
         except ValueError as error:
             logger.warning("Passing over a checkpoint. %s", error)
-            if not _is_cut_off(found[step]):
+            if not is_cut_off(found[step]):
                 problems.append(str(error))
     if problems:
         raise ValueError(f"{problems[0]} To train from the beginning, delete {output_dir!r} first.")
@@ -43,7 +43,7 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
     return None
 
 
-def _is_cut_off(folder: Path) -> bool:
+def is_cut_off(folder: Path) -> bool:
     """Whether a checkpoint lacks the file that is written last, or the end of it."""
     try:
         json.loads((folder / "trainer_state.json").read_text())
