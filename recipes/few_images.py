@@ -16,6 +16,7 @@ from harness.presets import with_cpu_steps
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
+from hf_noisekd.cli.options import at_least
 from hf_noisekd.release.figures import plot_curves
 
 PRESETS = with_cpu_steps(750)
@@ -24,7 +25,9 @@ PRESETS = with_cpu_steps(750)
 def main() -> None:
     """Train the students, recalibrate them, and print their tables."""
     parser = experiment_parser(__doc__, "few_images", PRESETS)
-    parser.add_argument("--real-images", type=int, nargs="+", default=[100, 500], help="numbers of images to try")
+    parser.add_argument(
+        "--real-images", type=at_least(1), nargs="+", default=[100, 500], help="numbers of images to try"
+    )
     options = parser.parse_args()
     experiment = Experiment("few_images", options, PRESETS[options.preset])
     subsets = {

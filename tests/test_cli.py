@@ -160,6 +160,8 @@ def test_defaults_are_those_of_the_configuration():
         (["distill", *THREE, "--loss-type", "mse"], "invalid choice: 'mse'"),
         (["distill", *THREE, "--fp16", "maybe"], "maybe"),
         (["distill", *THREE, "--temperature", "-1"], "temperature is -1.0: use a number above 0"),
+        (["distill", *THREE, "--gradient-accumulation-steps", "-1"], "gradient_accumulation_steps is -1"),
+        (["distill", *THREE, "--max-steps", "0"], "max_steps is 0"),
         (["distill", *THREE, "--batch-norm-fraction", "2"], "batch_norm_fraction is 2.0"),
         (["distill", *THREE, "--lr-scheduler-type", "cosin"], "cosin"),
         (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),

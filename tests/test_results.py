@@ -42,8 +42,10 @@ def test_options_that_every_recipe_has():
     options = parser.parse_args(["--max-steps", "7", "--preset", "paper"])
     assert (options.max_steps, options.preset, options.seed) == (7, "paper", 0)
     assert str(options.output_dir) == "runs/tiny"
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--preset", "huge"])
+    for wrong in (["--preset", "huge"], ["--max-steps", "0"], ["--max-steps", "-5"], ["--seed", "-1"]):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(wrong)
+        assert stop.value.code == 2
 
 
 def test_results_file_has_the_documented_schema(results, tmp_path):

@@ -52,6 +52,7 @@ class ClassifierConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        self._check_lengths()
         on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
@@ -110,6 +111,17 @@ class ClassifierConfig(TrainingArguments):
         except (ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
             message = " ".join(str(error).split())
             raise ValueError(f"No training can be set up with these arguments: {message}") from error
+
+    def _check_lengths(self) -> None:
+        """Refuse numbers of steps that transformers would take for none at all, or for no limit."""
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}: use at least 1, or leave it out to train in epochs.")
+        if not self.gradient_accumulation_steps >= 1:
+            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: use at least 1.")
+        for name in ("logging_steps", "eval_steps", "save_steps", *["num_train_epochs"] * (self.max_steps == -1)):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}: use a number above 0.")
 
     _default_metric = "batch_accuracy"
 

@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from harness.threads import IdleCores
+from hf_noisekd.cli.options import at_least
 from hf_noisekd.files import json_text, read_json, replacing_files
 from hf_noisekd.release.environment import Machine, versions, without_path
 from hf_noisekd.release.hub import check_hub_access
@@ -49,8 +50,10 @@ def recipe_parser(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / name, help="where results.json goes")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, images and noise (default: 0)")
-    parser.add_argument("--max-steps", type=int, help="train nothing for more steps than this, to try the recipe out")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of weights, images and noise (default: 0)")
+    parser.add_argument(
+        "--max-steps", type=at_least(1), help="train nothing for more steps than this, to try the recipe out"
+    )
     if pushes:
         parser.add_argument("--push-to", metavar="REPO_ID", help="push the student to this repository of the Hub")
     if resumes:
