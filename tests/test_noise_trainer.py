@@ -660,6 +660,33 @@ def with_another_head():
     return model
 
 
+def one_parameter(model, teacher):
+    model.fc.weight = teacher.fc.weight
+
+
+def one_buffer(model, teacher):
+    model.bn1.running_mean = teacher.bn1.running_mean
+
+
+def one_module(model, teacher):
+    model.bn2 = teacher.bn2
+
+
+def a_view(model, teacher):
+    model.fc.bias = nn.Parameter(teacher.fc.bias.data.view(-1))
+
+
+@pytest.mark.parametrize("share", [one_parameter, one_buffer, one_module, a_view])
+def test_a_student_that_shares_weights_with_its_teacher_is_refused(tiny_cnn, tmp_path, share):
+    model = student()
+    share(model, tiny_cnn)
+    with pytest.raises(ValueError, match=r"shares '.*' with the teacher.*deepcopy"):
+        NoiseKDTrainer(model, tiny_cnn, config(tmp_path))
+    with pytest.raises(ValueError, match=r"shares 'conv1\.weight'"):
+        NoiseKDTrainer(tiny_cnn, tiny_cnn, config(tmp_path))
+    NoiseKDTrainer(copy.deepcopy(tiny_cnn), tiny_cnn, config(tmp_path))
+
+
 @pytest.mark.parametrize("which", ["student", "teacher"])
 def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, tmp_path, monkeypatch, which):
     monkeypatch.setattr(NoiseKDConfig, "world_size", property(lambda self: 2))

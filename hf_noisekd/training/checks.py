@@ -37,6 +37,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     `explicit_size` says that somebody chose that size for both, rather than the teacher.
     """
     input_size, num_classes = teacher.input_size, teacher.num_classes
+    check_nothing_shared(model, teacher.model)
     check_finite(teacher.model, "teacher")
     check_finite(model, "student")
     for role, candidate in (("teacher", teacher.model), ("student", model)):
@@ -72,6 +73,17 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
     check_config_can_be_saved(model)
+
+
+def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:
+    """Check that no parameter or buffer of the student lies in memory of the teacher's."""
+    taught_by = {tensor.untyped_storage().data_ptr() for tensor in teacher_model.state_dict().values()} - {0}
+    for name, tensor in model.state_dict().items():
+        if tensor.untyped_storage().data_ptr() in taught_by:
+            raise ValueError(
+                f"The student shares {name!r} with the teacher, which training would change: give one of the two as a "
+                "copy, copy.deepcopy(model)."
+            )
 
 
 def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
