@@ -26,6 +26,17 @@ def test_precision_is_the_devices_unless_asked_for(tmp_path):
     assert ClassifierConfig(tmp_path, bf16=False).mixed_precision == "no"
 
 
+@pytest.mark.parametrize("told", ["fp16", "bf16"])
+def test_precision_is_what_accelerate_was_told_unless_asked_for(tmp_path, monkeypatch, told):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
+    args = ClassifierConfig(tmp_path)
+    assert (args.mixed_precision, args.bf16, args.fp16) == (told, told == "bf16", told == "fp16")
+    args = ClassifierConfig(tmp_path, bf16=False)
+    assert (args.mixed_precision, args.bf16, args.fp16) == ("no", False, False)
+    assert ClassifierConfig(tmp_path, bf16=True).mixed_precision == "bf16"
+    assert ClassifierConfig(tmp_path, fp16=True).mixed_precision == "fp16"
+
+
 def test_a_process_trains_on_one_gpu(tmp_path, monkeypatch):
     # transformers would split each batch over all of them, and with it what BatchNorm takes its statistics of.
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))

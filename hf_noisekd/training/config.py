@@ -1,6 +1,7 @@
 """Training arguments: what transformers' `TrainingArguments` has, with defaults and checks for this method."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,8 @@ class ClassifierConfig(TrainingArguments):
 
     bf16: bool | None = HfArg(
         default=None,
-        help="Use bfloat16 autocast. Default: where the device has it in hardware, and `fp16` is off. False trains in "
-        "float32.",
+        help="Use bfloat16 autocast. Default: what `accelerate` was told, or else where the device has it in hardware; "
+        "not if `fp16` is on. False trains in float32.",
     )
     per_device_train_batch_size: int = HfArg(default=256, help="Images in a batch on each device.")
     per_device_eval_batch_size: int = HfArg(
@@ -54,8 +55,13 @@ class ClassifierConfig(TrainingArguments):
     def __post_init__(self):
         self._check_lengths()
         on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
+        fp16: bool = self.fp16  # type: ignore[has-type]
+        in_float32 = self.bf16 is False and not fp16
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which `accelerate launch` sets if nothing was said
+        if self.bf16 is None and not fp16 and told != "no":
+            self.bf16, self.fp16 = told == "bf16", told == "fp16"
+        elif self.bf16 is None:
+            self.bf16 = not fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
         # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
         self.use_cpu = on_cpu
         # transformers would choose the loss, which is reported under both kinds of statistics here.
@@ -66,6 +72,8 @@ class ClassifierConfig(TrainingArguments):
         if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
         super().__post_init__()
+        if in_float32:
+            self.mixed_precision = "no"  # transformers would take what accelerate was told
         for name, advice in {
             "label_smoothing_factor": "the losses have none; leave it out",
             "auto_find_batch_size": "batch statistics go by the size; lower per_device_train_batch_size until it fits",
