@@ -1,5 +1,6 @@
 """Real images, for training a teacher and for evaluation. Nothing that distills with noise imports this module."""
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, pretrained_cfg_of
+from hf_noisekd.models.classifier import class_names, declared_input_size, declared_num_classes, pretrained_cfg_of
 from hf_noisekd.models.preprocessing import image_processor_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, repr=False)
@@ -58,6 +61,9 @@ def load_images(
 ) -> Images:
     """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
 
+    The labels are those of the model: its classes and those of the data set are joined by their names. Where the model
+    knows none of the names the classes are taken to stand in its order, with a warning.
+
     Args:
         name: Hub id, local folder that `datasets.load_dataset` reads, or parquet file, which is taken for the split.
         model: The classifier, which says how it wants its images.
@@ -69,8 +75,8 @@ def load_images(
         labels: Whether to serve labels. Otherwise the data set need not have any.
 
     Raises:
-        ValueError: There is no such data set, split or column, or too few images; the data set has more classes than
-            the model; some images have no label; or it is not known how the model wants its images.
+        ValueError: There is no such data set, split or column, or too few images; the model knows some of the classes
+            and not all, or has fewer; some images have no label; or it is not known how the model wants its images.
     """
     mode, transform = _preprocessing(model)
     dataset = load_splits(name, split)[split]
@@ -79,12 +85,8 @@ def load_images(
     if labels:
         name_of_split = f"the {split} split of {name}"
         label_names, classes = read_labels(dataset, label_column, name_of_split)
-        num_classes = declared_num_classes(model)
-        if num_classes is not None and len(label_names) > num_classes:
-            raise ValueError(
-                f"{name_of_split} has {len(label_names)} classes, and the model only {num_classes}: use a data set of "
-                "the model's own classes."
-            )
+        positions = _positions(label_names, model, name_of_split)
+        classes = [positions[label] for label in classes]
     indices = draw_indices(len(dataset), num_images, seed, name)
     return Images(images, classes, transform=transform, mode=mode, indices=indices, name=short_name(name))
 
@@ -97,6 +99,40 @@ def read_labels(dataset: datasets.Dataset, column: str | None, name: str) -> tup
     if unlabelled is not None:
         raise ValueError(f"Image {unlabelled} of {name} has no label: choose another split.")
     return dataset.features[column].names, labels
+
+
+def _positions(label_names: Sequence[str], model: nn.Module, name: str) -> Sequence[int]:
+    """Return for each class of the data set `name` its number in `model`."""
+    num_classes = declared_num_classes(model) or len(label_names)
+    known = class_names(model, num_classes)
+    unknown = next((label for label in label_names if label not in known), None)
+    if unknown is None:
+        # Two classes of ImageNet are called "crane".
+        twice = next((label for label in label_names if known.count(label) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{name} has the class {twice!r}, and the model two of that name: rename them.")
+        return [known.index(label) for label in label_names]
+    examples = f"its own are {', '.join(map(repr, known[:3]))}{', ...' if num_classes > 3 else ''}"
+    if any(label in known for label in label_names):
+        raise ValueError(
+            f"{name} has the class {unknown!r}, which the model does not know, though it knows others ({examples}): "
+            "rename the classes of the data set, or use one of the model's own."
+        )
+    if len(label_names) > num_classes:
+        raise ValueError(
+            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
+            "own classes."
+        )
+    logger.warning(
+        "The model knows none of the %d classes of %s by name, such as %r (%s): they are taken to be its first %d, in "
+        "this order. If they are not, every number measured on them is wrong.",
+        len(label_names),
+        name,
+        unknown,
+        examples,
+        len(label_names),
+    )
+    return range(num_classes)
 
 
 @contextmanager

@@ -21,6 +21,8 @@ from hf_noisekd import evaluate
 from hf_noisekd.images import load_images
 from hf_noisekd.models.saving import save_model
 
+BLACK = Image.new("RGB", (16, 16))
+
 
 @pytest.fixture
 def model():
@@ -155,6 +157,37 @@ def test_images_go_through_workers_into_an_evaluation(model, numbered):
     # Where workers are started by "spawn", the data set is pickled.
     for sample, expected in zip(pickle.loads(pickle.dumps(data)), data, strict=True):
         assert torch.equal(sample["pixel_values"], expected["pixel_values"])
+
+
+def named(*names: str):
+    cfg = {"input_size": (3, 16, 16), "label_names": names}
+    return timm.create_model("resnet10_cifar", width=4, num_classes=len(names), pretrained_cfg_overlay=cfg)
+
+
+def test_classes_are_joined_by_name(numbered, caplog, tmp_path):
+    twelve = [str(index) for index in range(12)]
+    folders = numbered("text order", labels=(0, 1, 2, 3, 4, 11) * 2, names=sorted(twelve), images=[BLACK] * 12)
+    for model in (named(*twelve), timm.create_model("resnet10_cifar", width=4, num_classes=12)):
+        assert load_images(folders, model).labels == [0, 1, 10, 11, 2, 9] * 2
+    assert load_images(numbered("subset"), named("x", "b", "y", "a")).labels == [3, 1] * 5
+    save_model(named("x", "b", "y", "a"), tmp_path / "model")
+    wrapper = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert load_images(numbered("subset"), wrapper).labels == [3, 1] * 5
+    assert not caplog.records
+
+
+def test_classes_that_the_model_does_not_know(numbered, caplog):
+    with pytest.raises(ValueError, match="'b', which the model does not know"):
+        load_images(numbered(), named("a", "c"))
+    with pytest.raises(ValueError, match="'c', which the model does not know"):
+        load_images(numbered("more", names="abc"), named("a", "b"))
+    with pytest.raises(ValueError, match="'a', and the model two of that name"):
+        load_images(numbered(), named("a", "b", "a"))
+    assert load_images(numbered("same", names="ab"), named("a", "b")).labels == [0, 1] * 5
+    assert not caplog.records
+    assert load_images(numbered(), named("cat", "dog", "hen")).labels == [0, 1] * 5
+    assert "none of the 2 classes" in caplog.text
+    assert "'a'" in caplog.text
 
 
 def test_says_why_images_cannot_be_loaded(model, numbered, tmp_path):
