@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_noisekd.models.classifier import class_names, declared_input_size, declared_num_classes, pretrained_cfg_of
-from hf_noisekd.models.preprocessing import image_processor_of
+from hf_noisekd.models.preprocessing import image_processor_of, unknown_preprocessing
 
 logger = logging.getLogger(__name__)
 
@@ -179,14 +179,15 @@ def draw_indices(size: int, num_images: int | None, seed: int, name: str) -> Seq
 def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
     """Return the Pillow mode that `model` takes, and what makes pixels `[C, H, W]` of such an image."""
     cfg = pretrained_cfg_of(model)
-    if not cfg:
-        processor = image_processor_of(model)
-        if processor is None:
-            raise ValueError(
-                f"{type(model).__name__} does not say how it wants its images: save an image processor into its "
-                "folder, with AutoImageProcessor's save_pretrained, or pass a data set that is preprocessed already."
-            )
+    processor = None if cfg else image_processor_of(model)
+    if processor is not None:
         return image_mode(getattr(model.config, "num_channels", 3)), partial(_processed, processor)
+    if unknown_preprocessing(model):
+        raise ValueError(
+            f"{type(model).__name__} does not say how it wants its images: save an image processor into its "
+            "folder, with AutoImageProcessor's save_pretrained, give mean and std in the `pretrained_cfg` of its "
+            "config.json, or pass a data set that is preprocessed already."
+        )
     config = resolve_data_config(pretrained_cfg=cfg)
     channels = (declared_input_size(model) or config["input_size"])[0]
     for key in ("mean", "std"):

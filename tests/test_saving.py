@@ -2,6 +2,7 @@ import copy
 import json
 import os
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -11,20 +12,28 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
+    ConvNextImageProcessor,
     EfficientNetConfig,
     EfficientNetForImageClassification,
+    EfficientNetImageProcessor,
+    LevitImageProcessor,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    MobileViTImageProcessor,
     RegNetConfig,
     RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     TimmWrapperForImageClassification,
+    ViTImageProcessorPil,
+    pipeline,
 )
 
 from hf_noisekd.models.classifier import class_names, teacher_identity
 from hf_noisekd.models.loading import load_student, load_teacher
-from hf_noisekd.models.saving import save_model
+from hf_noisekd.models.preprocessing import unknown_preprocessing
+from hf_noisekd.models.saving import check_config_can_be_saved, save_model
+from hf_noisekd.noise.dataset import NoiseDataset
 
 
 def test_timm_reads_what_was_saved(digits_teacher, saved):
@@ -138,15 +147,129 @@ def test_a_transformers_student_gets_the_preprocessing_of_a_timm_teacher(tmp_pat
     assert (pixels - expected).abs().mean() < 0.02  # they resize by different libraries
 
 
-def test_a_timm_student_gets_the_preprocessing_of_a_transformers_teacher(tmp_path):
-    save_model(FAMILIES[0], tmp_path / "teacher")
-    BitImageProcessor(
-        size={"shortest_edge": 40}, crop_size=32, resample=2, image_mean=[0.1] * 3, image_std=[0.2] * 3
-    ).save_pretrained(tmp_path / "teacher")
+def photos(*sizes):
+    generator = np.random.default_rng(0)
+    for height, width in sizes:
+        yield Image.fromarray(generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height), 3)
+
+
+def teacher_with(processor, folder):
+    """A transformers teacher beside which an image processor lies."""
+    save_model(FAMILIES[0], folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return load_teacher(folder)
+
+
+OTHERS = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+RAW = {"do_normalize": False}
+SIZE = {"height": 32, "width": 32}
+SHORTEST = {"size": {"shortest_edge": 40}, "crop_size": SIZE}
+
+
+@pytest.mark.parametrize(
+    ("processor", "noise"),
+    [
+        (BitImageProcessor(**SHORTEST, **OTHERS, resample=2), None),
+        (BitImageProcessor(**SHORTEST, **RAW), (0.5, 0.25)),
+        (BitImageProcessor(**SHORTEST, **RAW, rescale_factor=1 / 127.5), (1, 0.5)),
+        (BitImageProcessor(**SHORTEST, **RAW, do_rescale=False), (127.5, 63.75)),
+        (BitImageProcessor(**SHORTEST, do_rescale=False, image_mean=[120] * 3, image_std=[60] * 3), (0, 1)),
+        (BitImageProcessor(size={"height": 36, "width": 72}, crop_size={"height": 32, "width": 64}), (0, 1)),
+        (EfficientNetImageProcessor(size=SIZE, include_top=True), (0, 1)),
+        (EfficientNetImageProcessor(size=SIZE, include_top=False, image_std=[0.25] * 3), (0, 1)),
+        (EfficientNetImageProcessor(size=SIZE, **RAW, rescale_offset=True, rescale_factor=1 / 127.5), None),
+        (ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.8), (0, 1)),
+        (LevitImageProcessor(size={"shortest_edge": 32}, crop_size=SIZE), (0, 1)),
+        (ViTImageProcessorPil(size=SIZE), (0, 1)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_timm_student_gets_the_preprocessing_of_a_transformers_teacher(processor, noise, tmp_path):
+    teacher = teacher_with(processor, tmp_path / "teacher")
+    assert unknown_preprocessing(teacher) == ""
     student = load_student("resnet10_cifar", num_classes=4, input_size=(3, 32, 32))
-    save_model(student, tmp_path / "student", teacher_model=load_teacher(tmp_path / "teacher"))
+    save_model(student, tmp_path / "student", teacher_model=teacher)
+    again = load_teacher(tmp_path / "student")
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=again))
+    # Sizes for which both libraries cut out the same middle: it is a pixel to the side where what is left over is odd.
+    for image in photos((50, 75), (90, 40), (64, 64), (33, 97), (150, 151)):
+        expected = processor(image, return_tensors="pt")["pixel_values"][0].float()
+        found = transform(image)
+        assert found.shape == expected.shape
+        assert (found - expected).abs().mean() < 0.01 * expected.std(), image.size
+    if noise is not None:
+        for model in (teacher, again):
+            dataset = NoiseDataset.for_model(model, input_size=(3, 32, 32))
+            assert (dataset.mean, dataset.std) == pytest.approx(noise, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processor", "scale_is_known"),
+    [
+        (None, False),
+        (BitImageProcessor(do_resize=False, do_center_crop=False, **OTHERS), True),
+        (BitImageProcessor(do_resize=False, crop_size=SIZE, **OTHERS), True),
+        (BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 64}, **OTHERS), True),
+        (MobileViTImageProcessor(size={"shortest_edge": 40}, crop_size=SIZE, do_flip_channel_order=True), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_said_of_preprocessing_is_said_aloud(processor, scale_is_known, tmp_path, caplog):
+    teacher = teacher_with(processor, tmp_path / "teacher")
+    student = load_student("resnet10_cifar", num_classes=4, input_size=(3, 32, 32))
+    check_config_can_be_saved(student, teacher)
+    assert "will not know all of how its teacher wants its images" in caplog.text
+    save_model(student, tmp_path / "student", teacher_model=teacher)
     cfg = json.loads((tmp_path / "student" / "config.json").read_text())["pretrained_cfg"]
-    assert (cfg["mean"], cfg["std"], cfg["crop_pct"], cfg["interpolation"]) == ([0.1] * 3, [0.2] * 3, 0.8, "bilinear")
+    assert (cfg["mean"], cfg["std"]) == (tuple(OTHERS.values()) if scale_is_known else (None, None))
+    assert cfg["crop_mode"] is cfg["interpolation"] is None
+    again = load_teacher(tmp_path / "student")
+    assert bool(unknown_preprocessing(again)) != scale_is_known
+    save_model(again, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["pretrained_cfg"]["mean"] == cfg["mean"]
+    timm.create_model(f"local-dir:{tmp_path / 'student'}", pretrained=True)
+    AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+
+
+def test_a_plain_teacher_hands_on_what_its_cfg_says(tmp_path, caplog):
+    teacher = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
+    student = load_student("resnet10_cifar", num_classes=4, input_size=(3, 32, 32))
+    given = {"mean": OTHERS["image_mean"], "std": OTHERS["image_std"]}
+    for cfg, mean in (({}, None), ({"input_size": (3, 32, 32)}, None), (given, given["mean"])):
+        caplog.clear()
+        teacher.pretrained_cfg = cfg
+        check_config_can_be_saved(student, teacher)
+        assert bool(caplog.records) == (mean is None)
+        save_model(student, tmp_path / "student", teacher_model=teacher)
+        found = json.loads((tmp_path / "student" / "config.json").read_text())["pretrained_cfg"]["mean"]
+        assert found == mean
+        save_model(copy.deepcopy(FAMILIES[0]), tmp_path / "other", teacher_model=teacher)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"input_size": (3, 32, 64), "crop_pct": 1.0},
+        {"input_size": (3, 64, 32), "crop_pct": 0.8, "interpolation": "bilinear"},
+        {"input_size": (3, 32, 32), "crop_pct": 0.8, "crop_mode": "border"},
+        {"input_size": (3, 32, 48), "crop_pct": 0.9, "crop_mode": "squash"},
+        {"input_size": (3, 32, 32), "crop_pct": 0.875},
+    ],
+    ids=str,
+)
+def test_a_transformers_student_crops_as_its_timm_teacher(cfg, tmp_path):
+    teacher = timm.create_model("resnet10_cifar", width=4, num_classes=4, pretrained_cfg_overlay=cfg)
+    save_model(copy.deepcopy(FAMILIES[0]), tmp_path / "student", teacher_model=teacher)
+    save_model(load_teacher(tmp_path / "student"), tmp_path / "again")  # as after a recalibration
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=teacher))
+    for folder in ("student", "again"):
+        processor = AutoImageProcessor.from_pretrained(tmp_path / folder)
+        for image in (*photos((50, 60), (90, 40), (64, 64)), Image.new("RGB", (70, 70), "white")):
+            assert torch.equal(processor(image, return_tensors="pt")["pixel_values"][0], transform(image))
+        assert isinstance(load_teacher(tmp_path / folder), ResNetForImageClassification)
+    classify = pipeline("image-classification", model=str(tmp_path / "student"))
+    assert len(classify(image)) == 4
 
 
 def test_a_student_claims_nothing_of_published_weights(digits_teacher, tmp_path):

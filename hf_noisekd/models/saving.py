@@ -20,7 +20,12 @@ from hf_noisekd.models.classifier import (
     noisekd_section,
     pretrained_cfg_of,
 )
-from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
+from hf_noisekd.models.preprocessing import (
+    PREPROCESSING_KEYS,
+    image_processor_of,
+    preprocessing_of,
+    unknown_preprocessing,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +54,8 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
                 names = class_names(teacher_model, bare.config.num_labels)
                 bare.config.id2label = dict(enumerate(names))
                 bare.config.label2id = {name: index for index, name in enumerate(names)}
-            if processor := image_processor_of(like):
-                processor.save_pretrained(staging)
             bare.save_pretrained(staging)
+            _save_image_processor(staging, like, declared_input_size(like) or declared_input_size(bare))
             return
         # Copies in the default memory format: safetensors stores contiguous tensors that share no memory.
         state_dict = {
@@ -66,10 +70,14 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
             logger.warning(text, type(model).__name__, CONFIG_NAME)
 
 
-def check_config_can_be_saved(model: nn.Module) -> None:
-    """Raise a `ValueError` if a timm model was built with an argument that its `config.json` cannot hold."""
+def check_config_can_be_saved(model: nn.Module, teacher_model: nn.Module) -> None:
+    """Raise a `ValueError` if a timm model was built with an argument that its `config.json` cannot hold.
+
+    Warn if the student will not know how its teacher wants its images.
+    """
     bare = bare_model(model)
-    if pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel):
+    is_timm = pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel)
+    if is_timm:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 _save_timm_config(bare, Path(folder) / CONFIG_NAME, bare, {})
@@ -78,14 +86,41 @@ def check_config_can_be_saved(model: nn.Module) -> None:
                     f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, "
                     "such as texts and numbers."
                 ) from error
+    is_transformers = isinstance(bare, PreTrainedModel)
+    if not is_timm and not (is_transformers and image_processor_of(teacher_model) is None):
+        return
+    if unknown := unknown_preprocessing(teacher_model):
+        logger.warning(
+            "The student will not know all of how its teacher wants its images: %s. Others may give it images as "
+            "ImageNet's models want them. Save an image processor beside the teacher, or set its `pretrained_cfg`, "
+            "with mean and std.",
+            unknown,
+        )
+
+
+def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, int, int] | None) -> None:
+    """Have the transformers model in a folder want its images as `like` does, its teacher or itself."""
+    cfg, known = pretrained_cfg_of(like), preprocessing_of(like)
+    processor = None if cfg else image_processor_of(like)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    for key in ("pretrained_cfg", "image_processor_type"):
+        config.pop(key, None)
+    if cfg and input_size and {"mean", "std"} <= known.keys():
+        # transformers crops as timm does in this processor alone, which it makes of `config.json`.
+        config["pretrained_cfg"] = known | {"input_size": input_size}
+        config["image_processor_type"] = "TimmWrapperImageProcessor"
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: dict) -> None:
     """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
     size: Any = declared_input_size(model)  # a timm model says it
     num_classes: Any = model.num_classes
+    known = {"input_size": declared_input_size(like) or size} | preprocessing_of(like)
     model_config = {
-        "pretrained_cfg": preprocessing_of(like) | {"input_size": declared_input_size(like) or size},
+        "pretrained_cfg": known,
         "label_names": class_names(like, num_classes),
     }
     if section:
@@ -95,6 +130,8 @@ def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: di
     config = json.loads(path.read_text())
     # transformers passes `num_classes` by itself and fails on a second one.
     config["model_args"].pop("num_classes", None)
+    # What is not known is not to be that of the architecture, or timm's default.
+    config["pretrained_cfg"] |= {key: None for key in PREPROCESSING_KEYS if key not in known}
     if bare_model(like) is not model:
         for key in OF_OTHER_WEIGHTS:
             config["pretrained_cfg"].pop(key, None)

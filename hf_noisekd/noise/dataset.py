@@ -6,6 +6,7 @@ So a resumed run, a second rank and a held-out evaluation need no stored state.
 import itertools
 import math
 import operator
+import statistics
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from hf_noisekd.batches import DrawnDataset
-from hf_noisekd.models.classifier import declared_input_size, pretrained_cfg_of
+from hf_noisekd.models.classifier import declared_input_size
+from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.noise import spec
 from hf_noisekd.noise.distributions import Distribution
 
@@ -114,8 +116,9 @@ class NoiseDataset(DrawnDataset):
     def for_model(cls, model: nn.Module, **kwargs) -> "NoiseDataset":
         """Build the noise that suits the input of `model`, usually the teacher.
 
-        The paper's N(0, 1) fits inputs that were standardised. A model whose `pretrained_cfg` says that it takes raw
-        pixels in [0, 1] (mean 0, standard deviation 1) gets mean 0.5 and standard deviation 0.25, about as photos have.
+        The paper's N(0, 1) fits inputs that were standardised. A model that takes raw pixels, such as those in [0, 1]
+        (mean 0, standard deviation 1) or from 0 to 255, gets the mean and the standard deviation that photos have,
+        about 0.5 and 0.25 of the range, on its scale.
 
         Args:
             model: The classifier, which declares its input size in timm's `pretrained_cfg` or in `config.image_size`.
@@ -131,9 +134,13 @@ class NoiseDataset(DrawnDataset):
                     f"{type(model).__name__} does not say what input size it takes (no `pretrained_cfg`, no "
                     "`config.image_size`): pass input_size=(channels, height, width)."
                 )
-        cfg = pretrained_cfg_of(model)
-        if cfg and set(cfg.get("mean", (0.5,))) == {0.0} and set(cfg.get("std", (0.5,))) == {1.0}:
-            kwargs = {"mean": 0.5, "std": 0.25} | kwargs
+        known = preprocessing_of(model)
+        if {"mean", "std"} <= known.keys():
+            pairs = list(zip(known["mean"], known["std"], strict=True))
+            # No pixels in [0, 1] have such statistics, so they only bring them to another scale.
+            if any(std**2 > 1.001 * mean * (1 - mean) for mean, std in pairs):
+                means, stds = zip(*(((0.5 - mean) / std, 0.25 / abs(std)) for mean, std in pairs), strict=True)
+                kwargs = {"mean": statistics.fmean(means), "std": statistics.fmean(stds)} | kwargs
         return cls(**kwargs)
 
     def draw(self, step: int) -> torch.Tensor:

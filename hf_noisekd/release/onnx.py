@@ -211,7 +211,7 @@ def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int
 def _describe(onnx_model: Any, model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Put the metadata into an ONNX model, in place of what torch notes on each node."""
     names = class_names(model, onnx_model.graph.outputs[0].shape[1])
-    values = {"label_names": names, "input_size": input_size} | preprocessing_of(model)
+    values = {"label_names": names} | preprocessing_of(model) | {"input_size": input_size}
     onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", version("hf-noisekd")
     onnx_model.metadata_props.update({key: json.dumps(value) for key, value in values.items()})
     for part in (onnx_model.graph, *onnx_model.graph):

@@ -72,7 +72,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"The student answers with {num_classes} classes and says that it has {declared_num_classes(model)}, so it "
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
-    check_config_can_be_saved(model)
+    check_config_can_be_saved(model, teacher.model)
 
 
 def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:

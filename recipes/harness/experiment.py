@@ -22,7 +22,7 @@ from hf_noisekd.calibration.moments import Batches
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
 from hf_noisekd.models.loading import load_teacher, nearest_architecture
-from hf_noisekd.models.preprocessing import image_processor_of, preprocessing_of
+from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.release.environment import usable_cores
 from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.release.record import Record
@@ -273,18 +273,13 @@ class Experiment:
         """Return how the teacher, the given one or the one to be trained, wants its images."""
         if self.teacher is None:
             return timm.get_pretrained_cfg(self.preset["teacher"]).to_dict() | self.preset.get("cfg", {})
-        cfg, size = preprocessing_of(self.teacher), declared_input_size(self.teacher)
-        if not cfg:
+        cfg = preprocessing_of(self.teacher)
+        if not {"mean", "std"} <= cfg.keys():
             raise ValueError(
                 f"The teacher {self.options.teacher} does not say how it wants its images: save an image processor "
                 "into its folder, with AutoImageProcessor's save_pretrained."
             )
-        if size is None:  # transformers' ResNets say it in their image processor
-            processor = image_processor_of(self.teacher).to_dict()
-            crop = processor.get("crop_size") or processor["size"]
-            edges = (crop.get("height") or crop["shortest_edge"], crop.get("width") or crop["shortest_edge"])
-            size = (getattr(self.teacher.config, "num_channels", 3), *edges)
-        return cfg | {"input_size": size}
+        return {"input_size": declared_input_size(self.teacher)} | cfg
 
     def _shared(self) -> dict:
         shared = {"seed": self.options.seed, "save_strategy": "no", "eval_strategy": "steps", "eval_steps": 0.25}
