@@ -32,7 +32,7 @@ from transformers import (
 from hf_noisekd.models.classifier import class_names, teacher_identity
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import unknown_preprocessing
-from hf_noisekd.models.saving import check_config_can_be_saved, save_model
+from hf_noisekd.models.saving import check_can_be_saved, save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 
 
@@ -218,7 +218,7 @@ def test_a_timm_student_gets_the_preprocessing_of_a_transformers_teacher(process
 def test_what_cannot_be_said_of_preprocessing_is_said_aloud(processor, scale_is_known, tmp_path, caplog):
     teacher = teacher_with(processor, tmp_path / "teacher")
     student = load_student("resnet10_cifar", num_classes=4, input_size=(3, 32, 32))
-    check_config_can_be_saved(student, teacher)
+    check_can_be_saved(student, (3, 32, 32), teacher_model=teacher)
     assert "will not know all of how its teacher wants its images" in caplog.text
     save_model(student, tmp_path / "student", teacher_model=teacher)
     cfg = json.loads((tmp_path / "student" / "config.json").read_text())["pretrained_cfg"]
@@ -239,7 +239,7 @@ def test_a_plain_teacher_hands_on_what_its_cfg_says(tmp_path, caplog):
     for cfg, mean in (({}, None), ({"input_size": (3, 32, 32)}, None), (given, given["mean"])):
         caplog.clear()
         teacher.pretrained_cfg = cfg
-        check_config_can_be_saved(student, teacher)
+        check_can_be_saved(student, (3, 32, 32), teacher_model=teacher)
         assert bool(caplog.records) == (mean is None)
         save_model(student, tmp_path / "student", teacher_model=teacher)
         found = json.loads((tmp_path / "student" / "config.json").read_text())["pretrained_cfg"]["mean"]
@@ -270,6 +270,48 @@ def test_a_transformers_student_crops_as_its_timm_teacher(cfg, tmp_path):
         assert isinstance(load_teacher(tmp_path / folder), ResNetForImageClassification)
     classify = pipeline("image-classification", model=str(tmp_path / "student"))
     assert len(classify(image)) == 4
+
+
+def by_hand(change, model="resnet10_cifar"):
+    """A model that somebody changed after it was built."""
+    model = timm.create_model(model, num_classes=4) if isinstance(model, str) else copy.deepcopy(model)
+    change(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        by_hand(lambda model: setattr(model, "fc", torch.nn.Sequential(torch.nn.Dropout(), model.fc))),
+        by_hand(lambda model: setattr(model, "act1", torch.nn.SiLU())),
+        by_hand(lambda model: setattr(model.conv1, "padding_mode", "circular")),
+        by_hand(lambda model: model.layer1.append(copy.deepcopy(model.layer1[0]))),
+        by_hand(lambda model: setattr(model, "classifier", torch.nn.Sequential(model.classifier)), FAMILIES[0]),
+        by_hand(lambda model: setattr(model.resnet, "pooler", torch.nn.AdaptiveMaxPool2d(1)), FAMILIES[0]),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_that_was_changed_by_hand_is_found_before_it_is_trained(model):
+    with pytest.raises(ValueError, match=r"could not be loaded again.*(tensors differ|other answers).*by hand"):
+        check_can_be_saved(model, (3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *FAMILIES,
+        timm.create_model("resnet10_cifar", width=4, drop_rate=0.5, act_layer="silu"),
+        timm.create_model("efficientnet_lite0", num_classes=4, drop_path_rate=0.2),
+        torch.nn.Linear(1, 1),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_that_can_be_loaded_again_costs_no_random_number(model):
+    torch.manual_seed(0)
+    check_can_be_saved(model, (3, 32, 32))
+    found = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(found, torch.rand(2))
 
 
 def test_a_student_claims_nothing_of_published_weights(digits_teacher, tmp_path):

@@ -1,5 +1,6 @@
 """Save a classifier so that timm and transformers read it."""
 
+import copy
 import json
 import logging
 import tempfile
@@ -7,19 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import timm
 import torch
 from timm.models._hub import save_config_for_hf
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CONFIG_NAME, WEIGHTS_NAME, replacing_files
 from hf_noisekd.models.classifier import (
+    architecture_of,
     bare_model,
     class_names,
+    compute_logits,
     declared_input_size,
+    evaluation_mode,
     noisekd_section,
     pretrained_cfg_of,
+    to_device_of,
 )
+from hf_noisekd.models.loading import differing
 from hf_noisekd.models.preprocessing import (
     PREPROCESSING_KEYS,
     image_processor_of,
@@ -70,32 +77,69 @@ def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module
             logger.warning(text, type(model).__name__, CONFIG_NAME)
 
 
-def check_config_can_be_saved(model: nn.Module, teacher_model: nn.Module) -> None:
-    """Raise a `ValueError` if a timm model was built with an argument that its `config.json` cannot hold.
+def check_can_be_saved(
+    model: nn.Module, input_size: tuple[int, int, int] | None, *, teacher_model: nn.Module | None = None
+) -> None:
+    """Raise a `ValueError` if a timm or transformers model could not be loaded again, as it is, once it is saved.
 
-    Warn if the student will not know how its teacher wants its images.
+    It is built anew from the configuration that would be saved, takes the weights, and must answer alike to images of
+    `input_size`. Warn if it will not know how its teacher wants its images.
     """
     bare = bare_model(model)
-    is_timm = pretrained_cfg_of(bare).get("architecture") and not isinstance(bare, PreTrainedModel)
-    if is_timm:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                _save_timm_config(bare, Path(folder) / CONFIG_NAME, bare, {})
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, "
-                    "such as texts and numbers."
-                ) from error
     is_transformers = isinstance(bare, PreTrainedModel)
-    if not is_timm and not (is_transformers and image_processor_of(teacher_model) is None):
+    is_timm = bool(pretrained_cfg_of(bare).get("architecture")) and not is_transformers
+    if is_timm or is_transformers:
+        try:
+            again = _built_anew(bare, model if teacher_model is None else teacher_model)
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, such "
+                "as texts and numbers."
+            ) from error
+        if difference := _difference(bare, again, input_size):
+            library = "transformers" if is_transformers else "timm"
+            raise ValueError(
+                f"The student could not be loaded again once it is saved: {library} builds {architecture_of(bare)} "
+                f"otherwise than it is ({difference}). Change it by the arguments of {library} and not by hand, or put "
+                "it into a module of your own, of which the weights alone are saved."
+            )
+    if teacher_model is None or not (is_timm or is_transformers):
         return
-    if unknown := unknown_preprocessing(teacher_model):
+    takes_processor = is_transformers and image_processor_of(teacher_model) is not None
+    if not takes_processor and (unknown := unknown_preprocessing(teacher_model)):
         logger.warning(
             "The student will not know all of how its teacher wants its images: %s. Others may give it images as "
             "ImageNet's models want them. Save an image processor beside the teacher, or set its `pretrained_cfg`, "
             "with mean and std.",
             unknown,
         )
+
+
+def _built_anew(model: nn.Module, like: nn.Module) -> nn.Module:
+    """Return what is built from the configuration of `model`, with random weights, as when it is loaded again."""
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the training's numbers stay
+        if isinstance(model, PreTrainedModel):
+            config = copy.deepcopy(model.config)
+            is_known = type(config) in AutoModelForImageClassification._model_mapping
+            return AutoModelForImageClassification.from_config(config) if is_known else type(model)(config)
+        _save_timm_config(model, Path(folder) / CONFIG_NAME, like, {})
+        return timm.create_model(f"local-dir:{folder}", pretrained=False)
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, again: nn.Module, input_size: tuple[int, int, int] | None) -> str:
+    """Return what tells `again` from `model`, whose weights it takes; nothing if they answer alike."""
+    shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, again)]
+    if names := differing(*shapes):
+        return f"{len(names)} tensors differ, first {names[0]!r}"
+    again.load_state_dict(model.state_dict())
+    if input_size is None:
+        return ""
+    pixel_values = to_device_of(model, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)))
+    with evaluation_mode(model):
+        logits, others = (compute_logits(each, pixel_values) for each in (model, again.to(pixel_values).eval()))
+    same = torch.allclose(logits, others, rtol=0, atol=1e-3 * logits.abs().max().item(), equal_nan=True)
+    return "" if same else "with its weights it gives other answers"
 
 
 def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, int, int] | None) -> None:

@@ -21,7 +21,7 @@ from hf_noisekd.models.classifier import (
     format_size,
 )
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
-from hf_noisekd.models.saving import check_config_can_be_saved
+from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
 from hf_noisekd.training.config import NoiseKDConfig
@@ -72,7 +72,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"The student answers with {num_classes} classes and says that it has {declared_num_classes(model)}, so it "
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
-    check_config_can_be_saved(model, teacher.model)
+    check_can_be_saved(model, input_size, teacher_model=teacher.model)
 
 
 def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:

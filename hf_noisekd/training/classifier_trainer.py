@@ -6,8 +6,9 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.models.classifier import compute_logits
+from hf_noisekd.models.classifier import compute_logits, declared_input_size
 from hf_noisekd.models.loading import load_student
+from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
 from hf_noisekd.training.config import ClassifierConfig
 
@@ -24,7 +25,7 @@ class ClassifierTrainer(BaseTrainer):
         **kwargs: As for [`BaseTrainer`].
 
     Raises:
-        ValueError: The arguments ask for a push, or the model cannot be trained in these processes.
+        ValueError: The arguments ask for a push, or the model cannot be trained in these processes, or saved.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class ClassifierTrainer(BaseTrainer):
                 "`noisekd push --model FOLDER --repo-id ORGANISATION/NAME`."
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
-        super().__init__(load_student(model), args, data_collator, train_dataset, eval_dataset, **kwargs)
+        model = load_student(model)
+        check_can_be_saved(model, declared_input_size(model))
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of a batch with `pixel_values` `[B, C, H, W]` and `labels` `[B]`."""
