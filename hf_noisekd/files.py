@@ -47,10 +47,26 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def is_odd(path: Path) -> bool:
+    """Whether something stands at a path that is neither a file nor a folder, such as a device or a named pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def check_output_file(path: Path) -> None:
+    """Raise a `ValueError` if what stands at a path is not to be replaced by a file."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    if is_odd(path):
+        raise ValueError(f"{path} is no ordinary file: name the file to write, such as model.onnx.")
+
+
 def check_model_folder(folder: Path) -> None:
     """Raise a `ValueError` that says what was found instead, unless `folder` has the files of a model."""
     if not folder.is_dir():
         raise ValueError(f"There is no folder {str(folder)!r}.")
+    for file in folder.iterdir():
+        if is_odd(file):
+            raise ValueError(f"{file} is no ordinary file, and reading it may have no end: take it away.")
     for name, pattern in ((CONFIG_NAME, "config.json"), (WEIGHTS_NAME, "model*.safetensors")):
         if not any(folder.glob(pattern)):
             message = f"{folder} is not a model folder: it has no {name}."

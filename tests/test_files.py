@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from hf_noisekd.files import json_text, read_json, replacing_files
+from hf_noisekd.files import check_output_file, json_text, read_json, replacing_files
 from hf_noisekd.models.loading import load_teacher
 
 
@@ -78,3 +79,11 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
         process.send_signal(signal.SIGKILL)
     values = {tensor.flatten()[0].item() for tensor in load_teacher(tmp_path / "model").state_dict().values()}
     assert len(values) == 1
+
+
+def test_only_an_ordinary_file_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):
+        with pytest.raises(ValueError, match="name the file to write"):
+            check_output_file(path)
+    check_output_file(tmp_path / "new.onnx")

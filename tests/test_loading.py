@@ -1,4 +1,6 @@
+import argparse
 import json
+import os
 import pickle
 
 import pytest
@@ -107,7 +109,23 @@ def test_no_pickled_code_runs(saved, digits_teacher, tmp_path):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"state_dict": state, "epoch": 3}])
+def below(prefix):
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"net": state, "acc": 93.1, "epoch": torch.tensor(3)},
+        lambda state: {"epoch": 3, "model_state_dict": state, "optimizer": {"state": {0: {"step": torch.tensor(1)}}}},
+        lambda state: {"model": "resnet18", "args": argparse.Namespace(lr=1), "weights": {"net": below("net.")(state)}},
+        lambda state: {"state_dict": below("model.")(state) | {"loss.weight": torch.ones(3)}},
+        lambda state: {"model": below("fc.")({}) | dict.fromkeys(state, torch.zeros(1)), "model_ema": state},
+        lambda state: {name: tensor for name, tensor in state.items() if "num_batches_tracked" not in name},
+    ],
+)
 def test_a_file_of_weights_is_read_where_the_user_points_at_one(tmp_path, wrapped):
     model = timm.create_model("resnet18", num_classes=7, in_chans=1).eval()
     torch.save(wrapped({f"module.{name}": tensor for name, tensor in model.state_dict().items()}), tmp_path / "w.pth")
@@ -138,3 +156,46 @@ def test_refuses_weights_that_are_not_finite(saved, digits_teacher, tmp_path, va
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"'bn1\.running_var' holds a NaN"):
         load_teacher("resnet10_cifar", checkpoint=tmp_path / "weights.pth")
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], torch.ones(3), {"net": {"a": 1}}, {"net": {"conv1.weight": torch.ones(3)}}, "text", {1: {}}]
+)
+def test_a_file_that_holds_no_weights_of_the_architecture(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"checkpoint .*w\.pth' cannot be loaded: "):
+        load_teacher("resnet18", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "preprocessor_config.json"])
+@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
+def test_what_has_no_end_is_not_read(saved, tmp_path, name, odd):
+    (saved / name).unlink(missing_ok=True)
+    odd(saved / name)
+    with pytest.raises(ValueError, match="no ordinary file"):
+        load_teacher(saved)
+    with pytest.raises(ValueError, match="no ordinary"):
+        load_teacher("resnet18", checkpoint=saved / name)
+
+
+@pytest.mark.parametrize(
+    "key", ["architecture", "num_classes", "pretrained_cfg", "model_args", "label_names", "noisekd"]
+)
+@pytest.mark.parametrize("value", [5, None, [], {}, "x", [None]], ids=str)
+def test_a_configuration_that_holds_anything(saved, key, value):
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    try:
+        load_teacher(saved)
+    except ValueError as error:
+        assert "cannot be loaded" in str(error)  # noqa: PT017 - or it is read
+
+
+def test_batches_need_not_be_counted(saved, tmp_path):
+    save_model(ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])), tmp_path)
+    for folder in (saved, tmp_path):
+        weights = load_file(folder / "model.safetensors")
+        uncounted = {name: tensor for name, tensor in weights.items() if "num_batches_tracked" not in name}
+        assert len(uncounted) < len(weights)
+        save_file(uncounted, folder / "model.safetensors", metadata={"format": "pt"})
+        load_teacher(folder)

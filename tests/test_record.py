@@ -1,4 +1,7 @@
+import copy
+import functools
 import json
+import operator
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +11,7 @@ from conftest import TinyCNN, made_by_noise
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.release.card import render_model_card
 from hf_noisekd.release.environment import Machine
 from hf_noisekd.release.plain import to_dict
 from hf_noisekd.release.record import (
@@ -85,6 +89,34 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
     (tmp_path / "noisekd.json").write_text(json.dumps(data | {"model": 3}))
     with pytest.raises(ValueError, match="ModelFacts must be a mapping, found int"):
         read_record(tmp_path)
+
+
+def test_a_record_that_holds_anything_is_read_or_refused(tmp_path):
+    complete = record(
+        evaluations=[evaluation()],
+        curve=[{"step": 1, "loss": 2.0}],
+        noisekd=made_by_noise(noise=NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 8, 8])),
+    )
+    write_record(complete, tmp_path)
+    whole = json.loads((tmp_path / "noisekd.json").read_text())
+
+    def places(value, *keys):
+        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield (*keys, key)
+            yield from places(value[key], *keys, key)
+
+    refused = 0
+    for *keys, last in places(whole):
+        for wrong in (None, 5, "x", [], {}):
+            damaged = copy.deepcopy(whole)
+            place = functools.reduce(operator.getitem, keys, damaged)
+            place.pop(last) if wrong is None else operator.setitem(place, last, wrong)
+            (tmp_path / "noisekd.json").write_text(json.dumps(damaged))
+            try:
+                render_model_card(read_record(tmp_path))
+            except ValueError:
+                refused += 1
+    assert refused > 50
 
 
 def test_of_several_records_each_has_what_they_share(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, pixel_values_of
+from hf_noisekd.files import check_output_file
 from hf_noisekd.release.onnx import onnx_logits, onnx_session, require_onnx
 
 BATCH_SIZE = 64  # of a pass that looks for the ranges, which keeps all activations of a batch
@@ -44,8 +45,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
     if isinstance(images, DrawnDataset):
         raise ValueError("The ranges of int8 are not taken from noise, which has others than images: give images.")
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    check_output_file(path)
     if not Path(source).is_file():
         raise ValueError(f"There is no file {source}: export the model in float32 first.")
     batches = _on_cpu(pixel_values_of(batch) for batch in images)

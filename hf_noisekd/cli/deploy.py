@@ -109,8 +109,9 @@ def export(args: argparse.Namespace) -> int:
         args.parser.error("give either --int8 or --fp16.")
     if args.teacher is not None and not args.int8:
         args.parser.error("--teacher is for --int8, which needs images.")
-    if args.output.is_dir():
-        args.parser.error(f"--output {args.output} is a folder: name the file, such as {args.output / 'model.onnx'}.")
+    if args.output.exists() and not args.output.is_file():
+        kind = "a folder" if args.output.is_dir() else "no ordinary file"
+        args.parser.error(f"--output {args.output} is {kind}: name the file, such as model.onnx.")
     from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.quantization import quantize_onnx
     from hf_noisekd.images import load_images

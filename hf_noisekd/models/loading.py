@@ -3,9 +3,11 @@
 No pickled code runs. A loaded model keeps its Hub id, revision and licence in `origin`, as far as there are any.
 """
 
+import argparse
 import difflib
 import json
-from collections.abc import Mapping
+import pickle
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,14 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from timm.models import load_state_dict
 from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
 from hf_noisekd.models.classifier import nonfinite_tensor, pretrained_cfg_of
+
+# In how many batches a BatchNorm layer was trained, which no answer depends on.
+BATCH_COUNT = "num_batches_tracked"
 
 
 def load_teacher(
@@ -139,7 +143,7 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
             model = _load_timm_folder(folder, config["architecture"], config.get("model_args"))
         else:
             model = _load_transformers_folder(folder, trust_remote_code)
-    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # a configuration may hold anything
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
     if name := nonfinite_tensor(model):
         raise ValueError(f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Get it again.")
@@ -206,16 +210,22 @@ def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrain
         dtype=torch.float32,  # whatever it is stored in
     )
     # transformers would go on with random weights in place of those that are missing.
-    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    wrong = [
+        *(key for key in info["missing_keys"] if not key.endswith(BATCH_COUNT)),
+        *(key for key, *_ in info["mismatched_keys"]),
+    ]
     if wrong:
         raise ValueError(f"the weights do not fit the architecture: {len(wrong)} are missing, first {wrong[0]!r}.")
     return model
 
 
 def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
+    if not checkpoint.is_file():
+        raise ValueError(f"There is no file {str(checkpoint)!r}{', it is no ordinary one' * checkpoint.exists()}.")
+    model = _create_timm_model(architecture, pretrained=False)
+    cfg = pretrained_cfg_of(model)
     try:
-        state_dict = load_state_dict(str(checkpoint), weights_only=True)
-        cfg = pretrained_cfg_of(_create_timm_model(architecture, pretrained=False))
+        state_dict = _weights_among(_read_checkpoint(checkpoint), model.state_dict().keys())
         kwargs = {}
         if f"{cfg.get('classifier')}.weight" in state_dict:
             kwargs["num_classes"] = len(state_dict[f"{cfg['classifier']}.weight"])
@@ -223,17 +233,52 @@ def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
             kwargs["in_chans"] = state_dict[f"{cfg['first_conv']}.weight"].shape[1]
         model = _create_timm_model(architecture, pretrained=False, **kwargs)
         _fit(model, state_dict)
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no file {str(checkpoint)!r}.") from error
-    except (safetensors.SafetensorError, RuntimeError, OSError, AttributeError, EOFError) as error:
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} cannot be loaded: it is damaged, or holds Python objects beside "
+            "weights, which may run code. Save the `state_dict()` of the model alone."
+        ) from error
+    except Exception as error:  # a file may hold anything
         raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
     if name := nonfinite_tensor(model):
         raise ValueError(f"The checkpoint {str(checkpoint)!r} is damaged: its {name!r} holds a NaN or an infinity.")
     return model
 
 
+def _read_checkpoint(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of timm's training script
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _weights_among(content: Any, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a checkpoint that are called most like `names`; averaged weights before others."""
+    found = list(_named_tensors(content))
+    if not found:
+        raise ValueError("it holds no tensors with names")
+    return max(found, key=lambda tensors: len(tensors.keys() & names))
+
+
+def _named_tensors(content: Any, depth: int = 8) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the mappings from names to tensors in what was saved, also those below a prefix, such as `module.`."""
+    if not isinstance(content, Mapping) or depth == 0:
+        return
+    # timm, too, takes the weights that were averaged over the training.
+    for key in sorted(content, key=lambda key: "ema" not in str(key)):
+        yield from _named_tensors(content[key], depth - 1)
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
+    if tensors:
+        yield tensors
+    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors if "." in name):
+        below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        yield from _named_tensors(below, depth - 1)
+
+
 def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load weights, or raise a `ValueError` where names or shapes differ."""
+    """Load weights, or raise a `ValueError` where names or shapes differ; older files do not count batches."""
+    uncounted = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(BATCH_COUNT)}
+    state_dict = uncounted | dict(state_dict)
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
     if names := differing(expected, found):

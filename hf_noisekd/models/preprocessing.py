@@ -42,7 +42,7 @@ def image_processor_of(model: nn.Module):
         return None
     try:
         return AutoImageProcessor.from_pretrained(model.name_or_path)
-    except (OSError, ValueError):
+    except Exception:  # there is none, or a file that may hold anything
         return None
 
 
@@ -53,7 +53,7 @@ def _known_and_unknown(model: nn.Module) -> tuple[dict, str]:
         return known, "" if {"mean", "std"} <= known.keys() else "it has no `pretrained_cfg` with mean and std"
     processor = image_processor_of(model)
     if processor is None:
-        return {}, "no image processor lies beside it"
+        return {}, "no image processor that can be read lies beside it"
 
     def answer(image: torch.Tensor) -> torch.Tensor:
         pixels = processor(images=image, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]

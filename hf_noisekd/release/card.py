@@ -239,9 +239,10 @@ def _facts(record: Record, made: Provenance) -> list[str]:
     if made.real_images:
         images = _number_of_images(made.real_images)
         lines.append(f"In every second step a batch drawn from {images}, without labels, in its place.")
+    loss = LOSS_NAMES.get(made.loss_type, made.loss_type)
     lines.append(
-        f"Training: {made.steps:,} steps of {made.batch_size} images, {LOSS_NAMES[made.loss_type]} at temperature "
-        f"{made.temperature:g}, seed {made.seed}."
+        f"Training: {made.steps:,} steps of {made.batch_size} images, {loss} at temperature {made.temperature:g}, seed "
+        f"{made.seed}."
     )
     if made.start and not made.start.healed:
         lines.append(

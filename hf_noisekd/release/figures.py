@@ -74,7 +74,7 @@ def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accurac
         for run in runs:
             if evaluation := charted_evaluation(run, metric):
                 key = f"{evaluation.log_prefix}_{statistics}_{metric}"
-                points = {entry["step"]: entry[key] for entry in run.curve if key in entry}
+                points = {entry["step"]: entry[key] for entry in run.curve if {"step", key} <= entry.keys()}
                 points[evaluation.step] = evaluation.scores(statistics)[metric]
                 label = f"{run.name}: {run.model.architecture}" if names.count(run.name) > 1 else str(run.name)
                 panel.lines[label] = list(points.items())
@@ -86,7 +86,11 @@ def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accurac
 def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
     """Return the first evaluation of a run that has a metric and was also made in its training, if there was any."""
     for evaluation in run.evaluations:
-        if metric in evaluation.batch and (evaluation.log_prefix is not None or not run.curve):
+        if (
+            metric in evaluation.batch
+            and metric in evaluation.running
+            and (evaluation.log_prefix is not None or not run.curve)
+        ):
             return evaluation
     return None
 

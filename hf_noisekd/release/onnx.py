@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
+from hf_noisekd.files import check_output_file
 from hf_noisekd.models.classifier import (
     architecture_of,
     class_names,
@@ -57,8 +58,7 @@ def export_onnx(model: nn.Module | str | Path, path: str | Path, *, name: str | 
     """
     require_onnx()
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    check_output_file(path)
     if name is None:
         name = "..." if isinstance(model, nn.Module) else model
     model = load_teacher(model)
@@ -97,6 +97,7 @@ def halve_onnx(source: str | Path, path: str | Path) -> None:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
     """Context that gives a name to write to, which becomes `path` unless there is an exception."""
+    check_output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

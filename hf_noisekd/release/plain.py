@@ -26,7 +26,10 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be a mapping, found {type(data).__name__}")
     hints = typing.get_type_hints(kind)
-    known = {name: _convert(hints[name], value) for name, value in data.items() if name in hints and value is not None}
+    known = {}
+    for name, value in data.items():
+        if name in hints and value is not None:
+            known[name] = _convert(hints[name], value, f"{kind.__name__}.{name}")
     if "others" in hints:
         known["others"] = {name: value for name, value in data.items() if name not in hints}
     try:
@@ -35,11 +38,18 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
         raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", kind.__name__)) from error
 
 
-def _convert(hint: Any, value: Any) -> Any:
+def _convert(hint: Any, value: Any, name: str) -> Any:
+    """Return a value of JSON as one of type `hint`: numbers may stand for texts."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value)
-    if typing.get_origin(hint) is list and is_dataclass(part := typing.get_args(hint)[0]):
-        return [from_dict(typing.cast(type, part), each) for each in value]
-    return value
+    outer, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if outer is list and isinstance(value, list):
+        return [_convert(inner[0], part, name) for part in value]
+    if outer is dict and isinstance(value, dict):
+        return {key: _convert(inner[1], part, name) for key, part in value.items()}
+    accepted: Any = {str: str | int | float, float: int | float}.get(outer, outer)
+    if outer is not Any and (not isinstance(value, accepted) or (outer is not bool and isinstance(value, bool))):
+        raise ValueError(f"{name} must be of type {getattr(outer, '__name__', outer)}, found {value!r}")
+    return str(value) if outer is str else value

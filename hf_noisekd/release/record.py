@@ -70,7 +70,7 @@ class NoiseFacts:
     mean: float
     std: float
     input_size: list[int]
-    image_sizes: list[Any] = field(default_factory=list)  # [[height, width], share of the steps], in turn
+    image_sizes: list[list[Any]] = field(default_factory=list)  # [[height, width], share of the steps], in turn
     seed: int | None = None
 
 
