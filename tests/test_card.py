@@ -1,5 +1,6 @@
 """Cards say what is known, load what they describe, and pass the Hub's own checks."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.models.classifier import class_names
 from hf_noisekd.release.card import render_model_card, write_model_card
 from hf_noisekd.release.figures import plot_class_balance
 from hf_noisekd.release.record import read_record
@@ -241,3 +243,45 @@ def test_a_student_that_began_as_its_teacher_says_so(tmp_path, healed):
     assert "- Start: the teacher, cut down; " in card
     assert "needs the package hf_noisekd" in card
     assert ("did not help" in card) != healed
+
+
+NASTY = "a|b `c` <img src=x onerror=alert(1)> $x^{2$ [l](javascript:1) **z**\n# y"
+
+
+def test_names_from_outside_are_shown_as_they_are(folder, tmp_path):
+    record = read_record(folder)
+    made = record.noisekd
+    made.batch_norm = "batch"
+    record.title = record.evaluations[0].dataset = made.teacher.architecture = made.teacher.id = NASTY
+    record.model.architecture, record.model.library = NASTY, "torch"
+    record.command = "noisekd `rm` \n x"
+    record.model.label_names = [NASTY] * 10
+    card = write_model_card(record, tmp_path)
+    body = card.read_text().split("---", 2)[2]
+    for markup in ("<img", "[l](", "**z**", "\n# y", "`c`", "(https://huggingface.co/a"):
+        assert markup not in body, markup
+    assert {line.count("|") - line.count("\\|") for line in body.splitlines() if line.startswith("| a")} == {6}
+    assert ModelCard.load(card, ignore_metadata_errors=False).data.get("base_model") is None
+    compile(python_blocks(card.read_text())[0], "README.md", "exec")
+
+
+@pytest.mark.parametrize("repo_id", ['a/b"); import os #', "a/b/c", "a b", "", "-a/b", "a/b\n"])
+def test_the_id_of_a_card_must_be_one(folder, tmp_path, repo_id):
+    record = read_record(folder)
+    with pytest.raises(ValueError, match="cannot be the id of a repository"):
+        write_model_card(record, tmp_path / "new", repo_id=repo_id)
+    assert not (tmp_path / "new").exists()
+
+
+def test_classes_that_are_numbers(tmp_path):
+    run(tmp_path / "student", "resnet10_cifar")
+    record = read_record(tmp_path / "student")
+    text = json.loads((tmp_path / "student" / "noisekd.json").read_text())
+    text["model"]["label_names"] = list(range(1, 11))
+    (tmp_path / "student" / "noisekd.json").write_text(json.dumps(text))
+    write_model_card(tmp_path / "student")
+    for names in (list(range(1, 11)), {str(index): 1.5 for index in range(10)}):
+        teacher = timm.create_model("resnet10_cifar", width=4, pretrained_cfg_overlay={"label_names": names})
+        record.model.label_names = class_names(teacher, 10)
+        assert record.model.label_names[9] in ("10", "1.5")
+        write_model_card(record, tmp_path / "student")

@@ -174,6 +174,7 @@ def test_defaults_are_those_of_the_configuration():
         (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "unexpected: --bogus"),
         (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
+        (["card", "s", "--repo-id", "a/b'); x"], "cannot be the id of a repository"),
         (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),
         (["export", "--model", "m", "--output", "o", "--format", "tflite"], "invalid choice: 'tflite'"),
     ],

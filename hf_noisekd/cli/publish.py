@@ -39,7 +39,13 @@ def card(args: argparse.Namespace) -> int:
     """Write a model card; see [`hf_noisekd.release.card.write_model_card`]."""
     from hf_noisekd.models.loading import model_folder
     from hf_noisekd.release.card import write_model_card
+    from hf_noisekd.release.hub import check_repo_id
 
+    if args.repo_id is not None:
+        try:
+            check_repo_id(args.repo_id)
+        except ValueError as error:
+            args.parser.error(f"--repo-id: {error}")
     source = args.source
     if not source.exists() and args.output_dir is not None:
         source = model_folder(str(source))[0]  # of the Hub

@@ -4,7 +4,7 @@ It maps pixels `[B, C, H, W]` to logits `[B, num_classes]`, or, if it is a trans
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -128,9 +128,10 @@ def class_names(model: nn.Module, num_classes: int) -> list[str]:
     """Return the class names a model carries, or their numbers, for transformers would guess those of ImageNet."""
     names = pretrained_cfg_of(model).get("label_names")
     if names is None:
-        id2label = getattr(getattr(model, "config", None), "id2label", None) or {}
-        names = [id2label[index] for index in sorted(id2label)]
-    return list(names) if len(names) == num_classes else [str(index) for index in range(num_classes)]
+        names = getattr(getattr(model, "config", None), "id2label", None) or ()
+    if isinstance(names, Mapping):  # from numbers, which JSON turns into texts
+        names = [names[index] for index in sorted(names, key=int)]
+    return list(map(str, names)) if len(names) == num_classes else [str(index) for index in range(num_classes)]
 
 
 def count_parameters(model: nn.Module) -> int:

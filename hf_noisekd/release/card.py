@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -11,6 +12,8 @@ from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CURVES_NAME, replaci
 from hf_noisekd.models import shrunk
 from hf_noisekd.release.card_code import CardCode
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
+from hf_noisekd.release.hub import check_repo_id
+from hf_noisekd.release.plain import code_text, from_dict, markdown_text, to_dict
 from hf_noisekd.release.record import (
     STATISTICS,
     Evaluation,
@@ -23,6 +26,7 @@ from hf_noisekd.release.record import (
 )
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")
+SHOWN_AS_CODE = ("revision", "sha256", "commit", "command")
 LOSS_NAMES = {
     "soft_cross_entropy": "soft cross-entropy",
     "kl": "Kullback-Leibler divergence",
@@ -92,13 +96,18 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
     made, model = record.noisekd, record.model
     if made is None:
         raise ValueError("The record tells of no distilled student: it has no section 'noisekd'.")
+    if record.repo_id is not None:
+        check_repo_id(record.repo_id)
+    card_data, code = _card_data(record, made), CardCode(record, made.batch_norm == "batch")
+    record = from_dict(Record, _as_markdown(to_dict(record)))
+    made, model = cast(Provenance, record.noisekd), record.model
     on_batch = made.batch_norm == "batch"
     network = model.architecture
     if made.start and network == shrunk.ARCHITECTURE:  # which is no name that anybody knows
         network = f"{made.teacher.architecture} cut to {made.start.macs:.0%}"
     title = record.title or (record.repo_id or "").split("/")[-1]
     return ModelCard.from_template(
-        _card_data(record, made),
+        card_data,
         template_str=(files("hf_noisekd.release") / "templates" / "model_card.md").read_text(encoding="utf-8"),
         network=network,
         title=title or f"{network}, taught by {made.teacher.architecture} with {_taught_by(made)}",
@@ -106,6 +115,7 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
         parameters=_millions(model.parameters),
         teacher_parameters=_millions(made.teacher.parameters),
         teacher=made.teacher,
+        teacher_link=_link(made.teacher.id),
         size=_pixels(model.input_size) if model.input_size else "any size",
         taught_by=_taught_by(made),
         is_data_free=made.is_data_free,
@@ -114,12 +124,32 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
         results_note=_results_note(record.evaluations),
         has_accuracy=any("accuracy" in evaluation.batch for evaluation in record.evaluations),
         statistics_advice=_statistics_advice(made, record.evaluations),
-        code=CardCode(record, on_batch),
+        code=code,
         on_batch=on_batch,
         library=model.library,
         facts=_facts(record, made),
-        figures=[{"file": file, "caption": caption} for file, caption in (figures or {}).items()],
+        figures=[{"file": file, "caption": markdown_text(caption)} for file, caption in (figures or {}).items()],
     )
+
+
+def _as_markdown(value: Any, key: str = "") -> Any:
+    """Return plain data with all texts, which may be anybody's, as they can stand in a card."""
+    if isinstance(value, dict):
+        return {name: _as_markdown(part, name) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_as_markdown(part, key) for part in value]
+    if not isinstance(value, str):
+        return value
+    return code_text(value) if key in SHOWN_AS_CODE else markdown_text(value)
+
+
+def _link(hub_id: str | None) -> str:
+    """Return a link to a repository; what can be no id as it is."""
+    try:
+        check_repo_id(hub_id or "")
+    except ValueError:
+        return hub_id or ""
+    return f"[{hub_id}](https://huggingface.co/{hub_id})"
 
 
 def _card_data(record: Record, made: Provenance) -> ModelCardData:
@@ -144,7 +174,7 @@ def _card_data(record: Record, made: Provenance) -> ModelCardData:
         tags=[*TAGS, *["data-free"] * made.is_data_free, *(record.tags or ())],
         language=record.language or None,
         license=record.license or made.teacher.license or None,
-        base_model=made.teacher.id or None,
+        base_model=made.teacher.id if _link(made.teacher.id) != made.teacher.id else None,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,
         model_name=(record.repo_id or record.model.architecture).split("/")[-1] if results else None,
@@ -222,7 +252,7 @@ def _facts(record: Record, made: Provenance) -> list[str]:
     teacher = made.teacher.architecture
     if hub_id := made.teacher.id:
         revision = f", revision `{made.teacher.revision}`" if made.teacher.revision else ""
-        teacher += f" ([{hub_id}](https://huggingface.co/{hub_id}){revision})"
+        teacher += f" ({_link(hub_id)}{revision})"
     elif made.teacher.sha256:
         teacher += f" (SHA-256 of its weights `{made.teacher.sha256[:16]}`)"
     lines = [f"Teacher: {teacher}, with {layers} on the statistics of the batch at hand."]
@@ -268,7 +298,9 @@ def _facts(record: Record, made: Provenance) -> list[str]:
     if record.command:
         at = f", at commit `{record.commit}` of hf_noisekd" if record.commit else ""
         lines.append(f"Command: `{record.command}`{at}.")
-    lines.append("Versions: " + ", ".join(f"{name} {number}" for name, number in made.versions.items()) + ".")
+    lines.append(
+        "Versions: " + ", ".join(f"{markdown_text(name)} {number}" for name, number in made.versions.items()) + "."
+    )
     return lines
 
 

@@ -10,6 +10,7 @@ class CardCode:
     def __init__(self, record: Record, on_batch: bool):
         architecture = record.model.architecture
         self.source = record.repo_id or "."
+        self.class_name = architecture if architecture.isidentifier() else "Model"
         self.is_timm = record.model.library == "timm"
         self.image_mode = "L" if (record.model.input_size or [3])[0] == 1 else "RGB"
         self.on_batch = on_batch

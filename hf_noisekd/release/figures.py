@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_noisekd.release.plain import figure_text
 from hf_noisekd.release.record import STATISTICS, Evaluation, Record
 
 if TYPE_CHECKING:
@@ -57,10 +58,12 @@ def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = Fa
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if panel.log_y:
             axis.set_yscale("log")
-        axis.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axis.set(title=figure_text(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
         axis.grid(alpha=0.3)
     columns = max(1, min(len(handles), int(130 / (8 + max(map(len, handles), default=1)))))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize="small")
+    figure.legend(
+        handles.values(), map(figure_text, handles), loc="outside lower center", ncols=columns, fontsize="small"
+    )
     figure.savefig(path, dpi=120)
     return figure
 
@@ -109,7 +112,7 @@ def plot_class_balance(
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     if count <= 30:
-        names = label_names or [str(index) for index in range(count)]
+        names = [figure_text(name) for name in label_names or map(str, range(count))]
         axis.bar(range(count), frequencies)
         long_names = max(map(len, names)) * count > 80
         axis.set_xticks(range(count), names, rotation=40 if long_names else 0, ha="right" if long_names else "center")

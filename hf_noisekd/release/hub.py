@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CONFIG_NAME, CURVES_NAME, RECORD_NAME, WEIGHTS_NAME
 
@@ -30,6 +31,14 @@ ADVICE = {
 
 class HubError(RuntimeError):
     """The Hub refused a request or could not be reached; the message says what to do."""
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise a `ValueError` if no repository can have this id."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} cannot be the id of a repository: {hub_advice(error)}.") from error
 
 
 @functools.cache

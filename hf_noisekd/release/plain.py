@@ -1,5 +1,6 @@
-"""Dataclasses as plain data, for JSON, and back."""
+"""Dataclasses as plain data, for JSON, and back; and texts from outside, for Markdown and figures."""
 
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -36,6 +37,23 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
         return kind(**known)
     except TypeError as error:  # names what is missing
         raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", kind.__name__)) from error
+
+
+def markdown_text(text: str) -> str:
+    """Return a text from anywhere as Markdown that shows it as it is, in one line: no markup, HTML or mathematics."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Within a word an underscore is no markup.
+    return re.sub(r"([\\`*\[\]|$~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", text)
+
+
+def code_text(text: str) -> str:
+    """Return a text from anywhere as it can stand between backticks."""
+    return " ".join(text.split()).replace("`", "")
+
+
+def figure_text(text: str) -> str:
+    """Return a text from anywhere as matplotlib shows it as it is, in one line."""
+    return " ".join(text.split()).replace("$", r"\$")
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
