@@ -22,6 +22,26 @@ def test_evaluation_needs_a_data_set(tiny_cnn, tmp_path):
         trainer.evaluate()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_a_metric_that_will_not_be_there_is_refused(tiny_cnn, tmp_path, several):
+    data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
+    evaluated = {"a": data, "b": data} if several else data
+    names = [f"{'b_' * several}{name}" for name in ("running_accuracy", "running_loss", "batch_accuracy", "batch_loss")]
+    for metric in ("accuracy", "batch_kl", "running_top5_accuracy", "eval_loss"):
+        args = ClassifierConfig(tmp_path / "out", metric_for_best_model=metric)
+        with pytest.raises(ValueError, match=rf"is '{metric}', .* use one of .*{', '.join(names)}\."):
+            ClassifierTrainer(tiny_cnn, args, eval_dataset=evaluated)
+    assert not (tmp_path / "out").exists()
+    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
+    for metric in names[1:3]:
+        args = ClassifierConfig(
+            tmp_path / metric, metric_for_best_model=metric, max_steps=2, disable_tqdm=True, **options
+        )
+        trainer = ClassifierTrainer(tiny_cnn, args, train_dataset=data, eval_dataset=evaluated)
+        trainer.train()
+        assert trainer.state.best_metric is not None
+
+
 def test_pairs_train_too(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (64,), generator=generator)

@@ -28,6 +28,7 @@ from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
+    check_metric,
     check_models,
     check_train_noise,
     training_input_size,
@@ -118,6 +119,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if isinstance(train_dataset, NoiseDataset):
             train_dataset = with_sizes_taken(train_dataset, (model, teacher_model))
         check_eval_datasets(eval_dataset, teacher, data_collator)
+        check_metric(args, eval_dataset, teacher.num_classes, has_teacher=True, collate_fn=data_collator)
         super().__init__(
             model=model,
             args=without_wrong_gradients(args, model, train_dataset, teacher.input_size),
