@@ -26,6 +26,8 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
+from hf_noisekd.release.licenses import HUB_LICENSES
+
 TOKENS = {"hf_write": ("alice", "write"), "hf_read": ("alice", "read")}
 LFS_SUFFIXES = (".safetensors", ".png", ".bin")
 LFS_SIZE = 1_000_000
@@ -517,13 +519,14 @@ def read_card(content: str) -> tuple[dict, list[str]]:
     if not isinstance(card or {}, dict):
         return {}, ["YAML metadata must be a mapping"]
     right = {
-        "license": lambda value: isinstance(value, str) or is_list_of(str, value),
+        "license": lambda value: set(map(str, value if isinstance(value, list) else [value])) <= HUB_LICENSES,
+        "license_name": lambda value: isinstance(value, str) and re.fullmatch(r"[a-z0-9.-]+", value),
         "library_name": lambda value: isinstance(value, str),
         "tags": lambda value: is_list_of(str, value),
         "model-index": lambda value: is_list_of(dict, value) and all("name" in m and "results" in m for m in value),
     }
     card = card or {}
-    return card, [f'"{name}" has the wrong type' for name in card if name in right and not right[name](card[name])]
+    return card, [f'"{name}" is not valid' for name in card if name in right and not right[name](card[name])]
 
 
 def is_list_of(kind: type, value: object) -> bool:

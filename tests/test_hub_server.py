@@ -110,6 +110,9 @@ def test_model_info_reads_the_card(hub):
     [
         ("license: [mit", "does not parse"),
         ("license: 3", "license"),
+        ("license: mobileone-license", "license"),
+        ("license: [mit, CC BY-NC 4.0]", "license"),
+        ("license: other\nlicense_name: CC BY-NC", "license_name"),
         ("library_name: [timm]", "library_name"),
         ("tags: tiny", "tags"),
         ("model-index: {name: a}", "model-index"),

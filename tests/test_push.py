@@ -292,6 +292,33 @@ def test_pushes_a_folder(hub, tmp_path):
             push_model(folder, "alice/other")
 
 
+@pytest.mark.parametrize(
+    ("license", "expected"),
+    [
+        ("mobileone-license", ("other", "mobileone-license")),
+        ("CC BY-NC 4.0", ("other", "cc-by-nc-4.0")),
+        ("Apache-2.0", ("apache-2.0", None)),
+        (["mit", "bsd"], ("other", "mit-bsd")),
+        (7, ("other", "7")),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_list_has_a_name(hub, tmp_path, caplog, license, expected):
+    save_model(teacher(), tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    config["pretrained_cfg"]["license"] = license
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps(config))
+    args = NoiseKDConfig(str(tmp_path / "student"), max_steps=1, per_device_train_batch_size=4, disable_tqdm=True)
+    args.num_calibration_images = 0
+    run = NoiseKDTrainer("resnet10_cifar", str(tmp_path / "teacher"), args)
+    assert ("does not list" in caplog.text) == (expected[0] == "other")
+    run.train()
+    run.save_model()
+    run.create_model_card()
+    push_model(tmp_path / "student", "alice/student")
+    data = ModelCard.load("alice/student", ignore_metadata_errors=False).data
+    assert (data.license, data.get("license_name")) == expected
+
+
 def test_teachers_come_from_the_hub_with_their_revision_and_licence(hub, tmp_path):
     save_model(teacher(), tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Teacher\n")

@@ -95,7 +95,7 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: b
     model = _create_timm_model(source, pretrained=pretrained, **kwargs)
     if pretrained:
         cfg = pretrained_cfg_of(model)
-        origin: Any = {"id": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+        origin: Any = {"id": cfg.get("hf_hub_id"), "license": _license_text(cfg.get("license"))}
         weights = try_to_load_from_cache(cfg["hf_hub_id"], WEIGHTS_NAME) if cfg.get("hf_hub_id") else None
         if isinstance(weights, str):
             origin["revision"] = Path(weights).parent.name
@@ -147,7 +147,8 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
     if name := nonfinite_tensor(model):
         raise ValueError(f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Get it again.")
-    model.origin = origin | {"license": pretrained_cfg_of(model).get("license") or _card_license(folder)}
+    license = _license_text(pretrained_cfg_of(model).get("license")) or _card_license(folder)
+    model.origin = origin | {"license": license}
     if config.get("noisekd"):
         model.noisekd = config["noisekd"]
     return model
@@ -296,6 +297,13 @@ def differing(expected: Mapping, found: Mapping) -> list[str]:
 
 def _card_license(folder: Path) -> str | None:
     try:
-        return ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data.get("license")
+        data = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None
+    license = _license_text(data.get("license"))
+    return _license_text(data.get("license_name")) or license if license == "other" else license
+
+
+def _license_text(license: Any) -> str | None:
+    """Return a licence, or several, as a text."""
+    return ", ".join(map(str, license if isinstance(license, list | tuple) else [license])) if license else None

@@ -13,6 +13,7 @@ from hf_noisekd.models import shrunk
 from hf_noisekd.release.card_code import CardCode
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
 from hf_noisekd.release.hub import check_repo_id
+from hf_noisekd.release.licenses import card_license
 from hf_noisekd.release.plain import code_text, from_dict, markdown_text, to_dict
 from hf_noisekd.release.record import (
     STATISTICS,
@@ -173,7 +174,7 @@ def _card_data(record: Record, made: Provenance) -> ModelCardData:
         pipeline_tag="image-classification",
         tags=[*TAGS, *["data-free"] * made.is_data_free, *(record.tags or ())],
         language=record.language or None,
-        license=record.license or made.teacher.license or None,
+        **card_license(record.license or made.teacher.license),
         base_model=made.teacher.id if _link(made.teacher.id) != made.teacher.id else None,
         metrics=["accuracy"] if results else None,
         eval_results=results or None,

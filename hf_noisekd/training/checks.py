@@ -24,6 +24,7 @@ from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
+from hf_noisekd.release.licenses import card_license
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluation_loader, metric_names
 from hf_noisekd.training.teacher import Teacher
@@ -73,6 +74,14 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
     check_can_be_saved(model, input_size, teacher_model=teacher.model)
+    said = card_license(license := getattr(teacher.model, "origin", {}).get("license"))
+    if "license_name" in said:
+        logger.warning(
+            "The teacher's licence is %r, which the Hub does not list: the student's card will say `license: other` "
+            "with the name %r. Read its terms before you publish the student.",
+            license,
+            said["license_name"],
+        )
 
 
 def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:
