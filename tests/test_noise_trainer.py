@@ -346,6 +346,15 @@ def test_resuming_is_exact_and_draws_no_noise_twice(tiny_cnn, tmp_path, accumula
     assert digest(resumed) == digest(whole)
 
 
+def test_a_finished_training_is_resumed_without_another_step(tiny_cnn, tmp_path):
+    options = {"max_steps": 6, "steps_per_epoch": 4, "save_strategy": "steps", "save_steps": 3}
+    whole, resumed = (NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options)) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert digest(resumed.model) == digest(whole.model)
+
+
 def test_resuming_is_exact_across_a_switch_of_the_resolution(tiny_cnn, tmp_path):
     """The switch is at noise batch 8 of 12; the checkpoints at 6 and 10 lie on both sides of it."""
     sizes = []

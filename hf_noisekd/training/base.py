@@ -84,6 +84,11 @@ class BaseTrainer(Trainer):
         check_weights(self.model, self.args, self.state.global_step)  # of the steps since the last log entry, too
         return output
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # transformers would take one step more of a training that was resumed after its last.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log an entry, unless its loss ends the training."""
         check_loss(logs, self.model, self.args, self.state.global_step, self._cause_of_divergence(logs))
