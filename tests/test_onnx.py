@@ -10,7 +10,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.onnx import export_onnx
+from hf_noisekd.release.onnx import export_onnx, onnx_session
+from hf_noisekd.release.record import NoiseFacts
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -169,3 +170,13 @@ def test_says_what_to_install(exportable, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r'needs onnxruntime: install with `pip install "hf-noisekd\[export\]"`'):
         export_onnx(exportable, tmp_path / "model.onnx")
+
+
+def test_a_transformers_student_is_exported_in_the_size_that_it_was_taught_with(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=3, layer_type="basic")
+    student = ResNetForImageClassification(config)
+    noise = NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 16, 24])
+    made_by_noise(batch_norm="running", noise=noise).attach(student)
+    save_model(student, tmp_path / "student")
+    export_onnx(tmp_path / "student", tmp_path / "student.onnx")
+    assert onnx_session(tmp_path / "student.onnx").get_inputs()[0].shape[1:] == [3, 16, 24]

@@ -51,8 +51,8 @@ def recalibrate(args: argparse.Namespace) -> int:
     from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
     from hf_noisekd.files import RECORD_NAME
-    from hf_noisekd.models.classifier import declared_input_size
     from hf_noisekd.models.loading import has_weights, model_folder
+    from hf_noisekd.models.preprocessing import known_input_size
     from hf_noisekd.models.saving import save_model
     from hf_noisekd.release.card import write_model_card
     from hf_noisekd.release.record import Provenance, read_record
@@ -61,7 +61,7 @@ def recalibrate(args: argparse.Namespace) -> int:
     if args.teacher is not None:
         teacher = options.load_model(args.teacher, args)
         check_same_kind(model, teacher)
-        size = declared_input_size(model)
+        size = known_input_size(model)
         made = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
         recalibrate_batch_norm(model, made)
         of = f"{len(made):,} images made without data (self-agreement of the teacher: {made.self_agreement:.1f} %)"
@@ -115,7 +115,7 @@ def export(args: argparse.Namespace) -> int:
     from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.quantization import quantize_onnx
     from hf_noisekd.images import load_images
-    from hf_noisekd.models.classifier import declared_input_size
+    from hf_noisekd.models.preprocessing import known_input_size
     from hf_noisekd.release.onnx import export_onnx, halve_onnx
 
     model = options.load_model(args.model, args)
@@ -132,7 +132,7 @@ def export(args: argparse.Namespace) -> int:
         elif args.int8:
             teacher = model if args.teacher is None else options.load_model(args.teacher, args)
             check_same_kind(model, teacher)
-            size = declared_input_size(model)
+            size = known_input_size(model)
             images = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
             paths["int8"] = args.output
             agreement = quantize_onnx(paths["float32"], args.output, images)

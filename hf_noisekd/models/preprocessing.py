@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_noisekd.models.classifier import pretrained_cfg_of
+from hf_noisekd.models.classifier import declared_input_size, noisekd_section, pretrained_cfg_of
 
 # What a student takes over from its teacher's `pretrained_cfg`: how to turn an image into pixels.
 PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
@@ -34,6 +34,17 @@ def preprocessing_of(model: nn.Module) -> dict:
 def unknown_preprocessing(model: nn.Module) -> str:
     """Return why a student cannot be given all of the preprocessing of `model`; nothing if it can."""
     return _known_and_unknown(model)[1]
+
+
+def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+    """Return the `(channels, height, width)` that a model declares, its image processor makes, or it was taught with.
+
+    transformers' ResNets declare none. None where nobody says it.
+    """
+    size = declared_input_size(model) or preprocessing_of(model).get("input_size")
+    if size is None and isinstance(noise := noisekd_section(model).get("noise"), dict):
+        size = noise.get("input_size")
+    return None if size is None else tuple(size)
 
 
 def image_processor_of(model: nn.Module):

@@ -25,11 +25,10 @@ from hf_noisekd.models.classifier import (
     architecture_of,
     class_names,
     compute_logits,
-    declared_input_size,
     nonfinite_tensor,
 )
 from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.models.preprocessing import preprocessing_of
+from hf_noisekd.models.preprocessing import known_input_size, preprocessing_of
 from hf_noisekd.release.record import Provenance
 
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
@@ -192,7 +191,7 @@ def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int
                 f"BatchNorm layer {layer!r} keeps no running statistics, so an answer depends on the other images of "
                 "the batch: build the model with track_running_stats=True."
             )
-    input_size = declared_input_size(model)
+    input_size = known_input_size(model)
     if input_size is None:
         raise ValueError(
             f"{type(model).__name__} does not say its input size: set "

@@ -21,7 +21,7 @@ from hf_noisekd.models.classifier import (
     format_size,
 )
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
-from hf_noisekd.models.saving import check_can_be_saved
+from hf_noisekd.models.saving import check_can_be_saved, warn_of_lost_activations
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
 from hf_noisekd.release.licenses import card_license
@@ -73,6 +73,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"The student answers with {num_classes} classes and says that it has {declared_num_classes(model)}, so it "
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
+    warn_of_lost_activations(teacher.model, input_size)
     check_can_be_saved(model, input_size, teacher_model=teacher.model)
     said = card_license(license := getattr(teacher.model, "origin", {}).get("license"))
     if "license_name" in said:
