@@ -42,6 +42,24 @@ def test_a_metric_that_will_not_be_there_is_refused(tiny_cnn, tmp_path, several)
         assert trainer.state.best_metric is not None
 
 
+def test_what_cannot_be_trained_is_refused(tmp_path):
+    class Pair(TinyCNN):
+        def forward(self, x):
+            return (super().forward(x),) * 2 if self.training else super().forward(x)
+
+    data = TensorDataset(torch.randn(33, 1, 8, 8), torch.arange(33) % 3)
+    args = ClassifierConfig(tmp_path / "out", per_device_train_batch_size=16, disable_tqdm=True)
+    for model, message in (
+        (TinyCNN(), "has one image"),
+        (Pair(), "gives a tuple"),
+        (TinyCNN().requires_grad_(False), "no weight to train"),
+        (torch.compile(TinyCNN()), "wrapped"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ClassifierTrainer(model, args, train_dataset=data)
+    assert not (tmp_path / "out").exists()
+
+
 def test_pairs_train_too(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (64,), generator=generator)

@@ -651,6 +651,12 @@ class NoLogits(TinyCNN):
         return self.conv1(x)
 
 
+class TupleInTraining(TinyCNN):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
 class SizedStream(IterableDataset):
     def __iter__(self):
         return iter(images())
@@ -768,6 +774,14 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
             {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
             "is 'batch_agreement', .* use one of a_running_accuracy, .*b_batch_kl",
         ),
+        ({"train_dataset": images(33)}, {}, "last batch of an epoch has one image.*dataloader_drop_last=True"),
+        ({"train_dataset": images(1)}, {}, "last batch of an epoch has one image"),
+        ({"train_dataset": images(9)}, {"dataloader_drop_last": True}, "9 training images, less than a batch"),
+        ({"model": TupleInTraining()}, {}, "In training mode TupleInTraining gives a tuple"),
+        ({"model": torch.compile(TinyCNN())}, {}, "student is wrapped in OptimizedModule.*torch_compile=True"),
+        ({"model": nn.DataParallel(TinyCNN())}, {}, "student is wrapped in DataParallel"),
+        ({"teacher_model": torch.compile(TinyCNN().eval())}, {}, "teacher is wrapped in OptimizedModule"),
+        ({"model": TinyCNN().requires_grad_(False)}, {}, "no weight to train"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
         ({"eval_dataset": {}}, {}, "empty mapping"),
         ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
@@ -779,6 +793,22 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_cnn, tmp_path, kwa
     with pytest.raises(ValueError, match=message):
         NoiseKDTrainer(**{"model": TinyCNN(), "teacher_model": tiny_cnn, "args": config(tmp_path, **options)} | kwargs)
     assert not (tmp_path / "out").exists()
+
+
+def test_checking_a_student_in_training_mode_does_not_change_it(tiny_cnn, tmp_path):
+    model = student()
+    before = digest(model)
+    trainer = NoiseKDTrainer(model, tiny_cnn, config(tmp_path), train_dataset=images(32))
+    assert digest(trainer.model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_stream_that_is_resumed_is_said_to_begin_anew(tiny_cnn, tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "per_device_train_batch_size": 4}
+    for resume in ({}, {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}):
+        trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options), train_dataset=SizedStream())
+        trainer.train(**resume)
+        assert ("exact only if" in caplog.text) == bool(resume)
 
 
 def damage(name, size):

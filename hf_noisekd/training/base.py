@@ -1,5 +1,6 @@
 """What all trainers here share: they train classifiers, read them in two ways, save and record them."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -25,6 +26,8 @@ from hf_noisekd.training.checkpoints import is_cut_off
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
+
+logger = logging.getLogger(__name__)
 
 
 class BaseTrainer(Trainer):
@@ -77,6 +80,12 @@ class BaseTrainer(Trainer):
         self.model.__dict__.pop("origin", None)
         self._evaluations = []
         self._resumed = bool(resume_from_checkpoint)
+        is_stream = isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, DrawnDataset)
+        if self._resumed and is_stream:
+            logger.warning(
+                "The training data are a stream, which is read anew from its first image, past those of the steps "
+                "before: the resumption is exact only if it gives the same images in the same order each time."
+            )
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:

@@ -6,9 +6,12 @@ Each raises a `ValueError` that says what is wrong and what to do about it.
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
+from torch.func import functional_call
 from torch.utils.data import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
@@ -16,9 +19,12 @@ from hf_noisekd.batches import check_labels
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     check_finite,
+    compute_logits,
     declared_input_size,
     declared_num_classes,
+    evaluation_mode,
     format_size,
+    to_device_of,
 )
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.models.saving import check_can_be_saved, warn_of_lost_activations
@@ -38,6 +44,8 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     `explicit_size` says that somebody chose that size for both, rather than the teacher.
     """
     input_size, num_classes = teacher.input_size, teacher.num_classes
+    check_bare(teacher.model, "teacher")
+    check_bare(model, "student")
     check_nothing_shared(model, teacher.model)
     check_finite(teacher.model, "teacher")
     check_finite(model, "student")
@@ -73,6 +81,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             f"The student answers with {num_classes} classes and says that it has {declared_num_classes(model)}, so it "
             f"could not be loaded again once it is saved: build it with num_classes={num_classes}."
         )
+    check_trainable(model, input_size)
     warn_of_lost_activations(teacher.model, input_size)
     check_can_be_saved(model, input_size, teacher_model=teacher.model)
     said = card_license(license := getattr(teacher.model, "origin", {}).get("license"))
@@ -82,6 +91,46 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             "with the name %r. Read its terms before you publish the student.",
             license,
             said["license_name"],
+        )
+
+
+def check_bare(model: nn.Module, role: str) -> None:
+    """Check that a model, called `role`, is not wrapped by torch.compile or for parallel training."""
+    if extract_model_from_parallel(model, keep_torch_compile=False) is not model:
+        raise ValueError(
+            f"The {role} is wrapped in {type(model).__name__}: give the model in it. The trainer wraps it as "
+            "torch_compile=True and the number of processes ask for."
+        )
+
+
+def check_trainable(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Check that a model has a weight to train, and gives logits in training mode as in evaluation mode."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("There is no weight to train: all are frozen. Call requires_grad_(True) on the model.")
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # running statistics change
+    with torch.no_grad(), evaluation_mode(model):  # which restores all modes
+        model.train()
+        blanks = to_device_of(model, torch.zeros(2, *input_size))
+        logits = compute_logits(partial(functional_call, model, buffers), blanks)
+    if not torch.is_tensor(logits):
+        raise ValueError(
+            f"In training mode {type(model).__name__} gives a {type(logits).__name__} in place of logits, such as with "
+            "auxiliary classifiers: build it without them."
+        )
+
+
+def check_last_batch(dataset: Dataset | IterableDataset, args: ClassifierConfig) -> None:
+    """Check that no batch of a training on images has only one of them, which has no batch statistics."""
+    if isinstance(dataset, NoiseDataset) or not has_length(dataset):
+        return
+    images, batch_size = len(dataset), args.train_batch_size  # type: ignore[arg-type]
+    if args.dataloader_drop_last and images < batch_size:
+        raise ValueError(f"There are {images} training images, less than a batch: lower per_device_train_batch_size.")
+    # With several processes Accelerate fills the last batches.
+    if args.world_size == 1 and images % batch_size == 1 and not args.dataloader_drop_last:
+        raise ValueError(
+            f"The last batch of an epoch has one image, of which there are no batch statistics: of {images} images in "
+            f"batches of {batch_size}. Set dataloader_drop_last=True, or another per_device_train_batch_size."
         )
 
 

@@ -4,13 +4,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
+from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import collate_images
+from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size
 from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
-from hf_noisekd.training.checks import check_metric
+from hf_noisekd.training.checks import check_bare, check_last_batch, check_metric, check_trainable
 from hf_noisekd.training.config import ClassifierConfig
 
 
@@ -27,7 +29,7 @@ class ClassifierTrainer(BaseTrainer):
 
     Raises:
         ValueError: The arguments ask for a push, or for a metric that will not be there, or the model cannot be trained
-            in these processes, or saved.
+            on these images, in these processes, or saved.
     """
 
     def __init__(
@@ -48,6 +50,11 @@ class ClassifierTrainer(BaseTrainer):
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
         model = load_student(model)
+        check_bare(model, "model")
+        if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
+            check_trainable(model, data_collator([train_dataset[0]])["pixel_values"].shape[1:])
+            if has_batch_norm(model):
+                check_last_batch(train_dataset, args)
         check_can_be_saved(model, declared_input_size(model))
         if eval_dataset is not None and args.metric_for_best_model is not None:
             first = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset

@@ -2,7 +2,9 @@
 
 import math
 import os
+import typing
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 from hf_noisekd.noise.dataset import MAX_STEPS
 from hf_noisekd.noise.spec import parse_noise, parse_resolutions
 from hf_noisekd.training.losses import LOSSES
+
+NUMBERS = {int, float, bool, NoneType}
 
 
 @dataclass
@@ -49,10 +53,11 @@ class ClassifierConfig(TrainingArguments):
         default=False, help="Look for parameters without gradient at each step of distributed training."
     )
     remove_unused_columns: bool = HfArg(
-        default=False, help="Remove columns that the model's forward pass does not take."
+        default=False, help="Has to stay false: the collator of the images takes the columns that are needed."
     )
 
     def __post_init__(self):
+        self._check_types()
         self._check_lengths()
         on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         fp16: bool = self.fp16  # type: ignore[has-type]
@@ -76,6 +81,7 @@ class ClassifierConfig(TrainingArguments):
             self.mixed_precision = "no"  # transformers would take what accelerate was told
         for name, advice in {
             "label_smoothing_factor": "the losses have none; leave it out",
+            "remove_unused_columns": "the collator takes what the model needs; leave it out",
             "auto_find_batch_size": "batch statistics go by the size; lower per_device_train_batch_size until it fits",
             "fp16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
             "bf16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
@@ -119,6 +125,13 @@ class ClassifierConfig(TrainingArguments):
         except (ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
             message = " ".join(str(error).split())
             raise ValueError(f"No training can be set up with these arguments: {message}") from error
+
+    def _check_types(self) -> None:
+        """Refuse texts in place of numbers: '1e-3' fails in the optimizer, and 'false' would count as true."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name, None)
+            if isinstance(value, str) and {*(typing.get_args(hint) or [hint])} <= NUMBERS:
+                raise ValueError(f"{name} is the text {value!r}: give it without the quotation marks.")
 
     def _check_lengths(self) -> None:
         """Refuse numbers of steps that transformers would take for none at all, or for no limit."""

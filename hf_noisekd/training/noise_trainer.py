@@ -28,6 +28,7 @@ from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
+    check_last_batch,
     check_metric,
     check_models,
     check_train_noise,
@@ -114,6 +115,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         args = with_defaults_of(self.start, args, train_dataset)
         train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args)
+        check_last_batch(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher, explicit_size=args.input_size is not None)
         if isinstance(train_dataset, NoiseDataset):
