@@ -1,10 +1,13 @@
 """Files of a model folder: their names, JSON that people read, and writing them whole or not at all."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,11 +33,12 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        yield staging
-        for file in staging.iterdir():
-            file.chmod(staging.stat().st_mode & 0o666)  # as the user's umask has it; safetensors writes 0600
-            with open(file, "r+b") as written:  # Windows synchronises no file that is open for reading
-                os.fsync(written.fileno())
+        with naming_full_disk(folder):
+            yield staging
+            for file in staging.iterdir():
+                file.chmod(staging.stat().st_mode & 0o666)  # as the user's umask has it; safetensors writes 0600
+                with open(file, "r+b") as written:  # Windows synchronises no file that is open for reading
+                    os.fsync(written.fileno())
         if not exists:
             # Another process may have made the folder meanwhile, for its own files.
             with contextlib.suppress(OSError):
@@ -45,6 +49,40 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
             file.replace(folder / file.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming_full_disk(folder: str | Path) -> Iterator[None]:
+    """Context in which to write to `folder`; what fails there for want of space is an `OSError` that says so.
+
+    torch says "unexpected pos 64 vs 0" of a full disk, and safetensors raises an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if why := _want_of_space(error) or _why_nothing_is_written(Path(folder)):
+            raise OSError(f"{why} while writing {folder}") from error
+        raise
+
+
+def _want_of_space(error: Exception) -> str | None:
+    """Return what the system calls the want of space that an error tells of, if it does."""
+    of_rust = re.search(r"\(os error (\d+)\)", str(error))  # as in safetensors
+    number = int(of_rust[1]) if of_rust else getattr(error, "errno", None)
+    return os.strerror(number) if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
+
+
+def _why_nothing_is_written(folder: Path) -> str | None:
+    """Return what the system says to a file of a megabyte in a folder or above it; None if it takes that."""
+    place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def is_odd(path: Path) -> bool:

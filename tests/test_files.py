@@ -46,6 +46,40 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "old"]
 
 
+def test_what_is_no_matter_of_the_disk_is_raised_as_it_is(tmp_path):
+    def fail(error):
+        with replacing_files(tmp_path / "model"):
+            raise error
+
+    for error in (RuntimeError("unexpected pos 64 vs 0"), OSError("no matter")):
+        with pytest.raises(type(error)) as raised:
+            fail(error)
+        assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), RuntimeError("serializing: I/O error: x (os error 28)")])
+def test_a_file_that_is_too_large_for_the_disk_is_named_though_smaller_ones_fit(tmp_path, error):
+    with pytest.raises(OSError, match=r"(?i)no space left on device while"), replacing_files(tmp_path / "model"):
+        raise error
+
+
+def test_a_full_disk_is_named(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        with replacing_files(tmp_path / "a" / "model"):
+            raise RuntimeError("unexpected pos 64 vs 0")
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large while writing {tmp_path / 'a' / 'model'}"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 def test_a_folder_that_another_process_makes_meanwhile_is_filled(tmp_path):
     """As with the checkpoint of several processes, of which each writes a file of its own."""
     with replacing_files(tmp_path / "checkpoint-1") as staging:

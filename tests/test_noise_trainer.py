@@ -212,7 +212,9 @@ def test_training_ends_at_the_first_loss_that_is_not_finite(tiny_cnn, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-6").exists()
     recorder = Recorder()
     args = config(tmp_path / "new", max_steps=40, logging_steps=5, **DIVERGING)
-    with pytest.raises(FloatingPointError, match=r"loss is (nan|inf) at step 5\. .*max_grad_norm=1.*no checkpoint"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is (nan|inf) at step 5\. .*max_grad_norm=1.*no whole checkpoint"
+    ):
         NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[recorder]).train()
     assert recorder.log == []
 
@@ -801,6 +803,28 @@ def test_checking_a_student_in_training_mode_does_not_change_it(tiny_cnn, tmp_pa
     trainer = NoiseKDTrainer(model, tiny_cnn, config(tmp_path), train_dataset=images(32))
     assert digest(trainer.model) == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("limit", [1000, 8000])  # less than the weights, and than the state of the optimizer
+def test_a_full_disk_is_named_with_the_last_whole_checkpoint(tiny_cnn, tmp_path, limit):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillDisk(TrainerCallback):
+        """Lets files be no larger, which torch and safetensors are told like a full disk."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+
+    args = config(tmp_path, save_strategy="steps", save_steps=2, logging_strategy="no")
+    trainer = NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[FillDisk()])
+    try:
+        with pytest.raises(OSError, match=r"File too large while writing .*checkpoint-4\. .* is .*checkpoint-2\.$"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
 
 
 def test_a_stream_that_is_resumed_is_said_to_begin_anew(tiny_cnn, tmp_path, caplog):

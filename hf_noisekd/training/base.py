@@ -16,13 +16,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_noisekd.batches import DrawnDataset, dataset_name
-from hf_noisekd.files import replacing_files
+from hf_noisekd.files import naming_full_disk, replacing_files
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.environment import Machine, versions
 from hf_noisekd.release.record import Evaluation, ModelFacts, Provenance, Record, current_evaluations
-from hf_noisekd.training.checkpoints import is_cut_off
+from hf_noisekd.training.checkpoints import is_cut_off, name_last_checkpoint
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
@@ -224,10 +224,13 @@ class BaseTrainer(Trainer):
             # Written last; that of another training must not vouch for this one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         try:
-            super()._save_checkpoint(model, trial)
-        except BaseException:
+            with naming_full_disk(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException as error:
             if self.args.should_save and is_cut_off(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise OSError(f"{error}. {name_last_checkpoint(self.args.output_dir, self.model)}") from error
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:

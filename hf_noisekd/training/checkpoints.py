@@ -43,6 +43,15 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
     return None
 
 
+def name_last_checkpoint(output_dir: str, model: nn.Module) -> str:
+    """Return a sentence about the last whole checkpoint in a folder."""
+    try:
+        checkpoint = last_whole_checkpoint(output_dir, model)
+    except ValueError:
+        checkpoint = None
+    return f"The last whole checkpoint is {checkpoint}." if checkpoint else "There is no whole checkpoint."
+
+
 def is_cut_off(folder: Path) -> bool:
     """Whether a checkpoint lacks the file that is written last, or the end of it."""
     try:

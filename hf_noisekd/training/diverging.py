@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from hf_noisekd.models.classifier import nonfinite_tensor
-from hf_noisekd.training.checkpoints import last_whole_checkpoint
+from hf_noisekd.training.checkpoints import name_last_checkpoint
 from hf_noisekd.training.config import ClassifierConfig
 
 
@@ -38,10 +38,5 @@ def _text(what: str, model: nn.Module, args: ClassifierConfig, step: int, cause:
     if args.fp16:
         causes.append("the small range of fp16 (bf16 has a larger one)")
     causes.append("images with such values")
-    try:
-        checkpoint = last_whole_checkpoint(args.output_dir, model)
-    except ValueError:
-        checkpoint = None
-    rest = f"The last checkpoint from before is {checkpoint}." if checkpoint else "There is no checkpoint from before."
     cause = cause or f"Likely causes: {', or '.join(causes)}."
-    return f"{what} at step {step:,}. {cause} {rest}"
+    return f"{what} at step {step:,}. {cause} {name_last_checkpoint(args.output_dir, model)}"
