@@ -175,7 +175,9 @@ def _shrunk_table(results: Path) -> str:
             rows[f"ResNet-10 of {teacher}", "random", size, "2,400 and calibration"] = random
         for row in measured:
             student, _, start = row["student"].partition(", ")
-            begins = start if row["time"] else "untrained"
+            if not row["time"] and ", " in start:
+                continue  # the same as with other sizes
+            begins = start.replace("from the teacher", "teacher") if row["time"] else "teacher, untrained"
             key = (f"{student} of {teacher}", begins, f"{row['multiply-adds (%)']:.0f}", f"{row['time']:,}")
             rows.setdefault(key, []).append(row["accuracy"])
     header = ["student", "begins", "multiply-adds (%)", "time (steps)", "accuracy (%)"]
