@@ -642,6 +642,11 @@ def nan_teacher():
     return model
 
 
+class NanAnswers(TinyCNN):
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
 def traced():
     """A network with the statistics of two of its three BatchNorm layers in its code."""
     layers = [nn.Conv2d(1, 8, 3), BatchNormAct2d(8), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
@@ -767,6 +772,8 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
             {"input_size": [3, 32, 32]},
             "student could not be saved: .*act_layer.* arguments that a config.json can hold",
         ),
+        ({"teacher_model": NanAnswers()}, {}, "teacher answers blank images with a NaN"),
+        ({"model": NanAnswers()}, {}, "student answers blank images with a NaN"),
         ({"teacher_model": traced()}, {}, "2 of 3 normalisations use stored ones"),
         ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True, and TinyCNN has none"),
         ({}, {"metric_for_best_model": "loss"}, "is 'loss', .* use one of running_agreement, running_kl, batch_"),

@@ -70,8 +70,11 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             )
     if num_classes < 2:
         raise ValueError("The teacher has one class: distillation compares answers over two classes or more.")
-    student_classes = answer_to_blanks(model, input_size, "student").shape[-1]
-    if student_classes != num_classes:
+    for role, candidate in (("teacher", teacher.model), ("student", model)):
+        answers = answer_to_blanks(candidate, input_size, role)
+        if not answers.isfinite().all():
+            raise ValueError(f"The {role} answers blank images with a NaN or an infinity: look for what is damaged.")
+    if (student_classes := answers.shape[-1]) != num_classes:
         raise ValueError(
             f"The teacher has {num_classes} classes and the student {student_classes}: build the student with "
             f"num_classes={num_classes}."

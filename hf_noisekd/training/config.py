@@ -82,6 +82,7 @@ class ClassifierConfig(TrainingArguments):
         for name, advice in {
             "label_smoothing_factor": "the losses have none; leave it out",
             "remove_unused_columns": "the collator takes what the model needs; leave it out",
+            "neftune_noise_alpha": "it is for the embeddings of texts; leave it out",
             "auto_find_batch_size": "batch statistics go by the size; lower per_device_train_batch_size until it fits",
             "fp16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
             "bf16_full_eval": "models are evaluated as they will be deployed, in float32; leave it out",
@@ -127,11 +128,14 @@ class ClassifierConfig(TrainingArguments):
             raise ValueError(f"No training can be set up with these arguments: {message}") from error
 
     def _check_types(self) -> None:
-        """Refuse texts in place of numbers: '1e-3' fails in the optimizer, and 'false' would count as true."""
+        """Refuse what is no number: '1e-3' fails in the optimizer, 'false' would count as true, and NaN as anything."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name, None)
             if isinstance(value, str) and {*(typing.get_args(hint) or [hint])} <= NUMBERS:
                 raise ValueError(f"{name} is the text {value!r}: give it without the quotation marks.")
+            # An infinite norm is one that no gradient exceeds.
+            if isinstance(value, float) and not (math.isfinite(value) or (name, value) == ("max_grad_norm", math.inf)):
+                raise ValueError(f"{name} is {value}: use a finite number.")
 
     def _check_lengths(self) -> None:
         """Refuse numbers of steps that transformers would take for none at all, or for no limit."""
