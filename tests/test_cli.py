@@ -414,7 +414,7 @@ def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("failing", ["evaluate", "create_model_card", "_end"])
+@pytest.mark.parametrize("failing", ["evaluate", pytest.param("create_model_card", marks=pytest.mark.slow), "_end"])
 def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path, capsys, monkeypatch, failing):
     def fail(*args, **kwargs):
         raise OSError("image file is truncated")

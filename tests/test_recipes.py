@@ -107,6 +107,7 @@ def test_cifar10_has_the_five_rows_of_table_1(cifar10, hub, tmp_path, monkeypatc
     assert sum("hf-hub:alice/student" in card for card in cards) == 1
 
 
+@pytest.mark.slow
 def test_students_are_deployed_and_their_agreement_is_weighed(cifar10, small_teacher, tmp_path, monkeypatch):
     # A teacher with random weights vouches for nothing, and students of 2 steps agree with nobody.
     monkeypatch.setattr("hf_noisekd.calibration.images._self_agreement", lambda *_: 100.0)
@@ -148,6 +149,7 @@ def test_what_is_cut_of_a_family_is_read_by_three_libraries(tmp_path, monkeypatc
     assert row["multiply-adds (%)"] <= 50
 
 
+@pytest.mark.slow
 def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("partial_batch_norm", monkeypatch, *options)
@@ -174,6 +176,7 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2)
     folder = tmp_path / "noises"
@@ -271,6 +274,7 @@ def test_small_images_in_the_schema_of_the_hub(name, columns, tmp_path, monkeypa
     assert record["configuration"]["dataset"] == name
 
 
+@pytest.mark.slow
 def test_food101_on_two_processes(tmp_path):
     data = write_images(tmp_path / "food101", ["image", ("label", 101)], test_split="validation", photos=True, copies=1)
     launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
