@@ -431,7 +431,7 @@ def test_structured_noise_is_the_default_and_begins_small(tiny_cnn, tmp_path):
     assert trainer.eval_dataset.image_sizes() == [((32, 32), 1.0)]
     noise = trainer.provenance().noise
     assert noise.distribution.startswith("structured (")
-    assert noise.image_sizes == [[[16, 16], 0.6], [[24, 24], 0.25], [[32, 32], 0.15]]
+    assert noise.image_sizes == [((16, 16), 0.6), ((24, 24), 0.25), ((32, 32), 0.15)]
 
 
 def test_held_out_noise_is_of_the_kind_of_the_training_noise(tiny_cnn, tmp_path):

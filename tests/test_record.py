@@ -92,11 +92,9 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
 
 
 def test_a_record_that_holds_anything_is_read_or_refused(tmp_path):
-    complete = record(
-        evaluations=[evaluation()],
-        curve=[{"step": 1, "loss": 2.0}],
-        noisekd=made_by_noise(noise=NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 8, 8])),
-    )
+    sizes = [[[4, 4], 0.5], [[8, 8], 0.5]]
+    noise = NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 8, 8], image_sizes=sizes)
+    complete = record(evaluations=[evaluation()], curve=[{"step": 1, "loss": 2.0}], noisekd=made_by_noise(noise=noise))
     write_record(complete, tmp_path)
     whole = json.loads((tmp_path / "noisekd.json").read_text())
 

@@ -15,7 +15,7 @@ def to_dict(value: Any) -> Any:
     if is_dataclass(value):
         parts = {name: to_dict(part) for name, part in vars(value).items() if part not in (None, {})}
         return parts | parts.pop("others", {})
-    return [to_dict(part) for part in value] if isinstance(value, list) else value
+    return [to_dict(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def from_dict(kind: type[Schema], data: Mapping) -> Schema:
@@ -65,6 +65,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     outer, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if outer is list and isinstance(value, list):
         return [_convert(inner[0], part, name) for part in value]
+    if outer is tuple and isinstance(value, list) and len(value) == len(inner):
+        return [_convert(kind, part, name) for kind, part in zip(inner, value, strict=True)]
     if outer is dict and isinstance(value, dict):
         return {key: _convert(inner[1], part, name) for key, part in value.items()}
     accepted: Any = {str: str | int | float, float: int | float}.get(outer, outer)

@@ -70,7 +70,8 @@ class NoiseFacts:
     mean: float
     std: float
     input_size: list[int]
-    image_sizes: list[list[Any]] = field(default_factory=list)  # [[height, width], share of the steps], in turn
+    # ((height, width), share of the steps), in turn; lists in JSON
+    image_sizes: list[tuple[tuple[int, int], float]] = field(default_factory=list)
     seed: int | None = None
 
 

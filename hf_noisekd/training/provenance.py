@@ -30,7 +30,7 @@ def describe_training(
         method = "distillation with noise"
         noise = NoiseFacts(
             distribution=noise_name(dataset.distribution),
-            image_sizes=[[list(size), share] for size, share in dataset.image_sizes()],
+            image_sizes=dataset.image_sizes(),
             mean=dataset.mean,
             std=dataset.std,
             input_size=list(dataset.input_size),
