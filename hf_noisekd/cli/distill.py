@@ -167,17 +167,13 @@ def train_and_measure(trainer: "NoiseKDTrainer", resume: str | bool | None) -> d
 
 def _how_to_go_on(trainer: "NoiseKDTrainer", is_trained: bool) -> str:
     """Return the rest of the sentence that begins with "interrupted"."""
-    from hf_noisekd.training.checkpoints import last_whole_checkpoint
+    from hf_noisekd.training.checkpoints import find_whole_checkpoint
 
     folder = trainer.args.output_dir
     if is_trained:
         return f" after the training: the student is whole in {folder}, and `noisekd evaluate` measures it."
-    try:
-        checkpoint = last_whole_checkpoint(folder, trainer.model)
-    except ValueError:
-        checkpoint = None
     text = f" at step {trainer.state.global_step:,}: "
-    if checkpoint:
+    if checkpoint := find_whole_checkpoint(folder, trainer.model):
         return f"{text}the same command with --resume-from-checkpoint goes on from {checkpoint}."
     deleting = f" after deleting {folder}" if any(Path(folder).iterdir()) else ""
     return f"{text}there is no checkpoint yet. Begin anew with the same command{deleting}."

@@ -43,12 +43,17 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
     return None
 
 
+def find_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
+    """Return the last whole checkpoint in a folder, or None where there is none, whatever the reason."""
+    try:
+        return last_whole_checkpoint(output_dir, model)
+    except ValueError:
+        return None
+
+
 def name_last_checkpoint(output_dir: str, model: nn.Module) -> str:
     """Return a sentence about the last whole checkpoint in a folder."""
-    try:
-        checkpoint = last_whole_checkpoint(output_dir, model)
-    except ValueError:
-        checkpoint = None
+    checkpoint = find_whole_checkpoint(output_dir, model)
     return f"The last whole checkpoint is {checkpoint}." if checkpoint else "There is no whole checkpoint."
 
 
