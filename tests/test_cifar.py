@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from hf_noisekd.models.cifar import CifarMobileNetV2
 
@@ -64,6 +65,12 @@ def test_width_and_stem_stride_make_small_networks():
     assert mobilenet.forward_features(torch.randn(1, 3, 32, 32)).shape == (1, 1280, 2, 2)
     with pytest.raises(ValueError, match="even"):
         timm.create_model("resnet18_cifar", width=7)
+
+
+def test_group_norm_takes_the_place_of_batch_norm():
+    model = timm.create_model("resnet18_cifar", width=16, norm_groups=4)
+    assert (model.layer3[0].bn1.num_groups, model.model_args["norm_groups"]) == (4, 4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))

@@ -5,10 +5,11 @@ Their shapes and parameter counts are those of the authors' networks for 32x32 i
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, create_classifier, create_conv2d
+from timm.layers import BatchNormAct2d, GroupNorm, create_classifier, create_conv2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models.resnet import BasicBlock, ResNet
@@ -21,9 +22,10 @@ class CifarResNet(ResNet):
 
     The stem and the first stage have `width` channels, an even number, and each further stage has twice as many, unless
     `channels` has the number of each stage. A stem of stride 2 makes a network for CPUs that costs a quarter.
+    `norm_groups` makes a network with GroupNorm of so many groups in place of BatchNorm.
 
     Raises:
-        ValueError: The width of a stage is not a positive even number.
+        ValueError: The width of a stage is not a positive even number, or cannot be divided into the groups.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class CifarResNet(ResNet):
         stem_stride: int = 1,
         in_chans: int = 3,
         channels: Sequence[int] | None = None,
+        norm_groups: int | None = None,
         **kwargs,
     ):
         doubling = tuple(width * 2**stage for stage in range(len(layers)))
@@ -40,6 +43,8 @@ class CifarResNet(ResNet):
         width = channels[0]
         if min(channels) < 2 or width % 2:
             raise ValueError(f"width must be a positive even number, got {width}.")
+        if norm_groups is not None:
+            kwargs["norm_layer"] = partial(GroupNorm, num_groups=norm_groups)
         super().__init__(
             BasicBlock,
             layers,
@@ -56,6 +61,8 @@ class CifarResNet(ResNet):
         self.model_args: dict[str, Any] = {"width": width, "stem_stride": stem_stride}
         if channels != doubling:
             self.model_args["channels"] = channels
+        if norm_groups is not None:
+            self.model_args["norm_groups"] = norm_groups
         self.conv1 = create_conv2d(in_chans, width, 3, stride=stem_stride)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
