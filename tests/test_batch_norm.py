@@ -14,7 +14,9 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from hf_noisekd import batch_statistics
-from hf_noisekd.models.batch_norm import check_uses_the_batch, find_batch_norm
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm
+
+BOTH_2D = [(nn.BatchNorm2d, (6, 4, 3, 3)), (BatchNormAct2d, (6, 4, 3, 3))]
 
 
 def assert_unchanged(model, before):
@@ -63,6 +65,70 @@ def test_every_kind_of_layer_normalises_by_the_batch(layer, shape):
         expected = expected.relu()
     torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
     assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (6, 4)), (nn.BatchNorm3d, (6, 4, 2, 3, 3)), *BOTH_2D])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.9])
+def test_a_weight_mixes_the_moments_of_the_batch_with_the_stored_ones(kind, shape, weight):
+    layer = kind(4).eval()
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.1, 3)
+    nn.init.normal_(layer.weight)
+    x, before = 5 + 3 * torch.randn(shape), snapshot(layer)
+    pooled = x.transpose(0, 1).flatten(1)
+    mean = weight * pooled.mean(1) + (1 - weight) * layer.running_mean
+    variance = weight * pooled.var(1, correction=0) + (1 - weight) * layer.running_var
+    expected = F.batch_norm(x, mean, variance, layer.weight, layer.bias)
+    with batch_statistics(layer, weight=weight):
+        found = layer(x)
+    torch.testing.assert_close(found, expected.relu() if kind is BatchNormAct2d else expected)
+    assert_unchanged(layer, before)
+    assert "forward" not in vars(layer)
+
+
+def test_a_weight_of_one_is_the_batch_and_mixtures_nest(tiny_cnn):
+    pixels, modes_before = torch.randn(12, 1, 8, 8), modes(tiny_cnn)
+    plain = tiny_cnn(pixels)
+    batch, mixed, little = (batch_statistics(tiny_cnn, weight=weight) for weight in (1.0, 0.5, 0.1))
+    expected = {}
+    for context in (batch, mixed, little):
+        with context:
+            expected[context] = tiny_cnn(pixels)
+    for outer, inner in itertools.product(expected, repeat=2):
+        with outer:
+            with inner:
+                torch.testing.assert_close(tiny_cnn(pixels), expected[inner])
+                tiny_cnn.eval()
+                torch.testing.assert_close(tiny_cnn(pixels), expected[inner])
+            torch.testing.assert_close(tiny_cnn(pixels), expected[outer])
+    assert torch.equal(tiny_cnn(pixels), plain)
+    assert modes(tiny_cnn) == modes_before
+    assert not torch.allclose(expected[mixed], expected[batch])
+
+
+def test_a_compiled_model_notices_mixed_moments(tiny_cnn):
+    pixels = torch.randn(12, 1, 8, 8)
+    compiled, mixed = torch.compile(tiny_cnn, backend="eager"), batch_statistics(tiny_cnn, weight=0.5)
+    plain = tiny_cnn(pixels)
+    with mixed:
+        expected = tiny_cnn(pixels)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(pixels), plain)
+        with mixed:
+            torch.testing.assert_close(compiled(pixels), expected)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    layer = nn.BatchNorm2d(4).eval()
+    own = layer.forward = lambda x: 2 * nn.BatchNorm2d.forward(layer, x)
+    x = torch.randn(6, 4, 3, 3)
+    with batch_statistics(layer, weight=0.5):
+        doubled = layer(x)
+        with batch_statistics(layer):
+            assert layer.forward is own
+    del layer.forward
+    with batch_statistics(layer, weight=0.5):
+        torch.testing.assert_close(doubled, 2 * layer(x))
 
 
 def test_sync_batch_norm_counts_as_batch_norm():
@@ -120,15 +186,16 @@ def test_a_forward_pass_that_leaves_the_batch_is_found(tiny_cnn):
         def forward(self, x):
             return F.batch_norm(self.model(x), torch.zeros(3), torch.ones(3), training=self.training)
 
-    check_uses_the_batch(tiny_cnn, (1, 8, 8))
+    for model in (tiny_cnn, nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten())):
+        check_leaves_stored_statistics(model, (1, 8, 8))
     for mode in (True, False):
         traced = symbolic_trace(
             nn.Sequential(nn.Conv2d(1, 4, 3), BatchNormAct2d(4), nn.BatchNorm2d(4), nn.Flatten()).train(mode)
         )
         with pytest.raises(ValueError, match="1 of 2"):
-            check_uses_the_batch(traced, (1, 8, 8))
+            check_leaves_stored_statistics(traced, (1, 8, 8))
     with pytest.raises(ValueError, match="1 of 4"):
-        check_uses_the_batch(WithStatistics(tiny_cnn), (1, 8, 8))
+        check_leaves_stored_statistics(WithStatistics(tiny_cnn), (1, 8, 8))
 
 
 def test_fraction_chooses_layers_by_a_seeded_order():

@@ -608,13 +608,15 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
         assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
 
 
-def test_info_of_what_cannot_be_a_teacher(tmp_path, capsys):
+def test_info_of_a_teacher_without_batch_norm_and_of_what_cannot_be_one(tmp_path, capsys):
     save_model(timm.create_model("test_convnext", num_classes=7), tmp_path / "convnext")
-    assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 1
+    assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 0
     text = capsys.readouterr().out
-    assert "cannot be a teacher" in text
-    assert "has no BatchNorm layer" in text
+    assert "it has no BatchNorm, and as it is answers noise" in text
     assert "7 classes" in text
+    save_model(timm.create_model("test_convnext", num_classes=1), tmp_path / "one")
+    assert main(["info", "--teacher", str(tmp_path / "one"), "--batch-size", "4"]) == 1
+    assert "cannot be a teacher: it has one class" in capsys.readouterr().out
 
 
 def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):

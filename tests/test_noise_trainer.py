@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from conftest import TinyCNN, digest
 from safetensors.torch import load_file, save_file
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 from torch.fx import symbolic_trace
 from torch.utils.data import IterableDataset, TensorDataset
@@ -622,7 +623,7 @@ def test_trains_on_a_gpu(digits_teacher, tmp_path):
     assert trainer.train_dataset.draw(0).is_cuda
 
 
-# Bad input. Each is refused before the first step and before anything is written.
+# Teachers that do not answer by the statistics of the batch.
 
 
 class NoBatchNorm(nn.Module):
@@ -635,6 +636,59 @@ class NoBatchNorm(nn.Module):
         return self.fc(self.norm(x.flatten(1)))
 
 
+def traced():
+    """A network with the statistics of two of its three BatchNorm layers in its code."""
+    layers = [nn.Conv2d(1, 8, 3), BatchNormAct2d(8), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return symbolic_trace(nn.Sequential(*layers, nn.Linear(8, 3), nn.BatchNorm1d(3)).eval())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (NoBatchNorm, {}, 0.0),
+        (TinyCNN, {"teacher_statistics": 0.0}, 0.0),
+        (traced, {"teacher_statistics": 0.0}, 0.0),
+        (TinyCNN, {"teacher_statistics": 0.5}, 0.5),
+        (TinyCNN, {}, 1.0),
+    ],
+)
+def test_a_teacher_answers_noise_by_the_statistics_asked_for(make, options, expected, tmp_path, caplog):
+    torch.manual_seed(0)
+    teacher = make().eval()
+    for name, buffer in teacher.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    before = digest(teacher)
+    trainer = NoiseKDTrainer(student(), teacher, config(tmp_path, noise="white", bf16=False, **options))
+    assert ("White noise tells a student little" in caplog.text) == (expected == 0)
+    pixels = torch.randn(16, 1, 8, 8)
+    has_layers = any(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
+    with torch.no_grad(), batch_statistics(teacher, weight=expected) if has_layers else nullcontext():
+        torch.testing.assert_close(trainer.teacher.teach(pixels), teacher(pixels))
+    trainer.train()
+    assert digest(teacher) == before
+    made = trainer.provenance()
+    assert (made.teacher_statistics, made.batch_norm) == (expected, "batch" if expected else "running")
+
+
+def test_the_student_of_a_teacher_without_statistics_keeps_those_of_its_training(tmp_path, caplog):
+    torch.manual_seed(0)
+    trainer = NoiseKDTrainer(student(), NoBatchNorm(), config(tmp_path, num_calibration_images=8))
+    trainer.train()
+    assert trainer.model.bn1.num_batches_tracked == 6
+    assert (trainer.calibration_images, trainer.provenance().batch_norm) == (None, "running")
+    assert not caplog.text
+
+
+# Bad input. Each is refused before the first step and before anything is written.
+
+
+def frozen():
+    model = TinyCNN()
+    model.bn3 = nn.Identity()
+    return freeze_batch_norm_2d(model)
+
+
 def nan_teacher():
     model = TinyCNN()
     with torch.no_grad():
@@ -645,12 +699,6 @@ def nan_teacher():
 class NanAnswers(TinyCNN):
     def forward(self, x):
         return super().forward(x) * torch.nan
-
-
-def traced():
-    """A network with the statistics of two of its three BatchNorm layers in its code."""
-    layers = [nn.Conv2d(1, 8, 3), BatchNormAct2d(8), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return symbolic_trace(nn.Sequential(*layers, nn.Linear(8, 3), nn.BatchNorm1d(3)).eval())
 
 
 class NoLogits(TinyCNN):
@@ -721,7 +769,9 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
 @pytest.mark.parametrize(
     ("kwargs", "options", "message"),
     [
-        ({"teacher_model": NoBatchNorm()}, {}, "NoBatchNorm has no BatchNorm layer .*1 LayerNorm"),
+        ({"teacher_model": NoBatchNorm()}, {"teacher_statistics": 0.5}, "NoBatchNorm has no BatchNorm layer, so"),
+        ({"teacher_model": NoBatchNorm()}, {"batch_norm_fraction": 0.5}, "NoBatchNorm has no BatchNorm layer, so"),
+        ({"teacher_model": frozen()}, {}, "TinyCNN has frozen BatchNorm alone.*replace it .*teacher_statistics=0"),
         ({"model": TinyCNN(num_classes=4)}, {}, "teacher has 3 classes and the student 4.*num_classes=3"),
         ({"model": TinyCNN(in_chans=3)}, {}, "student does not take images of 1x8x8"),
         ({"model": timm_model()}, {}, "student takes 3 input channels and the noise has 1: build .*in_chans=1"),

@@ -148,13 +148,13 @@ def test_the_better_statistics_are_those_of_the_last_labelled_images():
     on_noise = Evaluation(
         dataset="noise", images=9, batch_size=9, step=1, precision="float32", running={"kl": 1.0}, batch={"kl": 0.1}
     )
-    better = partial(better_statistics, taught_by_noise=True)
+    better = partial(better_statistics, taught_on_batch=True)
     assert better([]) == better([on_noise]) == "batch"
-    assert better_statistics([], taught_by_noise=False) == "running"
+    assert better_statistics([], taught_on_batch=False) == "running"
     assert better([evaluation(batch=51.1), on_noise]) == "batch"
     assert better([evaluation(batch=51.0)]) == "running", "a point is not enough"
     assert better([evaluation(batch=90.0), evaluation(batch=10.0)]) == "running"
-    assert better_statistics([evaluation(batch=90.0)], taught_by_noise=False) == "batch"
+    assert better_statistics([evaluation(batch=90.0)], taught_on_batch=False) == "batch"
 
 
 def test_a_measurement_takes_the_place_of_that_of_the_same_images():

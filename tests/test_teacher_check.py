@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from conftest import TinyCNN
+from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseDataset, batch_statistics
 from hf_noisekd.training.teacher_check import describe_teacher
@@ -25,10 +26,17 @@ def test_measures_what_the_teacher_answers_under_either_statistics(digits_teache
     assert facts["answers"]["batch"] != facts["answers"]["running"]
 
 
+def test_a_teacher_without_batch_norm_answers_as_it_is():
+    facts = describe_teacher(timm.create_model("test_vit", num_classes=7), batch_size=4)
+    assert facts["can_teach"]
+    assert (facts["batch_norm"], list(facts["answers"])) == ({}, ["running"])
+    assert "has no BatchNorm" in facts["verdict"]
+
+
 def test_says_what_stands_in_the_way(tiny_cnn):
-    without = describe_teacher(timm.create_model("test_vit", num_classes=7), batch_size=4)
-    assert not without["can_teach"]
-    assert "has no BatchNorm layer" in without["verdict"]
+    frozen = describe_teacher(freeze_batch_norm_2d(timm.create_model("test_resnet", num_classes=7)), batch_size=4)
+    assert not frozen["can_teach"]
+    assert "replace it by nn.BatchNorm2d" in frozen["verdict"]
     damaged = TinyCNN()
     damaged.fc.bias.data[0] = torch.nan
     facts = describe_teacher(damaged, (1, 8, 8), batch_size=4)

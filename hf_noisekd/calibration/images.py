@@ -148,11 +148,7 @@ def calibration_images(
         if value is not None and value < least:
             raise ValueError(f"{name} is {value}: use at least {least}.")
     check_finite(teacher, "teacher")
-    start = [
-        batch
-        for held_out, number in ((False, num_images), (True, num_held_out))
-        for batch in _noise(teacher, number, batch_size, input_size=input_size, seed=seed, held_out=held_out)
-    ]
+    start = _start(teacher, (num_images, num_held_out), batch_size, input_size=input_size, seed=seed)
     if not stored_statistics(teacher):
         logger.warning("%s stores no BatchNorm statistics: its calibration images are noise.", type(teacher).__name__)
         return _as_made(start, num_images, seed)
@@ -192,6 +188,21 @@ def _rounds(steps: int, max_steps: int) -> list[int]:
     while sum(rounds) < max_steps:
         rounds.append(min(2 * rounds[-1], max_steps - sum(rounds)))
     return rounds
+
+
+def noise_images(teacher: nn.Module, num_images: int, *, input_size: Sequence[int], seed: int) -> CalibrationImages:
+    """Return the noise that calibration images begin as, half as many held out, to compare a student with `teacher`."""
+    start = _start(teacher, (num_images, max(2, num_images // 2)), None, input_size=input_size, seed=seed)
+    return _as_made(start, num_images, seed)
+
+
+def _start(teacher: nn.Module, numbers: tuple[int, int], batch_size: int | None, **kwargs) -> list[torch.Tensor]:
+    """Return batches of so many images, and of others that are held out."""
+    return [
+        batch
+        for held_out, number in zip((False, True), numbers, strict=True)
+        for batch in _noise(teacher, number, batch_size, held_out=held_out, **kwargs)
+    ]
 
 
 def _noise(teacher: nn.Module, number: int, batch_size: int | None, **kwargs) -> list[torch.Tensor]:

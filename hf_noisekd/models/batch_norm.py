@@ -1,13 +1,17 @@
-"""BatchNorm layers: find them, and run them on the statistics of the batch at hand.
+"""BatchNorm layers: find them, and run them on the statistics of the batch at hand, or partly on these.
 
 Noise shifts all hidden layers of a teacher, as these normalise by the running statistics of real images. Those of the
-batch bring them back to about N(0, 1) (Raikwar & Mishra, NeurIPS 2022, section 3.2 and Algorithm 1).
+batch bring them back to about N(0, 1) (Raikwar & Mishra, NeurIPS 2022, section 3.2 and Algorithm 1). A mixture of both
+is between the two (Schneider et al., NeurIPS 2020, who adapt networks to corrupted images by it).
 """
 
 import random
 from collections import Counter
-from contextlib import ContextDecorator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ContextDecorator, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,8 +36,7 @@ def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no normalisation layer at all"
         frozen = " Frozen BatchNorm cannot use batch statistics: replace it by nn.BatchNorm2d."
         raise ValueError(
-            f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}). "
-            "Noise distillation needs a teacher with BatchNorm, such as a ResNet, MobileNet, EfficientNet or RegNet."
+            f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds})."
             + (frozen if any("frozen" in kind.lower() for kind in found) else "")
         )
     return layers
@@ -48,31 +51,37 @@ def stored_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
 class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: `with batch_statistics(teacher): ...`
     """Context under which BatchNorm layers normalise by the batch at hand (Raikwar & Mishra 2022, Algorithm 1).
 
-    No buffer changes, and no other module changes its mode: drop-out and drop-path of an `eval()` model stay off. Modes
-    set inside, as by `model.eval()`, hold for the layers from the exit on. Else, also after an exception, everything is
-    as it was then. It can be entered many times, also nested, so a training loop builds it once.
+    With a `weight` below 1 they normalise by mixed moments: `weight` times mean and variance of the batch, and the rest
+    of what they store. No buffer changes, and no other module changes its mode: drop-out and drop-path of an `eval()`
+    model stay off. Modes set inside, as by `model.eval()`, hold for the layers from the exit on. Else, also after an
+    exception, everything is as it was then. It can be entered many times, also nested, so a training loop builds it
+    once.
 
     Args:
         model: Any module with BatchNorm layers, of 1d, 2d, 3d, Sync, or timm's `BatchNormAct2d`.
         fraction: Share of the layers to put on batch statistics, in [0, 1], rounded to the nearest layer. The others
             keep the mode they have (Table 3 of the paper). A larger fraction contains a smaller one.
         seed: Seed of the order in which layers are taken.
+        weight: Weight of the batch, in [0, 1], against what a layer stores: 0 is evaluation mode. A layer that stores
+            nothing has the batch alone.
 
     Raises:
-        ValueError: `model` has no BatchNorm layer, or `fraction` is out of range.
+        ValueError: `model` has no BatchNorm layer, or `fraction` or `weight` is out of range.
     """
 
-    def __init__(self, model: nn.Module, fraction: float = 1.0, seed: int = 0):
-        if not 0.0 <= fraction <= 1.0:
-            raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+    def __init__(self, model: nn.Module, fraction: float = 1.0, seed: int = 0, *, weight: float = 1.0):
+        for name, value in (("fraction", fraction), ("weight", weight)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be between 0 and 1, got {value}.")
         layers = find_batch_norm(model)
         chosen = random.Random(seed).sample(list(layers), k=len(layers))[: round(fraction * len(layers))]
         self.layer_names = [name for name in layers if name in set(chosen)]
         self._layers = [layers[name] for name in self.layer_names]
+        self._mixed = [_MixedForward(layer, weight) if weight < 1 else None for layer in self._layers]
         self._held: list[list[_Held]] = []
 
     def __enter__(self) -> "batch_statistics":
-        self._held.append([_Held(layer) for layer in self._layers])
+        self._held.append([_Held(*pair) for pair in zip(self._layers, self._mixed, strict=True)])
         return self
 
     def __exit__(self, *exception) -> None:
@@ -81,15 +90,22 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
 
 
 class _Held:
-    """A layer on the statistics of the batch, whose `train` it takes the place of, until it is released."""
+    """A layer on the statistics of a context, whose `train` it takes the place of, until it is released."""
 
-    def __init__(self, layer: _BatchNorm):
+    def __init__(self, layer: _BatchNorm, mixed: "_MixedForward | None"):
         self._layer = layer
         self._outer: _Held | None = layer.__dict__.get("train")
         self._before = layer.training, layer.track_running_stats
+        self._forward = layer.__dict__.get("forward")
         # Set as attributes: `layer.train()` would also switch on the drop-out inside timm's BatchNormAct2d.
         # Without `track_running_stats` torch passes no buffer to the kernel, so none can change.
-        layer.training, layer.track_running_stats, layer.train = True, False, self  # type: ignore[method-assign]
+        layer.training = layer.running_mean is None or not mixed
+        layer.track_running_stats = not layer.training
+        layer.train = self  # type: ignore[method-assign]
+        forward = self._forward.inner if isinstance(self._forward, _MixedForward) else self._forward
+        if mixed and not layer.training:
+            mixed.inner, forward = forward, mixed
+        _set_forward(layer, forward)
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
         """Keep the mode for later, and set that of what is inside the layer."""
@@ -103,26 +119,67 @@ class _Held:
 
     def release(self) -> None:
         self._layer.training, self._layer.track_running_stats = self._before
+        _set_forward(self._layer, self._forward)
         if self._outer:
             self._layer.train = self._outer  # type: ignore[method-assign]
         else:
             del self._layer.train
 
 
-def check_uses_the_batch(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+class _MixedForward:
+    """The forward pass of a layer in evaluation mode, with mixed moments in place of the stored ones.
+
+    It takes the place of the layer's `forward`, rather than being a hook, which compiled models would not notice.
+    """
+
+    def __init__(self, layer: _BatchNorm, weight: float):
+        self._layer, self._weight = layer, weight
+        self.inner: Callable | None = None  # where the layer has a `forward` of its own
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Change the input so that the layer, which normalises by what it stores, normalises it by mixed moments."""
+        layer: Any = self._layer
+        stored_mean, stored_variance = layer.running_mean.float(), layer.running_var.float()
+        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
+        mean, variance = stored_mean.lerp(mean, self._weight), stored_variance.lerp(variance, self._weight)
+        scale = ((stored_variance + layer.eps) / (variance + layer.eps)).sqrt()
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        x = torch.addcmul((stored_mean - mean * scale).view(shape), x.float(), scale.view(shape)).to(x.dtype)
+        return self.inner(x) if self.inner else type(layer).forward(layer, x)
+
+
+def _set_forward(layer: nn.Module, forward: Callable | None) -> None:
+    layer.__dict__.pop("forward", None)
+    if forward:
+        layer.forward = forward
+
+
+def statistics_of_batch(model: nn.Module, **kwargs) -> AbstractContextManager:
+    """Return the context of [`batch_statistics`], or one that does nothing for a model without such layers."""
+    return batch_statistics(model, **kwargs) if has_batch_norm(model) else nullcontext()
+
+
+def check_leaves_stored_statistics(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Check that under [`batch_statistics`] no normalisation of a forward pass uses or changes stored statistics.
 
+    A model that stores none, such as one with LayerNorm or GroupNorm, passes.
+
     Raises:
-        ValueError: It does, as traced networks do, or has no layer that [`find_batch_norm`] finds.
+        ValueError: It does, as traced networks do, and such with frozen BatchNorm alone.
     """
-    find_batch_norm(model)
-    with batch_statistics(model), _CountBatchNorm() as calls:
+    advice = "or set teacher_statistics=0 to use it as it is, which teaches less."
+    if not has_batch_norm(model) and any("frozenbatchnorm" in type(m).__name__.lower() for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has frozen BatchNorm alone, which cannot use batch statistics: replace it by "
+            f"nn.BatchNorm2d, {advice}"
+        )
+    with statistics_of_batch(model), _CountBatchNorm() as calls:
         answer_to_blanks(model, input_size, "teacher")
     if calls.on_stored_statistics:
         raise ValueError(
             f"{type(model).__name__} cannot use batch statistics throughout: {calls.on_stored_statistics} of "
             f"{calls.total} normalisations use stored ones whatever its BatchNorm layers are set to, as in a traced "
-            "network. Give the network that it was made of."
+            f"network. Give the network that it was made of, {advice}"
         )
 
 

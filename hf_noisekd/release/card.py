@@ -248,15 +248,13 @@ def _number_of_images(on: ImagesFacts) -> str:
 
 def _facts(record: Record, made: Provenance) -> list[str]:
     """Return how the student was made, a line each; what is not known has no line."""
-    fraction = made.teacher_batch_norm_fraction
-    layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
     teacher = made.teacher.architecture
     if hub_id := made.teacher.id:
         revision = f", revision `{made.teacher.revision}`" if made.teacher.revision else ""
         teacher += f" ({_link(hub_id)}{revision})"
     elif made.teacher.sha256:
         teacher += f" (SHA-256 of its weights `{made.teacher.sha256[:16]}`)"
-    lines = [f"Teacher: {teacher}, with {layers} on the statistics of the batch at hand."]
+    lines = [f"Teacher: {teacher}, {_way_of_asking(made)}."]
     if made.start:
         lines.append(f"Start: the teacher, cut down; {made.start}.")
     if noise := made.noise:
@@ -303,6 +301,17 @@ def _facts(record: Record, made: Provenance) -> list[str]:
         "Versions: " + ", ".join(f"{markdown_text(name)} {number}" for name, number in made.versions.items()) + "."
     )
     return lines
+
+
+def _way_of_asking(made: Provenance) -> str:
+    """Return by which statistics the teacher answered in training."""
+    fraction, weight = made.teacher_batch_norm_fraction, made.teacher_statistics
+    if not weight * fraction:
+        return "as it is, in evaluation mode"
+    layers = "all its BatchNorm layers" if fraction == 1 else f"{fraction:.0%} of its BatchNorm layers"
+    if weight == 1:
+        return f"with {layers} on the statistics of the batch at hand"
+    return f"with {layers} on statistics that are {weight:.0%} those of the batch at hand and else the stored ones"
 
 
 def _draw_figures(record: Record, runs: Sequence[Record], folder: Path) -> dict[str, str]:

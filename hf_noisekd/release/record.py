@@ -124,6 +124,7 @@ class Provenance:
     method: str
     batch_norm: str  # the statistics to read it with, "batch" or "running"; see `better_statistics`
     teacher_batch_norm_fraction: float
+    teacher_statistics: float = 1.0  # weight of the batch against stored statistics; 0 for a teacher without BatchNorm
     loss_type: str
     temperature: float
     learning_rate: float | None = None
@@ -234,20 +235,22 @@ class Record:
         return replace(self, evaluations=[*others, evaluation])
 
 
-def better_statistics(evaluations: Sequence[Evaluation], *, taught_by_noise: bool) -> str:
+def better_statistics(evaluations: Sequence[Evaluation], *, taught_on_batch: bool) -> str:
     """Return the BatchNorm statistics that a student's card says to read it with, `"batch"` or `"running"`.
 
     Those with which it is better on labelled images, running statistics having the benefit of one percentage point.
-    Where there are none, those of the batch if noise taught it, since its running statistics are those of noise.
+    Where there are none, those that its teacher answered noise by: a teacher that is asked as it is teaches the student
+    what to make of an image, whatever others are in the batch.
 
     Args:
         evaluations: How good it is now; the last one with an accuracy counts.
-        taught_by_noise: Whether its training data were noise, at least in part.
+        taught_on_batch: Whether its training data were noise, at least in part, and its teacher normalised that by the
+            statistics of the batch.
     """
     leads = [entry.batch["accuracy"] - entry.running["accuracy"] for entry in evaluations if "accuracy" in entry.batch]
     if leads:
         return "batch" if leads[-1] > 1 else "running"
-    return "batch" if taught_by_noise else "running"
+    return "batch" if taught_on_batch else "running"
 
 
 def current_evaluations(made: Sequence[tuple[Evaluation, bool]], step: int) -> list[Evaluation]:

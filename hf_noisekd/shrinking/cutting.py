@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
@@ -16,7 +17,7 @@ from hf_noisekd.models.shrunk import build_cut, shapes_of, timm_model_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.release.record import StartFacts
 from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_importance, least_important, num_inputs
-from hf_noisekd.shrinking.ranking import answer_change, log_probs, order_of_removal, statistics_of_batch
+from hf_noisekd.shrinking.ranking import answer_change, log_probs, order_of_removal
 
 MAX_DEPTHS = 8  # numbers of blocks to leave out that are tried, beside none
 # A network that lost blocks alone stores statistics that nearly hold, and is taken even if it is so many times worse.

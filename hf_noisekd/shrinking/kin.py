@@ -6,11 +6,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.blocks import removable_blocks, remove_blocks, stages_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.release.record import StartFacts
 from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
-from hf_noisekd.shrinking.ranking import order_of_removal, statistics_of_batch
+from hf_noisekd.shrinking.ranking import order_of_removal
 
 # Of the tensors of both, those that must correspond; else the two are no kin, and the student begins at random.
 MIN_SHARE = 0.8

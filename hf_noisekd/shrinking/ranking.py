@@ -8,12 +8,11 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
+from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.blocks import Place, remove_blocks
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 
@@ -79,8 +78,3 @@ def log_probs(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
     with evaluation_mode(model), statistics_of_batch(model):
         logits = [compute_logits(model, to_device_of(model, batch)).float().cpu() for batch in images]
     return torch.cat(logits).log_softmax(-1)
-
-
-def statistics_of_batch(model: nn.Module) -> AbstractContextManager:
-    """Return the context of [`batch_statistics`], or one that does nothing for a model without such layers."""
-    return batch_statistics(model) if has_batch_norm(model) else nullcontext()

@@ -6,12 +6,12 @@ that again.
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.images import CalibrationImages, calibration_images
+from hf_noisekd.calibration.images import CalibrationImages, calibration_images, noise_images
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.release.record import Evaluation
@@ -50,14 +50,18 @@ def end_without_data(
     and becomes what agrees with the teacher on held-out images the most often. Images that are not good enough for
     statistics are good enough to compare on; the trained student is then read by the statistics of the batch.
 
+    For a teacher that stores no statistics there are no such images, and the two are compared on noise.
+
     If the images are not good enough, or anything fails or is interrupted, there is a warning, and a student that began
     at random does not change; a trained student must not be lost to what comes after. The result is None then.
     """
     trained = _copy(student)
     try:
-        images = calibration_images(
-            teacher.model, num_images, input_size=teacher.input_size, seed=seed, show_progress=show_progress
-        )
+        common: Any = {"input_size": teacher.input_size, "seed": seed}
+        if stored_statistics(teacher.model):
+            images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
+        else:
+            images = noise_images(teacher.model, num_images, **common)
         if start is None:
             recalibrate_batch_norm(student, images)
             return Ending(_agreement(student, teacher, images, step), images)

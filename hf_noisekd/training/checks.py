@@ -148,10 +148,19 @@ def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:
             )
 
 
-def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig) -> None:
-    """Check that noise of the user's own is what the arguments say, where they say something."""
+def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig, teacher: Teacher) -> None:
+    """Check that noise of the user's own is what the arguments say, where they say something.
+
+    White noise is warned of where the teacher does not answer it by the statistics of the batch.
+    """
     if not isinstance(dataset, NoiseDataset):
         return
+    if not teacher.uses_batch and noise_name(dataset.distribution) == "white":
+        logger.warning(
+            "White noise tells a student little about %s, which does not normalise it by the statistics of the batch: "
+            "use structured noise.",
+            type(teacher.model).__name__,
+        )
     said: dict[str, tuple] = {"per_device_train_batch_size": (args.per_device_train_batch_size, dataset.batch_size)}
     if args.noise != NoiseKDConfig.noise:
         said["noise"] = (noise_name(parse_noise(args.noise)), noise_name(dataset.distribution))

@@ -214,6 +214,12 @@ class NoiseKDConfig(ClassifierConfig):
         "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
         "noise and a student that begins at random, and else full size.",
     )
+    teacher_statistics: float | None = HfArg(
+        default=None,
+        help="What the teacher's BatchNorm layers normalise noise by, in [0, 1]: 1 is the batch at hand, as in the "
+        "paper, 0 what they store of its training images, and between are moments mixed of both. Default: 1. A "
+        "teacher without BatchNorm answers as it is.",
+    )
     batch_norm_fraction: float = HfArg(
         default=1.0,
         help="Share of the teacher's BatchNorm layers that normalise by the batch at hand, in [0, 1]. 0 is the "
@@ -259,6 +265,8 @@ class NoiseKDConfig(ClassifierConfig):
             raise ValueError(f"temperature is {self.temperature}: use a number above 0; the paper uses 1.")
         if not 0 <= self.batch_norm_fraction <= 1:
             raise ValueError(f"batch_norm_fraction is {self.batch_norm_fraction}: use a share between 0 and 1.")
+        if self.teacher_statistics is not None and not 0 <= self.teacher_statistics <= 1:
+            raise ValueError(f"teacher_statistics is {self.teacher_statistics}: use a weight between 0 and 1.")
         if not isinstance(self.noise, str):
             raise ValueError(
                 f"noise is {self.noise!r}: use a name, which a function of your own gets by register_noise, or give it "

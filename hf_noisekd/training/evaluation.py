@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import DrawnDataset, FullBatchSampler, check_labels, collate_images
-from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
+from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 from hf_noisekd.release.record import STATISTICS
 from hf_noisekd.training.teacher import Teacher
@@ -77,7 +77,7 @@ def evaluate_loader(
 
     `teacher_answers` goes from pixels to the teacher's logits; `reduce` sums a tensor over all processes.
     """
-    contexts = (nullcontext(), batch_statistics(model) if has_batch_norm(model) else nullcontext())  # as STATISTICS
+    contexts = nullcontext(), statistics_of_batch(model)  # as STATISTICS
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):

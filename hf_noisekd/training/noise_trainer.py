@@ -13,7 +13,7 @@ from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
 from hf_noisekd.calibration.images import CalibrationImages
-from hf_noisekd.models.batch_norm import check_uses_the_batch, stored_statistics
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_teacher
@@ -51,8 +51,9 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
-    on the statistics of that batch, and trains the student on the answers. The teacher, in the attribute `teacher`,
-    never changes, and is neither wrapped for distributed training nor saved.
+    on the statistics of that batch, and trains the student on the answers. A teacher without BatchNorm answers as it
+    is. The teacher, in the attribute `teacher`, never changes, and is neither wrapped for distributed training nor
+    saved.
 
     Training logs `loss`, `agreement` (share of equal top-1 answers in percent) and `class_balance`, the entropy of the
     teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0
@@ -60,14 +61,15 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
 
     A training on noise alone ends with running statistics that are re-estimated on images made without data, the
     attribute `calibration_images`, so that the student answers single images in evaluation mode. Where such images are
-    not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None.
+    not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None. So it
+    is, without a warning, where the teacher has no BatchNorm: the student reads images by the statistics of the noise.
 
     Args:
         model: The student: a module from pixels to logits, a transformers image classifier, a timm name, or a Hub id or
             folder to train further. What is named by timm is built with the teacher's classes and input size, and
             begins with its weights as far as its layers correspond. None cuts the teacher itself to `args.keep`, or
             another limit there.
-        teacher_model: The teacher, likewise; a timm name loads its pretrained weights. Needs BatchNorm layers.
+        teacher_model: The teacher, likewise; a timm name loads its pretrained weights.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
         train_dataset: What the teacher answers in training. Default: the noise that `args` name, in the teacher's
@@ -108,13 +110,20 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         args = NoiseKDConfig() if args is None else args
         teacher_model = load_teacher(teacher_model)
         size = training_input_size(args, teacher_model, train_dataset, data_collator)
-        teacher = Teacher(teacher_model, input_size=size, batch_norm_fraction=args.batch_norm_fraction, seed=args.seed)
-        check_uses_the_batch(teacher_model, teacher.input_size)
+        teacher = Teacher(
+            teacher_model,
+            input_size=size,
+            statistics=args.teacher_statistics,
+            batch_norm_fraction=args.batch_norm_fraction,
+            seed=args.seed,
+        )
+        if args.teacher_statistics != 0:
+            check_leaves_stored_statistics(teacher_model, teacher.input_size)
         set_seed(args.seed)  # before a student given by name gets its random weights
         model, self.start = start_student(model, teacher, args)
         args = with_defaults_of(self.start, args, train_dataset)
         train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
-        check_train_noise(train_dataset, args)
+        check_train_noise(train_dataset, args, teacher)
         check_last_batch(train_dataset, args)
         check_batch_norm_is_local(teacher_model, args.world_size)
         check_models(model, teacher, explicit_size=args.input_size is not None)
@@ -174,8 +183,12 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         return output
 
     def _end(self) -> None:
-        """Leave a student that noise alone taught as [`end_without_data`] does, if all processes can."""
-        could = stored_statistics(self.model) or self.start
+        """Leave a student that noise alone taught as [`end_without_data`] does, if all processes can.
+
+        One that began at random and whose teacher stores no statistics has the best that can be had already: those of
+        the noise, to which its teacher answered as it does to images.
+        """
+        could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
         if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
             return
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}

@@ -39,11 +39,12 @@ def describe_training(
         if real_images := getattr(dataset, "real_images", None):
             method += " and real images"
             images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
-    better = better_statistics(evaluations, taught_by_noise=noise is not None)
+    better = better_statistics(evaluations, taught_on_batch=noise is not None and teacher.uses_batch)
     return Provenance(
         method=method,
         batch_norm=better if has_batch_norm(model) else "running",
         teacher_batch_norm_fraction=args.batch_norm_fraction,
+        teacher_statistics=teacher.statistics,
         loss_type=args.loss_type,
         temperature=args.temperature,
         learning_rate=args.learning_rate,

@@ -1,13 +1,14 @@
 """The teacher: how it is asked, and by which BatchNorm statistics it answers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm
+from hf_noisekd.models.batch_norm import has_batch_norm, statistics_of_batch
 from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size, teacher_identity
 
 
@@ -15,9 +16,25 @@ class Teacher:
     """A trained classifier that is asked, and never changed.
 
     Noise, and whatever takes the place of noise in training, it answers with BatchNorm layers on the statistics of the
-    batch (Raikwar & Mishra 2022, Algorithm 1): with a share of them, chosen by the seed; see [`batch_statistics`].
-    Images that a student is measured on it answers as it is deployed, with running statistics. Whoever asks it sees to
-    its device and its evaluation mode; see [`Teacher.settle`].
+    batch (Raikwar & Mishra 2022, Algorithm 1), or partly so: with a share of the layers, chosen by the seed, and with
+    moments mixed of those of the batch and the stored ones; see [`batch_statistics`]. A teacher without BatchNorm
+    answers noise as it is. Images that a student is measured on it answers as it is deployed, with running statistics.
+    Whoever asks it sees to its device and its evaluation mode; see [`Teacher.settle`].
+
+    Args:
+        model: The classifier.
+        input_size: `(channels, height, width)` of the training batches. Default: what the model declares.
+        statistics: Weight of the batch's moments, in [0, 1]: 0 are running statistics. Default: 1, where the model has
+            BatchNorm layers.
+        batch_norm_fraction: Share of its BatchNorm layers for which that holds.
+        seed: Seed of their choice.
+
+    Attributes:
+        statistics: That weight; 0 for a model without BatchNorm.
+        batch_norm_fraction: That share.
+
+    Raises:
+        ValueError: The model has no BatchNorm layers to choose statistics of, or a number is out of range.
     """
 
     def __init__(
@@ -25,12 +42,20 @@ class Teacher:
         model: nn.Module,
         *,
         input_size: tuple[int, int, int] | None = None,
+        statistics: float | None = None,
         batch_norm_fraction: float = 1.0,
         seed: int = 0,
     ):
+        if not has_batch_norm(model) and (statistics or 0 < batch_norm_fraction < 1):
+            raise ValueError(
+                f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to choose: leave "
+                "teacher_statistics and batch_norm_fraction out."
+            )
         self.model = model
         self._input_size = input_size
-        self._statistics = batch_statistics(model, batch_norm_fraction, seed) if has_batch_norm(model) else None
+        self.statistics = float(has_batch_norm(model)) if statistics is None else statistics
+        self.batch_norm_fraction = batch_norm_fraction
+        self._context = statistics_of_batch(model, fraction=batch_norm_fraction, seed=seed, weight=self.statistics)
         self._forward: nn.Module | Callable = model
 
     def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
@@ -50,10 +75,13 @@ class Teacher:
 
     @torch.no_grad()
     def _answer(self, forward: nn.Module | Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
-        if not noise:
+        with self._context if noise else nullcontext():
             return compute_logits(forward, pixel_values).float()
-        with self._statistics or batch_statistics(self.model):
-            return compute_logits(forward, pixel_values).float()
+
+    @property
+    def uses_batch(self) -> bool:
+        """Whether its answers to noise hang on the statistics of the batch."""
+        return self.statistics * self.batch_norm_fraction > 0
 
     @property
     def input_size(self) -> tuple[int, int, int]:

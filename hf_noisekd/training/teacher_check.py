@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import check_uses_the_batch, find_batch_norm
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm, has_batch_norm
 from hf_noisekd.models.classifier import (
     answer_to_blanks,
     architecture_of,
@@ -32,11 +32,11 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     """
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     num_classes = answer_to_blanks(model, noise.input_size, "model").shape[-1]
+    layers, obstacle = find_batch_norm(model) if has_batch_norm(model) else {}, ""
     try:
-        check_uses_the_batch(model, noise.input_size)
-        layers, obstacle = find_batch_norm(model), ""
+        check_leaves_stored_statistics(model, noise.input_size)
     except ValueError as error:
-        layers, obstacle = {}, str(error)
+        obstacle = str(error)
     if num_classes < 2:
         obstacle = "it has one class, and nothing to tell about it."
     answers = {}
@@ -59,7 +59,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         "noise_images": NUM_BATCHES * batch_size,
         "answers": answers,
         "can_teach": not obstacle,
-        "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers["batch"], num_classes),
+        "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers, num_classes),
     }
 
 
@@ -99,12 +99,11 @@ def describe_answers(probs: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _verdict(answers: Mapping[str, float], num_classes: int) -> str:
-    """Return what to say of a teacher that answers noise under batch statistics with `answers`."""
-    verdict = (
-        "can be a teacher: with batch statistics it answers noise with "
-        f"{answers['classes_answered']:,} of its {num_classes:,} classes."
-    )
+def _verdict(answers_by: Mapping[str, Mapping[str, float]], num_classes: int) -> str:
+    """Return what to say of a teacher that answers noise with `answers_by` kind of statistics."""
+    way = "with batch statistics it answers" if "batch" in answers_by else "it has no BatchNorm, and as it is answers"
+    answers = answers_by.get("batch") or answers_by["running"]
+    verdict = f"can be a teacher: {way} noise with {answers['classes_answered']:,} of its {num_classes:,} classes."
     # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet
     # 1.00 and 0.91.
     if answers["class_balance"] < 0.5:
