@@ -12,10 +12,8 @@ import math
 
 import timm
 import torch
-from harness.datasets import ImageDataset, channel_statistics
+from harness.datasets import digit_datasets
 from harness.results import Results, recipe_parser
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.release.figures import plot_curves
@@ -83,25 +81,6 @@ def main() -> None:
     results.print_table()
     if options.push_to:
         trainer.push_to_hub()
-
-
-def digit_datasets() -> tuple[ImageDataset, ImageDataset]:
-    """Return three quarters of the digits to train on, shifted by up to a pixel, and the rest to test on."""
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().mul(255 / 16).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(digits.target).long()
-    train, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
-    mean, std = channel_statistics(images[train])
-    shared = {
-        "name": "scikit-learn digits",
-        "mean": mean,
-        "std": std,
-        "label_names": [str(digit) for digit in range(10)],
-    }
-    return (
-        ImageDataset(images[train], labels[train], crop_padding=1, **shared),
-        ImageDataset(images[test], labels[test], **shared),
-    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset
 
@@ -21,6 +23,8 @@ from hf_noisekd.images import (
     read_labels,
     short_name,
 )
+
+DIGITS = "scikit-learn digits"
 
 
 class ImageDataset(Dataset):
@@ -126,7 +130,8 @@ def load_image_datasets(
 
     Args:
         name: Id on the Hugging Face Hub (`uoft-cs/cifar10`) or a local folder that `datasets.load_dataset` reads. The
-            test images are those of its split `test`, or where there is none `validation`.
+            test images are those of its split `test`, or where there is none `validation`. [`DIGITS`] are those of
+            [`digit_datasets`].
         config: Configuration of a data set that has several, such as `cropped_digits` of SVHN.
         image_column: Name of the column of images. Default: the only one of type `Image`.
         label_column: Name of the column of classes. Default: the only one of type `ClassLabel`.
@@ -137,6 +142,8 @@ def load_image_datasets(
         ValueError: There is no such data set, split or column, or an image cannot be read, is of another size than the
             first or has no label; the message names what was found.
     """
+    if name == DIGITS:
+        return digit_datasets()
     images, labels = {}, {}
     for split, dataset in _train_and_test(name, config).items():
         described = f"the {split} split of {name}"
@@ -148,6 +155,25 @@ def load_image_datasets(
     return (
         ImageDataset(images["train"], torch.tensor(labels["train"]), crop_padding=crop_padding, flip=flip, **shared),
         ImageDataset(images["test"], torch.tensor(labels["test"]), **shared),
+    )
+
+
+def digit_datasets() -> tuple[ImageDataset, ImageDataset]:
+    """Return three quarters of the digits to train on, shifted by up to a pixel, and the rest to test on."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().mul(255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(digits.target).long()
+    train, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=0)
+    mean, std = channel_statistics(images[train])
+    shared = {
+        "name": DIGITS,
+        "mean": mean,
+        "std": std,
+        "label_names": [str(digit) for digit in range(10)],
+    }
+    return (
+        ImageDataset(images[train], labels[train], crop_padding=1, **shared),
+        ImageDataset(images[test], labels[test], **shared),
     )
 
 

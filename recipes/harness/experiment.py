@@ -78,8 +78,9 @@ class Experiment:
     """The data, the teacher and the runs of a recipe.
 
     A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; the timm names `teacher`
-    and `students`, and `model_args` for those of this package, as far as they take them; `supervised` and
-    `distillation`, training arguments that differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any
+    and `students`, and `model_args` for those of this package, as far as they take them; where needed `teacher_args`,
+    what timm is to build the teacher with in place of those; `supervised` and `distillation`, training arguments that
+    differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any
     size it has `photos`, and where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained,
     and `pretrained`, whether that starts from timm's weights.
 
@@ -146,22 +147,29 @@ class Experiment:
                     f"{self.options.teacher or self._folder('teacher')}. Give that one, or another --output-dir."
                 )
 
-    def build(self, architecture: str, **kwargs) -> nn.Module:
+    def build(self, architecture: str, own_args: Mapping | None = None, **kwargs) -> nn.Module:
         """Build a classifier of the data set's classes and image size, with random weights of the recipe's seed.
 
         Args:
             architecture: timm's name.
+            own_args: What it is built with, and saved with, in place of the preset's `model_args`.
             **kwargs: Anything else that `timm.create_model` takes.
         """
         torch.manual_seed(self.options.seed)
         cfg = self.train_dataset.pretrained_cfg
         model_args = self.preset.get("model_args", {})
-        if architecture.startswith("resnet") and architecture.endswith("_cifar"):
+        if own_args:
+            kwargs |= own_args
+        elif architecture.startswith("resnet") and architecture.endswith("_cifar"):
             kwargs |= model_args
         elif architecture == "mobilenetv2_cifar":
             kwargs |= {key: value for key, value in model_args.items() if key == "stem_stride"}
         overlay = {key: value for key, value in cfg.items() if key != "num_classes" or not kwargs.get("pretrained")}
-        return timm.create_model(architecture, num_classes=cfg["num_classes"], pretrained_cfg_overlay=overlay, **kwargs)
+        kwargs |= {"num_classes": cfg["num_classes"], "in_chans": cfg["input_size"][0]}
+        model = timm.create_model(architecture, pretrained_cfg_overlay=overlay, **kwargs)
+        if own_args:
+            model.model_args = dict(own_args)
+        return model
 
     def prepare_teacher(self) -> nn.Module:
         """Train the teacher and save it, or evaluate the one that was given; return it.
@@ -175,7 +183,8 @@ class Experiment:
         elif self.teacher is not None:
             self.results.add("teacher", self.teacher, self.test_dataset, **self._loading())
         else:
-            model = self.build(self.preset["teacher"], pretrained=self.preset.get("pretrained", False))
+            pretrained = self.preset.get("pretrained", False)
+            model = self.build(self.preset["teacher"], self.preset.get("teacher_args"), pretrained=pretrained)
             self.teacher = self.train_supervised("teacher", model).model
         return self.teacher
 

@@ -1,0 +1,100 @@
+"""Whether a teacher's answers tell, without data, which noise and which statistics will teach best.
+
+    python recipes/choice.py --teacher runs/cifar10/teacher     # a ResNet-18
+    python recipes/choice.py --preset cpu-convnext
+    python recipes/choice.py --preset cpu-groupnorm
+    python recipes/choice.py --preset digits                    # gray images
+    python recipes/choice.py --preset digits-groupnorm
+
+Beyond the paper. The information of answers is the mutual information of image and class, relative to its maximum: the
+class balance less the flatness, of two batches, which takes seconds. A student is taught for 500 steps in each setting.
+It is read in evaluation mode as it is, and with running statistics of real images; the better of the two counts. The
+rank correlation (Spearman's) of information and accuracy says whether the first foretells the second.
+"""
+
+from typing import Any
+
+from harness.datasets import DIGITS
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import CIFAR10, DISTILL_DEFAULTS
+from scipy.stats import spearmanr
+
+from hf_noisekd import NoiseKDTrainer
+from hf_noisekd.models.batch_norm import has_batch_norm
+from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
+
+REAL_IMAGES = 2560
+STUDENT = {"student": "resnet10_cifar", "init_student": "random"}
+STEPS = {"max_steps": 500, "per_device_train_batch_size": 128, "resolutions": "1", "num_calibration_images": 0}
+ON_BATCH = {
+    "dead leaves": {},
+    "dead leaves, statistics mixed, 0.5": {"teacher_statistics": 0.5},
+    "dead leaves, statistics mixed, 0.1": {"teacher_statistics": 0.1},
+    "dead leaves, running statistics": {"teacher_statistics": 0.0},
+    "fractals": {"noise": "fractal"},
+    "white noise": {"noise": "white"},
+}
+AS_IT_IS = {
+    "dead leaves": {},
+    "dead leaves of half the contrast": {"noise_std": 0.5},
+    "dead leaves of twice the contrast": {"noise_std": 2.0},
+    "fractals": {"noise": "fractal"},
+    "Gaussian fields": {"noise": "spectrum"},
+    "white noise": {"noise": "white"},
+}
+OBJECTS: dict[str, Any] = CIFAR10["cpu"] | {"student_args": {"width": 16, "stem_stride": 2}}
+GRAY: dict[str, Any] = CIFAR10["cpu"] | {
+    "dataset": DIGITS,
+    "teacher": "resnet10_cifar",
+    "teacher_args": {"width": 32},
+    "student_args": {"width": 16},
+    "supervised": {"num_train_epochs": 60},
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu": OBJECTS,
+    "cpu-wrn": OBJECTS | {"teacher": "wide_resnet16_2_cifar"},
+    "cpu-convnext": OBJECTS | {"teacher": "convnext_atto", "teacher_args": {"patch_size": 2}},
+    "cpu-groupnorm": OBJECTS | {"teacher_args": {"width": 32, "stem_stride": 2, "norm_groups": 8}},
+    "digits": GRAY,
+    "digits-groupnorm": GRAY | {"teacher_args": {"width": 32, "norm_groups": 8}},
+}
+
+
+def main() -> None:
+    """Teach a student in each setting, and print the table."""
+    options = experiment_parser(__doc__, "choice", PRESETS).parse_args()
+    experiment = Experiment("choice", options, PRESETS[options.preset])
+    teacher = experiment.prepare_teacher()
+    rows: list[dict] = []
+    for name, setting in (ON_BATCH if has_batch_norm(teacher) else AS_IT_IS).items():
+        arguments = DISTILL_DEFAULTS | STUDENT | STEPS | {"student_args": experiment.preset["student_args"]} | setting
+        trainer = experiment.distill(name, **arguments | {"eval_strategy": "no"})
+        images = experiment.real_images(REAL_IMAGES)
+        read = {
+            "as trained": experiment.results.runs[-1].evaluations[0].running["accuracy"],
+            "with statistics of real images": experiment.recalibrated_accuracy(trainer.model, images),
+        }
+        rows.append({"setting": name} | answers_of(trainer) | read | {"accuracy": max(read.values())})
+        experiment.results.measure("settings", rows)
+    told = spearmanr([row["information"] for row in rows], [row["accuracy"] for row in rows]).statistic
+    experiment.results.measure("what it tells", [{"rank correlation with accuracy": float(told)}])
+    experiment.results.print_table()
+
+
+def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
+    """Return what the teacher's answers to two batches of a training's noise tell."""
+    noise, args = trainer.train_dataset, trainer.args
+    probs = answer_noise(
+        Teacher(trainer.teacher_model, statistics=args.teacher_statistics),
+        full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
+        "batch",
+    )
+    found = describe_answers(probs)
+    return {key: found[key] for key in ("class_balance", "flatness")} | {
+        "information": found["class_balance"] - found["flatness"]
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Teachers without BatchNorm: students of their own kind and of another, taught with noise in one command.
+
+    python recipes/no_batch_norm.py                         # a ConvNeXt
+    python recipes/no_batch_norm.py --preset cpu-groupnorm  # a ResNet with GroupNorm
+
+Beyond the paper, whose method needs BatchNorm. These teachers answer structured noise as they are, in evaluation mode.
+The students learn as `noisekd distill` teaches them, without data. All are read in ordinary evaluation mode, as
+trained. For comparison those with BatchNorm are also read by the statistics of batches of the test images, and by
+running statistics re-estimated on real images.
+"""
+
+from typing import Any
+
+from harness.experiment import Experiment, experiment_parser
+from harness.presets import CIFAR10, DISTILL_DEFAULTS
+
+from hf_noisekd.models.batch_norm import has_batch_norm
+from hf_noisekd.models.classifier import count_parameters
+
+REAL_IMAGES = 2560
+RESNET10 = {"width": 32, "stem_stride": 2}
+RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 800}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu-convnext": CIFAR10["cpu"]
+    | {
+        "teacher": "convnext_atto",
+        "teacher_args": {"patch_size": 2},
+        "supervised": {"num_train_epochs": 9, "learning_rate": 2e-3, "per_device_train_batch_size": 128},
+        "runs": {
+            "ResNet-10": RESNET10_RUN,
+            "ConvNeXt of half the blocks": {
+                "student": "convnext_atto",
+                "student_args": {"patch_size": 2, "depths": [1, 1, 3, 1]},
+                "max_steps": 400,
+            },
+        },
+    },
+    "cpu-groupnorm": CIFAR10["cpu"]
+    | {
+        "teacher": "resnet18_cifar",
+        "teacher_args": RESNET10 | {"norm_groups": 8},
+        "supervised": {"num_train_epochs": 5},
+        "runs": {
+            "ResNet-10 with BatchNorm": RESNET10_RUN,
+            "ResNet-10 with GroupNorm": RESNET10_RUN
+            | {"student_args": RESNET10 | {"norm_groups": 8}, "max_steps": 400},
+        },
+    },
+}
+
+
+def main() -> None:
+    """Train the students, and print their table."""
+    options = experiment_parser(__doc__, "no_batch_norm", PRESETS).parse_args()
+    experiment = Experiment("no_batch_norm", options, PRESETS[options.preset])
+    experiment.prepare_teacher()
+    rows: list[dict] = []
+    for name, arguments in experiment.preset["runs"].items():
+        trainer = experiment.distill(name, **DISTILL_DEFAULTS | arguments | {"eval_strategy": "no"})
+        rows.append(described(experiment, name, trainer))
+        experiment.results.measure("students", rows)
+    experiment.results.print_table()
+
+
+def described(experiment: Experiment, name: str, trainer) -> dict:
+    """Return what a student is, and its test accuracies in percent."""
+    of_teacher, *_, of_student = (run.evaluations[0] for run in experiment.results.runs)
+    accuracy = of_student.running["accuracy"]
+    row = {
+        "student": name,
+        "begins": "as its teacher" if trainer.start else "at random",
+        "parameters (M)": count_parameters(trainer.model) / 1e6,
+        "steps": trainer.state.global_step,
+        "accuracy": accuracy,
+        "of its teacher's (%)": 100 * accuracy / of_teacher.running["accuracy"],
+    }
+    if has_batch_norm(trainer.model):
+        row["with batch statistics"] = of_student.batch["accuracy"]
+        images = experiment.real_images(REAL_IMAGES)
+        row[f"with statistics of {REAL_IMAGES:,} real images"] = experiment.recalibrated_accuracy(trainer.model, images)
+    return row
+
+
+if __name__ == "__main__":
+    main()
