@@ -31,7 +31,7 @@ from hf_noisekd.models.saving import save_model
 # Small members of transformers' CNNs, by the name of the kind, and the side of their images.
 SMALL = {"num_labels": 10}
 TRANSFORMERS: dict[str, tuple[dict, int]] = {
-    "Bit": ({"embedding_size": 32, "hidden_sizes": [64, 64, 64, 64], "depths": [1, 1, 1, 1]}, 64),
+    "Bit": ({"embedding_size": 16, "hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 8}, 64),
     "ConvNext": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
     "ConvNextV2": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
     "Cvt": ({"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
@@ -134,7 +134,7 @@ def teach_once(build: Callable[[], nn.Module], input_size: list[int] | None) -> 
             lost = [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, again[name])]
             if changed or lost:
                 raise ValueError(f"the teacher changed in {changed}, the student lost {lost}")
-            row["asked"] = "on the batch" if trainer.teacher.uses_batch else "as it is"
+            row["asked"] = "on the batch" if trainer.teacher.weight_of_batch else "as it is"
         except Exception as error:  # the others are to be tried all the same
             row["refused"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return row

@@ -70,6 +70,23 @@ def test_images_that_are_no_good_for_statistics_still_tell_whether_training_help
         assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
+@pytest.mark.parametrize(("weight", "worse", "keeps"), [(0.5, "new", True), (0.5, "old", False), (1.0, "new", False)])
+def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
+    digits_teacher, weight, worse, keeps, monkeypatch
+):
+    def spoil(model, images=None):
+        torch.nn.init.normal_(model.layer4[0].bn1.running_mean, std=10)
+
+    monkeypatch.setattr(calibrating, "calibration_images", few_steps)
+    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 0)
+    student = copy.deepcopy(digits_teacher)
+    spoil(student) if worse == "old" else monkeypatch.setattr(calibrating, "recalibrate_batch_norm", spoil)
+    mean = student.layer4[0].bn1.running_mean.clone()
+    ending = end(student, Teacher(digits_teacher, statistics=weight), None)
+    assert (ending.images is None) == keeps
+    assert torch.equal(student.layer4[0].bn1.running_mean, mean) == keeps
+
+
 def few_steps(*args, **kwargs):
     from hf_noisekd.calibration.images import calibration_images
 

@@ -605,7 +605,7 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     text = capsys.readouterr().out
     assert facts["verdict"] in text
     for statistics, answers in facts["answers"].items():
-        assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
+        assert re.search(rf"on {statistics} statistics +{answers['class_balance']:.3f}", text)
 
 
 def test_info_of_a_teacher_without_batch_norm_and_of_what_cannot_be_one(tmp_path, capsys):

@@ -150,6 +150,35 @@ def test_what_is_cut_of_a_family_is_read_by_three_libraries(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
+def test_teachers_without_batch_norm_and_what_their_answers_tell(cifar10, tmp_path, monkeypatch):
+    options = ("--dataset", cifar10, "--max-steps", 2, "--output-dir")
+    record = run_here("no_batch_norm", monkeypatch, *options, tmp_path / "students", "--preset", "cpu-groupnorm")
+    asked = [(run["noisekd"]["teacher_statistics"], "start" in run["noisekd"]) for run in record["runs"][1:]]
+    assert asked == [(0, False), (0, True)]
+    assert all(row["of its teacher's (%)"] > 0 for row in record["measurements"]["students"])
+    convnext = run_here("no_batch_norm", monkeypatch, *options, tmp_path / "convnext")
+    assert [run["model"]["architecture"] for run in convnext["runs"]] == [
+        "convnext_atto", "resnet10_cifar", "convnext_atto"
+    ]  # fmt: skip
+    teacher = ("--teacher", tmp_path / "students" / "teacher", "--preset", "cpu-groupnorm")
+    record = run_here("choice", monkeypatch, *options, tmp_path / "choice", *teacher)
+    settings, told = record["measurements"].values()
+    assert len(settings) == 6
+    assert all(0 <= row["information"] <= 1 for row in settings)
+    assert -1 <= told[0]["rank correlation with accuracy"] <= 1
+    record = run_here("choice", monkeypatch, *options[2:], tmp_path / "digits", "--preset", "digits")
+    assert [run["noisekd"]["teacher_statistics"] for run in record["runs"][1:]] == [1, 0.5, 0.1, 0, 1, 1]
+
+
+@pytest.mark.slow
+def test_every_kind_of_network_can_teach_whatever_its_normalisation(tmp_path, monkeypatch):
+    rows = run_here("teachers", monkeypatch, "--output-dir", tmp_path)["measurements"]["teachers"]
+    assert len(rows) > 100
+    assert not [row for row in rows if "BatchNorm" in row["refused"] or "normalisation" in row["refused"]]
+    assert {row["asked"] for row in rows if not row["refused"]} == {"on the batch", "as it is"}
+
+
+@pytest.mark.slow
 def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("partial_batch_norm", monkeypatch, *options)

@@ -200,6 +200,11 @@ def _calibration_text(trainer: "NoiseKDTrainer") -> str:
         return "It has no BatchNorm layers, and reads single images."
     if images is None and trainer.provenance().batch_norm == "running" and trainer.start:
         return "Its running statistics are its teacher's, so it answers single images."
+    if images is None and trainer.teacher.weight_of_batch < 1 and trainer.provenance().batch_norm == "running":
+        return (
+            "Its running statistics are those of the training noise, which hold for images, since its teacher answered "
+            "noise by statistics of its own, so it answers single images."
+        )
     if images is None:
         return (
             "Its running statistics are those of the training noise. Read it in batches, by their own statistics, or "

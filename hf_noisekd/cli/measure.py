@@ -39,10 +39,10 @@ def _teacher_text(facts: Mapping) -> str:
 
     names = ", ".join(facts["class_names"]) + (", ..." if len(facts["class_names"]) < facts["num_classes"] else "")
     layers = ", ".join(f"{count} {kind}" for kind, count in facts["batch_norm"].items()) or "none"
-    header = ["BatchNorm on", "class balance", "flatness", "top class (%)", "classes answered"]
+    header = ["asked", "class balance", "flatness", "top class (%)", "classes answered"]
     rows = [
         [
-            f"{statistics} statistics",
+            f"on {statistics} statistics" if facts["batch_norm"] else "as it is",
             f"{answers['class_balance']:.3f}",
             f"{answers['flatness']:.3f}",
             f"{answers['top_class_share']:.1f}",

@@ -46,9 +46,11 @@ def end_without_data(
 ) -> Ending | None:
     """Re-estimate a student's running statistics on [`calibration_images`] of its teacher.
 
-    If it began as its teacher, with the weights `start`, it is compared with that, as it was and with such statistics,
-    and becomes what agrees with the teacher on held-out images the most often. Images that are not good enough for
-    statistics are good enough to compare on; the trained student is then read by the statistics of the batch.
+    Where the teacher answered noise partly by the statistics that it stores, those of the student's training may hold
+    for images, too, and both are tried. If it began as its teacher, with the weights `start`, it is compared with that,
+    as it was and with such statistics. It becomes what agrees with the teacher on held-out images the most often.
+    Images that are not good enough for statistics are good enough to compare on; a student that was taught by the
+    statistics of the batch alone is then read by those.
 
     For a teacher that stores no statistics there are no such images, and the two are compared on noise.
 
@@ -62,10 +64,7 @@ def end_without_data(
             images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
         else:
             images = noise_images(teacher.model, num_images, **common)
-        if start is None:
-            recalibrate_batch_norm(student, images)
-            return Ending(_agreement(student, teacher, images, step), images)
-        return _best(student, teacher, images, {True: trained, False: start}, step)
+        return _best(student, teacher, images, {True: trained} | ({False: start} if start else {}), step)
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         student.load_state_dict(trained)
@@ -83,19 +82,19 @@ def _best(
     """Make of a student the best of what it was after and before its training; see [`end_without_data`]."""
     has_statistics = bool(stored_statistics(student))
     good = has_statistics and not images.problem
+    only_of_noise = has_statistics and teacher.weight_of_batch == 1  # what a trained student stores
     found: list[tuple[float, Ending, State]] = []
     for healed, state in states.items():
-        for recalibrated in [True] * good + [False] * (not (healed and good)):
+        for recalibrated in [True] * good + [False] * (not (healed and good and only_of_noise)):
             student.load_state_dict(state)
             if recalibrated:
                 recalibrate_batch_norm(student, images)
             ending = Ending(_agreement(student, teacher, images, step), images if recalibrated else None, healed)
-            # After training the statistics are of noise.
-            reading = "batch" if has_statistics and healed and not recalibrated else "running"
+            reading = "batch" if only_of_noise and healed and not recalibrated else "running"
             found.append((ending.agreement.scores(reading)["agreement"], ending, _copy(student)))
     _, ending, state = max(found, key=lambda candidate: candidate[0])
     student.load_state_dict(state)
-    if has_statistics and ending.healed and not ending.images:
+    if only_of_noise and ending.healed and not ending.images:
         logger.warning("The student keeps the running statistics of its training noise. %s", images.problem)
         return None
     if not ending.healed:

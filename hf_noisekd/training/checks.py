@@ -155,7 +155,7 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig, t
     """
     if not isinstance(dataset, NoiseDataset):
         return
-    if not teacher.uses_batch and noise_name(dataset.distribution) == "white":
+    if not teacher.weight_of_batch and noise_name(dataset.distribution) == "white":
         logger.warning(
             "White noise tells a student little about %s, which does not normalise it by the statistics of the batch: "
             "use structured noise.",

@@ -5,7 +5,7 @@ are always measured and named.
 """
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def evaluate_loader(
 
     `teacher_answers` goes from pixels to the teacher's logits; `reduce` sums a tensor over all processes.
     """
-    contexts = nullcontext(), statistics_of_batch(model)  # as STATISTICS
+    contexts: tuple[AbstractContextManager, ...] = nullcontext(), statistics_of_batch(model)  # as STATISTICS
     # Sums over images, and in the last row the images for which each metric was measured.
     totals = torch.zeros(len(STATISTICS) + 1, len(METRICS), dtype=torch.float64)
     with evaluation_mode(model):

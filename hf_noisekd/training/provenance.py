@@ -39,7 +39,7 @@ def describe_training(
         if real_images := getattr(dataset, "real_images", None):
             method += " and real images"
             images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
-    better = better_statistics(evaluations, taught_on_batch=noise is not None and teacher.uses_batch)
+    better = better_statistics(evaluations, taught_on_batch=noise is not None and teacher.weight_of_batch > 0)
     return Provenance(
         method=method,
         batch_norm=better if has_batch_norm(model) else "running",

@@ -79,9 +79,9 @@ class Teacher:
             return compute_logits(forward, pixel_values).float()
 
     @property
-    def uses_batch(self) -> bool:
-        """Whether its answers to noise hang on the statistics of the batch."""
-        return self.statistics * self.batch_norm_fraction > 0
+    def weight_of_batch(self) -> float:
+        """How much its answers to noise hang on the statistics of the batch: 0 not at all, 1 wholly."""
+        return self.statistics * self.batch_norm_fraction
 
     @property
     def input_size(self) -> tuple[int, int, int]:
