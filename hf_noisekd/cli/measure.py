@@ -21,11 +21,11 @@ def info_options(parser: CommandParser) -> None:
 def info(args: argparse.Namespace) -> int:
     if args.input_size is not None and len(args.input_size) != 3:
         args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
-    from hf_noisekd.models.classifier import declared_input_size
+    from hf_noisekd.models.preprocessing import known_input_size
     from hf_noisekd.training.teacher_check import describe_teacher
 
     model = options.load_model(args.teacher, args, checkpoint=args.teacher_checkpoint)
-    if args.input_size is None and declared_input_size(model) is None:
+    if args.input_size is None and known_input_size(model) is None:
         args.parser.error(
             f"{args.teacher} does not declare its input size: give it as --input-size CHANNELS HEIGHT WIDTH."
         )
