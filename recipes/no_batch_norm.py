@@ -19,19 +19,19 @@ from hf_noisekd.models.classifier import count_parameters
 
 REAL_IMAGES = 2560
 RESNET10 = {"width": 32, "stem_stride": 2}
-RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 800}
+RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 600}
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu-convnext": CIFAR10["cpu"]
     | {
         "teacher": "convnext_atto",
         "teacher_args": {"patch_size": 2},
-        "supervised": {"num_train_epochs": 9, "learning_rate": 2e-3, "per_device_train_batch_size": 128},
+        "supervised": {"num_train_epochs": 15, "learning_rate": 2e-3, "per_device_train_batch_size": 128},
         "runs": {
             "ResNet-10": RESNET10_RUN,
             "ConvNeXt of half the blocks": {
                 "student": "convnext_atto",
                 "student_args": {"patch_size": 2, "depths": [1, 1, 3, 1]},
-                "max_steps": 400,
+                "max_steps": 300,
             },
         },
     },
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "runs": {
             "ResNet-10 with BatchNorm": RESNET10_RUN,
             "ResNet-10 with GroupNorm": RESNET10_RUN
-            | {"student_args": RESNET10 | {"norm_groups": 8}, "max_steps": 400},
+            | {"student_args": RESNET10 | {"norm_groups": 8}, "max_steps": 300},
         },
     },
 }

@@ -39,7 +39,7 @@ RUNS = {"white": {"noise": "white"}} | {
         "learning rate 2e-2": {"learning_rate": 2e-2},
         "cosine decay": {"lr_scheduler_type": "cosine"},
         "batches of 128": {"per_device_train_batch_size": 128},
-        "teacher on running statistics": {"batch_norm_fraction": 0.0},
+        "teacher on running statistics": {"batch_norm_fraction": 0.0, "resolutions": STRUCTURED_SIZES},
     }.items()
 }
 FIRST, DEFAULT, *CHANGED = RUNS

@@ -16,7 +16,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ResNetConfig, ResNetForImageClassification
+from transformers import (
+    BitConfig,
+    BitForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
 
 import hf_noisekd
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
@@ -387,6 +394,26 @@ def test_distill_leaves_a_student_with_its_card(student, teacher):
     assert re.search(r"running statistics +\d+\.\d\d", printed)
     assert "accuracy (%)" in printed
     assert f"noisekd push --model {folder}" in printed
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (BitForImageClassification, BitConfig(embedding_size=8, hidden_sizes=[32], depths=[1], num_groups=8)),
+        (
+            ConvNextForImageClassification,
+            ConvNextConfig(num_stages=2, hidden_sizes=[8, 8], depths=[1, 1], patch_size=2),
+        ),
+    ],
+)
+def test_teachers_of_transformers_without_batch_norm(model_class, config, tmp_path, capsys):
+    save_model(model_class(config), tmp_path / "teacher")
+    command = ["distill", "--teacher", str(tmp_path / "teacher"), "--output-dir", str(tmp_path / "student")]
+    command += ["--student", "resnet10_cifar", "--student-args", "width=4", "--input-size", "3", "32", "32"]
+    command += ["--max-steps", "1", "--per-device-train-batch-size", "8", "--per-device-eval-batch-size", "8"]
+    assert main([*command, "--eval-noise-batches", "1", "--disable-tqdm"]) == 0
+    assert "hold for images" in capsys.readouterr().out
+    assert "as it is, in evaluation mode" in (tmp_path / "student" / "README.md").read_text()
 
 
 def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path, capsys):

@@ -674,6 +674,7 @@ def test_a_teacher_answers_noise_by_the_statistics_asked_for(make, options, expe
 def test_the_student_of_a_teacher_without_statistics_keeps_those_of_its_training(tmp_path, caplog):
     torch.manual_seed(0)
     trainer = NoiseKDTrainer(student(), NoBatchNorm(), config(tmp_path, num_calibration_images=8))
+    assert trainer.train_dataset.resolutions == {1: 1}
     trainer.train()
     assert trainer.model.bn1.num_batches_tracked == 6
     assert (trainer.calibration_images, trainer.provenance().batch_norm) == (None, "running")

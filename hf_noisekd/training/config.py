@@ -212,7 +212,7 @@ class NoiseKDConfig(ClassifierConfig):
         default=None,
         help="Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
         "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
-        "noise and a student that begins at random, and else full size.",
+        "noise, a student that begins at random and a teacher on the statistics of the batch, and else full size.",
     )
     teacher_statistics: float | None = HfArg(
         default=None,

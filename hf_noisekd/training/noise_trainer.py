@@ -121,7 +121,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             check_leaves_stored_statistics(teacher_model, teacher.input_size)
         set_seed(args.seed)  # before a student given by name gets its random weights
         model, self.start = start_student(model, teacher, args)
-        args = with_defaults_of(self.start, args, train_dataset)
+        args = with_defaults_of(self.start, teacher, args, train_dataset)
         train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args, teacher)
         check_last_batch(train_dataset, args)

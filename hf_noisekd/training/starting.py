@@ -19,9 +19,10 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 RANDOM_LEARNING_RATE = 1e-2
-# A cut teacher has something to lose, and knows already what small images teach.
+# A cut teacher has something to lose, and knows already what small images teach. A teacher that is not on the batch
+# knows images of full size alone: small ones have other features.
 CUT_LEARNING_RATE = 3e-3
-CUT_RESOLUTIONS = "1"
+FULL_SIZE = "1"
 
 
 class CutTeacher(NamedTuple):
@@ -69,7 +70,9 @@ def start_student(
     return student, CutTeacher(facts, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()})
 
 
-def with_defaults_of(start: CutTeacher | None, args: NoiseKDConfig, train_dataset: object) -> NoiseKDConfig:
+def with_defaults_of(
+    start: CutTeacher | None, teacher: Teacher, args: NoiseKDConfig, train_dataset: object
+) -> NoiseKDConfig:
     """Return arguments in which the learning rate and the sizes of the noise stand, by default those of such a start.
 
     A data set of the user's own, `train_dataset`, has sizes of its own.
@@ -77,6 +80,6 @@ def with_defaults_of(start: CutTeacher | None, args: NoiseKDConfig, train_datase
     args = copy.copy(args)
     if args.learning_rate is None:
         args.learning_rate = RANDOM_LEARNING_RATE if start is None else CUT_LEARNING_RATE
-    if start is not None and args.resolutions is None and train_dataset is None:
-        args.resolutions = CUT_RESOLUTIONS
+    if (start or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
+        args.resolutions = FULL_SIZE
     return args

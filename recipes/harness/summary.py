@@ -31,6 +31,14 @@ SHOWN = {
 }
 # Of `shrink.py`: the teachers of the presets that the README shows.
 SHRUNK = {"gpu": "ResNet-34", "cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
+# Of `no_batch_norm.py` and `choice.py`: the teachers by preset.
+NO_BATCH_NORM = {"cpu-convnext": "ConvNeXt", "cpu-groupnorm": "ResNet-18 with GroupNorm"}
+CHOICE = NO_BATCH_NORM | {
+    "cpu": "ResNet-18",
+    "cpu-wrn": "WRN-16-2",
+    "digits": "ResNet-10 (digits, gray)",
+    "digits-groupnorm": "ResNet-10 with GroupNorm (digits, gray)",
+}
 PRESETS = {"cpu": "ResNet-18", "cpu-long": "ResNet-18", "cpu-wrn": "WRN-16-2"}
 # Rows of the ablations that one seed is enough for.
 CLEAR_CUT = (
@@ -194,6 +202,45 @@ def _families_table(results: Path) -> str:
     return _markdown(["timm's family", "member", "multiply-adds (%)", "what was cut", "read by"], shown)
 
 
+def _no_batch_norm_table(results: Path) -> str:
+    """Students of teachers that store no statistics."""
+    rows = []
+    for path in sorted(results.glob("no_batch_norm_*.json")):
+        record = read_json(path)
+        teacher = NO_BATCH_NORM[record["preset"]]
+        accuracy = record["runs"][0]["evaluations"][0]["running"]["accuracy"]
+        for row in record["measurements"]["students"]:
+            share = row["of its teacher's (%)"]
+            numbers = [f"{row['steps']:,}", f"{row['accuracy']:.2f}", f"{share:.0f}"]
+            rows.append([f"{teacher}, {accuracy:.2f} %", row["student"], row["begins"], *numbers])
+    return _markdown(["teacher", "student", "begins", "steps", "accuracy (%)", "of the teacher's (%)"], rows)
+
+
+def _teachers_table(results: Path) -> str:
+    """How the networks of each model file can be asked, and which cannot."""
+    rows = read_json(results / "teachers_cpu.json")["measurements"]["teachers"]
+    shown = []
+    for asked in ("on the batch", "as it is"):
+        names = [f"{row['file']} ({row['member']})" for row in rows if row["asked"] == asked]
+        shown.append([f"{asked}, {len(names)}", ", ".join(names)])
+    shown += [[f"refused: {row['refused']}", f"{row['file']} ({row['member']})"] for row in rows if row["refused"]]
+    return _markdown(["asked", "networks"], shown)
+
+
+def _choice_table(results: Path) -> str:
+    """How well the information of a teacher's answers ranks settings."""
+    rows = []
+    for path in sorted(results.glob("choice_*.json")):
+        record = read_json(path)
+        teacher, settings = record["runs"][0], record["measurements"]["settings"]
+        best, foretold = (max(settings, key=lambda row: row[key]) for key in ("accuracy", "information"))
+        told = record["measurements"]["what it tells"][0]["rank correlation with accuracy"]
+        name = f"{CHOICE[record['preset']]}, {teacher['evaluations'][0]['running']['accuracy']:.1f} %"
+        cells = [f"{row['setting']}: {row['accuracy']:.1f}" for row in (foretold, best)]
+        rows.append([name, f"{told:.2f}", *cells])
+    return _markdown(["teacher", "rank correlation", "most information: accuracy", "best: accuracy"], rows)
+
+
 def _deploy_records(results: Path, preset: str) -> list[Mapping]:
     return [record for record in map(read_json, sorted(results.glob("deploy_*.json"))) if record["preset"] == preset]
 
@@ -218,6 +265,9 @@ TABLES = {
     "agreement": _agreement_table,
     "shrunk": _shrunk_table,
     "families": _families_table,
+    "no-batch-norm": _no_batch_norm_table,
+    "teachers": _teachers_table,
+    "choice": _choice_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
     "step-costs": _step_costs_table,
