@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -61,9 +61,7 @@ def main() -> None:
     results = Results("teachers", options, PRESETS[options.preset])
     warnings.filterwarnings("ignore")
     rows = []
-    for file, member, build, input_size in candidates():
-        if options.files and file not in options.files:
-            continue
+    for file, member, build, input_size in candidates(options.files):
         start = time.perf_counter()
         rows.append({"file": file, "member": member} | teach_once(build, input_size))
         rows[-1]["seconds"] = round(time.perf_counter() - start)
@@ -71,12 +69,17 @@ def main() -> None:
     results.print_table()
 
 
-def candidates() -> Iterator[tuple[str, str, Callable[[], nn.Module], list[int] | None]]:
-    """Yield the file or kind of each network, its name, how it is built, and what input size it does not say."""
+def candidates(files: Collection[str] | None) -> Iterator[tuple[str, str, Callable[[], nn.Module], list[int] | None]]:
+    """Yield the file or kind of each network, its name, how it is built, and what input size it does not say.
+
+    Args:
+        files: Those that are wanted; None for all.
+    """
     for kind, (config, side) in TRANSFORMERS.items():
-        name = f"{kind}ForImageClassification"
-        yield f"transformers {kind}", name, partial(transformers_model, kind, config), [3, side, side]
-    for file, members in smallest_members().items():
+        if files is None or kind in files:
+            name = f"{kind}ForImageClassification"
+            yield f"transformers {kind}", name, partial(transformers_model, kind, config), [3, side, side]
+    for file, members in smallest_members(files).items():
         for member in members:
             yield file, member, partial(timm.create_model, member, num_classes=10), None
 
@@ -87,19 +90,19 @@ def transformers_model(kind: str, config: dict) -> nn.Module:
     return cls(getattr(transformers, f"{kind}Config")(**SMALL | config))
 
 
-def smallest_members() -> dict[str, list[str]]:
-    """Return the smallest networks of each model file of timm: with BatchNorm, and without."""
+def smallest_members(files: Collection[str] | None) -> dict[str, list[str]]:
+    """Return the smallest networks of each model file of timm, or of `files`: with BatchNorm, and without."""
     found: dict[str, dict[bool, tuple[int, str]]] = {}
     for name in timm.list_models():
-        module = timm.models.model_entrypoint(name).__module__
-        if not module.startswith("timm."):  # this package's own
+        package, *_, file = timm.models.model_entrypoint(name).__module__.split(".")
+        if package != "timm" or file not in (files or [file]):
             continue
         try:
             with torch.device("meta"):
                 model = timm.create_model(name)
         except (RuntimeError, NotImplementedError):  # what reads its own weights cannot be built without any
             continue
-        sizes = found.setdefault(module.rpartition(".")[2], {})
+        sizes = found.setdefault(file, {})
         size = (count_parameters(model), name)
         sizes[has_batch_norm(model)] = min(size, sizes.get(has_batch_norm(model), size))
     return {file: [name for _, name in sorted(sizes.values())] for file, sizes in sorted(found.items())}
@@ -145,9 +148,9 @@ def normalisation(model: nn.Module) -> str:
     kinds = Counter(
         type(module).__name__
         for module in model.modules()
-        if "norm" in type(module).__name__.lower() and not list(module.children())
+        if "norm" in type(module).__name__.lower() and list(module.parameters(recurse=False))
     )
-    return ", ".join(kind for kind, _ in kinds.most_common())
+    return ", ".join(kind for kind, _ in kinds.most_common()) or "none"
 
 
 if __name__ == "__main__":

@@ -122,6 +122,24 @@ def test_a_card_has_the_facts(folder):
     assert sum(record.class_frequencies) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("statistics", "fraction", "said"),
+    [
+        (0.0, 1.0, ".*, as it is, in evaluation mode"),
+        (
+            0.5,
+            1.0,
+            ".* with all its BatchNorm layers on statistics that are 50% those of the batch at hand and else",
+        ),
+        (1.0, 0.5, ".* with 50% of its BatchNorm layers on the statistics of the batch at hand"),
+    ],
+)
+def test_a_card_says_how_the_teacher_was_asked(folder, tmp_path, statistics, fraction, said):
+    record = read_record(folder)
+    record.noisekd.teacher_statistics, record.noisekd.teacher_batch_norm_fraction = statistics, fraction
+    assert re.search(f"Teacher: {said}", write_model_card(record, tmp_path).read_text())
+
+
 def test_the_hubs_parser_accepts_the_card(folder):
     card = ModelCard.load(folder / "README.md", ignore_metadata_errors=False)
     data = card.data

@@ -216,17 +216,6 @@ def _no_batch_norm_table(results: Path) -> str:
     return _markdown(["teacher", "student", "begins", "steps", "accuracy (%)", "of the teacher's (%)"], rows)
 
 
-def _teachers_table(results: Path) -> str:
-    """How the networks of each model file can be asked, and which cannot."""
-    rows = read_json(results / "teachers_cpu.json")["measurements"]["teachers"]
-    shown = []
-    for asked in ("on the batch", "as it is"):
-        names = [f"{row['file']} ({row['member']})" for row in rows if row["asked"] == asked]
-        shown.append([f"{asked}, {len(names)}", ", ".join(names)])
-    shown += [[f"refused: {row['refused']}", f"{row['file']} ({row['member']})"] for row in rows if row["refused"]]
-    return _markdown(["asked", "networks"], shown)
-
-
 def _choice_table(results: Path) -> str:
     """How well the information of a teacher's answers ranks settings."""
     rows = []
@@ -266,7 +255,6 @@ TABLES = {
     "shrunk": _shrunk_table,
     "families": _families_table,
     "no-batch-norm": _no_batch_norm_table,
-    "teachers": _teachers_table,
     "choice": _choice_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
