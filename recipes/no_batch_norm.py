@@ -18,6 +18,8 @@ from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import count_parameters
 
 REAL_IMAGES = 2560
+# A student of its teacher's kind begins as that, and is compared with what it began as.
+KIN = {"init_student": "teacher", "num_calibration_images": 256}
 RESNET10 = {"width": 32, "stem_stride": 2}
 RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 600}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -56,7 +58,8 @@ def main() -> None:
     experiment.prepare_teacher()
     rows: list[dict] = []
     for name, arguments in experiment.preset["runs"].items():
-        trainer = experiment.distill(name, **DISTILL_DEFAULTS | arguments | {"eval_strategy": "no"})
+        arguments = DISTILL_DEFAULTS | KIN | arguments | {"eval_strategy": "no"}
+        trainer = experiment.distill(name, **arguments)
         rows.append(described(experiment, name, trainer))
         experiment.results.measure("students", rows)
     experiment.results.print_table()
