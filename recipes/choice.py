@@ -16,12 +16,11 @@ from typing import Any
 
 from harness.datasets import DIGITS
 from harness.experiment import Experiment, experiment_parser
-from harness.presets import CIFAR10, DISTILL_DEFAULTS
+from harness.presets import CIFAR10, DISTILL_DEFAULTS, NO_BATCH_NORM, NOISE_PAIRS
 from scipy.stats import spearmanr
 
 from hf_noisekd import NoiseKDTrainer
 from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
 
 REAL_IMAGES = 2560
@@ -43,7 +42,7 @@ AS_IT_IS = {
     "Gaussian fields": {"noise": "spectrum"},
     "white noise": {"noise": "white"},
 }
-OBJECTS: dict[str, Any] = CIFAR10["cpu"] | {"student_args": {"width": 16, "stem_stride": 2}}
+OBJECTS = {"student_args": {"width": 16, "stem_stride": 2}}
 GRAY: dict[str, Any] = CIFAR10["cpu"] | {
     "dataset": DIGITS,
     "teacher": "resnet10_cifar",
@@ -52,10 +51,7 @@ GRAY: dict[str, Any] = CIFAR10["cpu"] | {
     "supervised": {"num_train_epochs": 60},
 }
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": OBJECTS,
-    "cpu-wrn": OBJECTS | {"teacher": "wide_resnet16_2_cifar"},
-    "cpu-convnext": OBJECTS | {"teacher": "convnext_atto", "teacher_args": {"patch_size": 2}},
-    "cpu-groupnorm": OBJECTS | {"teacher_args": {"width": 32, "stem_stride": 2, "norm_groups": 8}},
+    **{name: pair | OBJECTS for name, pair in (NOISE_PAIRS | NO_BATCH_NORM).items()},
     "digits": GRAY,
     "digits-groupnorm": GRAY | {"teacher_args": {"width": 32, "norm_groups": 8}},
 }
@@ -86,7 +82,7 @@ def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
     """Return what the teacher's answers to two batches of a training's noise tell."""
     noise, args = trainer.train_dataset, trainer.args
     probs = answer_noise(
-        Teacher(trainer.teacher_model, statistics=args.teacher_statistics),
+        trainer.teacher,
         full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
         "batch",
     )

@@ -12,7 +12,7 @@ running statistics re-estimated on real images.
 from typing import Any
 
 from harness.experiment import Experiment, experiment_parser
-from harness.presets import CIFAR10, DISTILL_DEFAULTS
+from harness.presets import DISTILL_DEFAULTS, NO_BATCH_NORM
 
 from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import count_parameters
@@ -23,11 +23,8 @@ KIN = {"init_student": "teacher", "num_calibration_images": 256}
 RESNET10 = {"width": 32, "stem_stride": 2}
 RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 600}
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu-convnext": CIFAR10["cpu"]
+    "cpu-convnext": NO_BATCH_NORM["cpu-convnext"]
     | {
-        "teacher": "convnext_atto",
-        "teacher_args": {"patch_size": 2},
-        "supervised": {"num_train_epochs": 15, "learning_rate": 2e-3, "per_device_train_batch_size": 128},
         "runs": {
             "ResNet-10": RESNET10_RUN,
             "ConvNeXt of half the blocks": {
@@ -37,11 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "cpu-groupnorm": CIFAR10["cpu"]
+    "cpu-groupnorm": NO_BATCH_NORM["cpu-groupnorm"]
     | {
-        "teacher": "resnet18_cifar",
-        "teacher_args": RESNET10 | {"norm_groups": 8},
-        "supervised": {"num_train_epochs": 5},
         "runs": {
             "ResNet-10 with BatchNorm": RESNET10_RUN,
             "ResNet-10 with GroupNorm": RESNET10_RUN

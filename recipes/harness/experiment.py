@@ -80,9 +80,9 @@ class Experiment:
     A preset has `dataset`, a Hub id; where needed `dataset_config`, `label_column` and `flip`; the timm names `teacher`
     and `students`, and `model_args` for those of this package, as far as they take them; where needed `teacher_args`,
     what timm is to build the teacher with in place of those; `supervised` and `distillation`, training arguments that
-    differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any
-    size it has `photos`, and where needed `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained,
-    and `pretrained`, whether that starts from timm's weights.
+    differ from [`SUPERVISED`] and [`NoiseKDConfig.paper`]. For images of any size it has `photos`, and where needed
+    `cfg`, what differs from timm's `pretrained_cfg` of a teacher to be trained, and `pretrained`, whether that starts
+    from timm's weights.
 
     Args:
         recipe: The recipe's name.

@@ -40,6 +40,18 @@ NOISE_PAIRS = {
     "cpu-wrn": CIFAR10["cpu"] | {"teacher": "wide_resnet16_2_cifar"},
 }
 
+# Teachers without BatchNorm.
+NO_BATCH_NORM = {
+    "cpu-convnext": CIFAR10["cpu"]
+    | {
+        "teacher": "convnext_atto",
+        "teacher_args": {"patch_size": 2},
+        "supervised": {"num_train_epochs": 15, "learning_rate": 2e-3, "per_device_train_batch_size": 128},
+    },
+    "cpu-groupnorm": CIFAR10["cpu"]
+    | {"teacher_args": CIFAR10["cpu"]["model_args"] | {"norm_groups": 8}, "supervised": {"num_train_epochs": 5}},
+}
+
 # What `noisekd distill` does by itself, where it differs from the paper's setting.
 DISTILL_DEFAULTS = {
     name: NoiseKDConfig.__dataclass_fields__[name].default
