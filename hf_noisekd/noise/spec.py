@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from hf_noisekd.noise import distributions
-from hf_noisekd.noise.distributions import Distribution, Shape, uniform
+from hf_noisekd.noise.distributions import Distribution, Shape, normal, uniform
 
 Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 
@@ -46,7 +47,31 @@ def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) 
     return images * angle.cos() + _others(generator, images) * angle.sin()
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup}
+def mirror(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
+    """Make the right half the mirror image of the left one, as of things that are symmetric."""
+    half = images.shape[-1] // 2
+    symmetric = torch.cat([images[..., : images.shape[-1] - half], images[..., :half].flip(-1)], -1)
+    return torch.where(uniform(generator, (len(images), 1, 1, 1)) < probability, symmetric, images)
+
+
+def warp(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
+    """Bend by a smooth random field, of a strength of its own for each image: outlines curl, and textures lean.
+
+    The field is bicubic between 5x5 nodes, which move by N(0, s^2) of half the image's side with `s` uniform in
+    [0, 0.15]; what lies outside is the mirror image. Domain warping, as in the shaders of graphics.
+    """
+    batch, _, height, width = images.shape
+    strength = uniform(generator, (batch, 1, 1, 1), 0, 0.15)
+    strength = torch.where(uniform(generator, (batch, 1, 1, 1)) < probability, strength, 0.0)
+    nodes = strength * normal(generator, (batch, 2, 5, 5))
+    flow = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).movedim(1, -1)
+    x, y = ((torch.arange(side, device=generator.device) * 2 + 1) / side - 1 for side in (width, height))
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) + flow
+    warped = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    return torch.where(strength > 0, warped, images)  # as it was, to the bit
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "mirror": mirror, "warp": warp}
 
 
 def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:
