@@ -58,7 +58,8 @@ def warp(generator: torch.Generator, images: torch.Tensor, probability: float) -
     """Bend by a smooth random field, of a strength of its own for each image: outlines curl, and textures lean.
 
     The field is bicubic between 5x5 nodes, which move by N(0, s^2) of half the image's side with `s` uniform in
-    [0, 0.15]; what lies outside is the mirror image. Domain warping, as in the shaders of graphics.
+    [0, 0.15]; what lies outside is the mirror image. The contrast that interpolation takes of a batch is given back.
+    Domain warping, as in the shaders of graphics.
     """
     batch, _, height, width = images.shape
     strength = uniform(generator, (batch, 1, 1, 1), 0, 0.15)
@@ -67,8 +68,9 @@ def warp(generator: torch.Generator, images: torch.Tensor, probability: float) -
     flow = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).movedim(1, -1)
     x, y = ((torch.arange(side, device=generator.device) * 2 + 1) / side - 1 for side in (width, height))
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) + flow
-    warped = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    return torch.where(strength > 0, warped, images)  # as it was, to the bit
+    bent = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    bent *= (images.square().mean() / bent.square().mean().clamp(min=1e-12)).sqrt()
+    return torch.where(strength > 0, bent, images)
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "mirror": mirror, "warp": warp}
