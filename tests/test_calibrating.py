@@ -87,6 +87,24 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
     assert torch.equal(student.layer4[0].bn1.running_mean, mean) == keeps
 
 
+@pytest.mark.parametrize("batch_is_better", [True, False])
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
+    digits_teacher, weight, batch_is_better, monkeypatch, caplog
+):
+    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 101)
+    monkeypatch.setattr(calibrating, "calibration_images", few_steps)
+    student = copy.deepcopy(digits_teacher)
+    if batch_is_better:
+        torch.nn.init.normal_(student.layer4[0].bn1.running_mean, std=10)
+    before = snapshot(student)
+    ending = end(student, Teacher(digits_teacher, statistics=weight), None)
+    by_batch = weight > 0 and (batch_is_better or weight == 1)
+    assert (ending is None) == by_batch
+    assert ("keeps the running statistics of its training noise" in caplog.text) == by_batch
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
 def few_steps(*args, **kwargs):
     from hf_noisekd.calibration.images import calibration_images
 
@@ -123,3 +141,5 @@ def test_a_network_without_batch_norm_is_compared_too(digits_teacher):
             setattr(parent, name.rpartition(".")[2], torch.nn.GroupNorm(2, module.num_features))
     ending = end(student, Teacher(digits_teacher), snapshot(student))
     assert ending.healed  # the trained one, where both are the same
+    ending = end(student, Teacher(student), snapshot(student))
+    assert (ending.healed, ending.agreement.dataset) == (True, "held-out noise images")

@@ -137,7 +137,7 @@ def calibration_images(
     Raises:
         ValueError: A number is out of range, the teacher declares no input size and none was given, or it is damaged.
     """
-    num_held_out = max(2, num_images // 2) if num_held_out is None else num_held_out
+    num_held_out = default_held_out(num_images) if num_held_out is None else num_held_out
     for name, value, least in (
         ("num_images", num_images, 2),
         ("num_held_out", num_held_out, 2),
@@ -190,10 +190,14 @@ def _rounds(steps: int, max_steps: int) -> list[int]:
     return rounds
 
 
-def noise_images(teacher: nn.Module, num_images: int, *, input_size: Sequence[int], seed: int) -> CalibrationImages:
-    """Return the noise that calibration images begin as, half as many held out, to compare a student with `teacher`."""
-    start = _start(teacher, (num_images, max(2, num_images // 2)), None, input_size=input_size, seed=seed)
-    return _as_made(start, num_images, seed)
+def default_held_out(num_images: int) -> int:
+    """Return how many images are held out beside `num_images`."""
+    return max(2, num_images // 2)
+
+
+def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], seed: int) -> torch.Tensor:
+    """Return the noise that held-out calibration images begin as, to compare a student with `teacher` on."""
+    return torch.cat(_noise(teacher, number, None, held_out=True, input_size=input_size, seed=seed))
 
 
 def _start(teacher: nn.Module, numbers: tuple[int, int], batch_size: int | None, **kwargs) -> list[torch.Tensor]:

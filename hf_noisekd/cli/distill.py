@@ -195,15 +195,15 @@ def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     from hf_noisekd.models.batch_norm import has_batch_norm
     from hf_noisekd.training.calibrating import HELD_OUT
 
-    images = trainer.calibration_images
+    images, made = trainer.calibration_images, trainer.provenance()
     if not has_batch_norm(trainer.model):
         return "It has no BatchNorm layers, and reads single images."
-    if images is None and trainer.provenance().batch_norm == "running" and trainer.start:
+    if images is None and made.start and not made.start.healed:
         return "Its running statistics are its teacher's, so it answers single images."
-    if images is None and trainer.teacher.weight_of_batch < 1 and trainer.provenance().batch_norm == "running":
+    if images is None and made.batch_norm == "running":
         return (
-            "Its running statistics are those of the training noise, which hold for images, since its teacher answered "
-            "noise by statistics of its own, so it answers single images."
+            "Its running statistics are those of the training noise. They hold for images as well, as far as its "
+            "teacher answered noise by its own, so it answers single images."
         )
     if images is None:
         return (
