@@ -14,7 +14,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from hf_noisekd import batch_statistics
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm, num_frozen
 
 BOTH_2D = [(nn.BatchNorm2d, (6, 4, 3, 3)), (BatchNormAct2d, (6, 4, 3, 3))]
 
@@ -104,11 +104,23 @@ def test_a_weight_of_one_is_the_batch_and_mixtures_nest(tiny_cnn):
     assert torch.equal(tiny_cnn(pixels), plain)
     assert modes(tiny_cnn) == modes_before
     assert not torch.allclose(expected[mixed], expected[batch])
+    with batch_statistics(tiny_cnn):
+        assert torch.equal(tiny_cnn(pixels), expected[batch])
+
+
+def test_a_weight_of_zero_is_evaluation_mode(tiny_cnn):
+    pixels = torch.randn(12, 1, 8, 8)
+    pixels[0] = torch.inf  # of which the other images must not know
+    expected = tiny_cnn(pixels)
+    with batch_statistics(tiny_cnn, weight=0.5), batch_statistics(tiny_cnn, weight=0):
+        inside = tiny_cnn(pixels)
+    assert inside[1:].isfinite().all()
+    torch.testing.assert_close(inside, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_compiled_model_notices_mixed_moments(tiny_cnn):
     pixels = torch.randn(12, 1, 8, 8)
-    compiled, mixed = torch.compile(tiny_cnn, backend="eager"), batch_statistics(tiny_cnn, weight=0.5)
+    compiled, mixed = torch.compile(tiny_cnn, backend="eager", fullgraph=True), batch_statistics(tiny_cnn, weight=0.5)
     plain = tiny_cnn(pixels)
     with mixed:
         expected = tiny_cnn(pixels)
@@ -198,6 +210,13 @@ def test_a_forward_pass_that_leaves_the_batch_is_found(tiny_cnn):
         check_leaves_stored_statistics(WithStatistics(tiny_cnn), (1, 8, 8))
 
 
+def test_a_frozen_layer_among_others_is_found(tiny_cnn):
+    tiny_cnn.bn2 = FrozenBatchNormAct2d(8, apply_act=False)
+    assert num_frozen(tiny_cnn) == 1
+    with pytest.raises(ValueError, match=r"has 1 frozen BatchNorm layers, .* set teacher_statistics=0"):
+        check_leaves_stored_statistics(tiny_cnn, (1, 8, 8))
+
+
 def test_fraction_chooses_layers_by_a_seeded_order():
     model = timm.create_model("resnet18_cifar", width=4).eval()
     total = len(find_batch_norm(model))
@@ -225,8 +244,10 @@ def test_refuses_a_fraction_out_of_range(tiny_cnn, fraction):
 
 
 def test_says_what_was_found_where_there_is_no_batch_norm():
-    with pytest.raises(ValueError, match="2 LayerNorm"):
+    with pytest.raises(ValueError, match=r"\(found 2 LayerNorm\)"):
         batch_statistics(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3), nn.LayerNorm(3)))
+    with pytest.raises(ValueError, match=r"\(found \d LayerNorm2d, \d LayerNorm\)"):
+        batch_statistics(timm.create_model("test_convnext"))
     with pytest.raises(ValueError, match=r"FrozenBatchNormAct2d.*replace it by nn.BatchNorm2d"):
         batch_statistics(nn.Sequential(FrozenBatchNormAct2d(3)))
     with pytest.raises(ValueError, match="no normalisation layer at all"):

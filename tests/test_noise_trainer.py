@@ -20,6 +20,7 @@ from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClas
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.release.record import Provenance
+from hf_noisekd.training.teacher import Teacher
 
 
 def config(tmp_path, **options):
@@ -671,6 +672,30 @@ def test_a_teacher_answers_noise_by_the_statistics_asked_for(make, options, expe
     assert (made.teacher_statistics, made.batch_norm) == (expected, "batch" if expected else "running")
 
 
+@pytest.mark.parametrize(("fraction", "expected"), [(0.95, 1.0), (0.6, 2 / 3), (0.1, 0.0)])
+def test_what_hangs_on_the_batch_are_whole_layers(fraction, expected):
+    assert Teacher(TinyCNN(), batch_norm_fraction=fraction, statistics=0.5).weight_of_batch == expected / 2
+
+
+@pytest.mark.parametrize(("teacher_statistics", "metric"), [(0.0, "running_agreement"), (0.5, "batch_agreement")])
+def test_the_best_student_is_chosen_by_the_statistics_it_will_be_read_with(tmp_path, teacher_statistics, metric):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 5}
+    options = best | {"save_steps": 5, "teacher_statistics": teacher_statistics}
+    assert NoiseKDTrainer(student(), TinyCNN(), config(tmp_path, **options)).args.metric_for_best_model == metric
+    options["metric_for_best_model"] = "batch_agreement"
+    trainer = NoiseKDTrainer(student(), TinyCNN(), config(tmp_path, **options))
+    assert trainer.args.metric_for_best_model == "batch_agreement"
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_traced_teacher_as_it_is(tmp_path):
+    teacher = torch.jit.trace(TinyCNN().eval(), torch.randn(2, 1, 8, 8))
+    options = {"teacher_statistics": 0.0, "input_size": [1, 32, 32], "student_args": {"width": 4}, "max_steps": 1}
+    trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, **options))
+    trainer.train()
+    assert trainer.start is None
+
+
 def test_the_student_of_a_teacher_without_statistics_keeps_those_of_its_training(tmp_path, caplog):
     torch.manual_seed(0)
     trainer = NoiseKDTrainer(student(), NoBatchNorm(), config(tmp_path, num_calibration_images=8))
@@ -770,9 +795,18 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
 @pytest.mark.parametrize(
     ("kwargs", "options", "message"),
     [
-        ({"teacher_model": NoBatchNorm()}, {"teacher_statistics": 0.5}, "NoBatchNorm has no BatchNorm layer, so"),
-        ({"teacher_model": NoBatchNorm()}, {"batch_norm_fraction": 0.5}, "NoBatchNorm has no BatchNorm layer, so"),
-        ({"teacher_model": frozen()}, {}, "TinyCNN has frozen BatchNorm alone.*replace it .*teacher_statistics=0"),
+        (
+            {"teacher_model": NoBatchNorm()},
+            {"teacher_statistics": 0.5},
+            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+        ),
+        (
+            {"teacher_model": NoBatchNorm()},
+            {"batch_norm_fraction": 0.5},
+            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+        ),
+        ({"teacher_model": frozen()}, {}, "TinyCNN has 2 frozen BatchNorm.*replace them .*teacher_statistics=0"),
+        ({"teacher_model": frozen()}, {"teacher_statistics": 0.5}, "no BatchNorm layer .*: set teacher_statistics=0"),
         ({"model": TinyCNN(num_classes=4)}, {}, "teacher has 3 classes and the student 4.*num_classes=3"),
         ({"model": TinyCNN(in_chans=3)}, {}, "student does not take images of 1x8x8"),
         ({"model": timm_model()}, {}, "student takes 3 input channels and the noise has 1: build .*in_chans=1"),

@@ -36,7 +36,7 @@ def test_a_teacher_without_batch_norm_answers_as_it_is():
 def test_says_what_stands_in_the_way(tiny_cnn):
     frozen = describe_teacher(freeze_batch_norm_2d(timm.create_model("test_resnet", num_classes=7)), batch_size=4)
     assert not frozen["can_teach"]
-    assert "replace it by nn.BatchNorm2d" in frozen["verdict"]
+    assert "replace them by nn.BatchNorm2d" in frozen["verdict"]
     damaged = TinyCNN()
     damaged.fc.bias.data[0] = torch.nan
     facts = describe_teacher(damaged, (1, 8, 8), batch_size=4)

@@ -32,14 +32,24 @@ def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
     if not layers:
-        found = Counter(type(module).__name__ for module in model.modules() if "norm" in type(module).__name__.lower())
+        # Heads and whole networks have the word in their names, too.
+        found = Counter(
+            type(module).__name__
+            for module in model.modules()
+            if "norm" in type(module).__name__.lower()
+            and (not list(module.children()) or module._parameters or module._buffers)
+        )
         kinds = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no normalisation layer at all"
-        frozen = " Frozen BatchNorm cannot use batch statistics: replace it by nn.BatchNorm2d."
+        frozen = " Frozen BatchNorm cannot: replace it by nn.BatchNorm2d." if num_frozen(model) else ""
         raise ValueError(
-            f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds})."
-            + (frozen if any("frozen" in kind.lower() for kind in found) else "")
+            f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}).{frozen}"
         )
     return layers
+
+
+def num_frozen(model: nn.Module) -> int:
+    """Return the number of frozen BatchNorm layers, which use what they store in any mode."""
+    return sum("frozenbatchnorm" in type(module).__name__.lower() for module in model.modules())
 
 
 def stored_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -77,11 +87,13 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
         chosen = random.Random(seed).sample(list(layers), k=len(layers))[: round(fraction * len(layers))]
         self.layer_names = [name for name in layers if name in set(chosen)]
         self._layers = [layers[name] for name in self.layer_names]
-        self._mixed = [_MixedForward(layer, weight) if weight < 1 else None for layer in self._layers]
+        self._weight = weight
+        self._mixed = [_MixedForward(layer, weight) if 0 < weight < 1 else None for layer in self._layers]
         self._held: list[list[_Held]] = []
 
     def __enter__(self) -> "batch_statistics":
-        self._held.append([_Held(*pair) for pair in zip(self._layers, self._mixed, strict=True)])
+        pairs = zip(self._layers, self._mixed, strict=True)
+        self._held.append([_Held(layer, mixed, on_batch=self._weight == 1) for layer, mixed in pairs])
         return self
 
     def __exit__(self, *exception) -> None:
@@ -92,14 +104,14 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
 class _Held:
     """A layer on the statistics of a context, whose `train` it takes the place of, until it is released."""
 
-    def __init__(self, layer: _BatchNorm, mixed: "_MixedForward | None"):
+    def __init__(self, layer: _BatchNorm, mixed: "_MixedForward | None", *, on_batch: bool):
         self._layer = layer
         self._outer: _Held | None = layer.__dict__.get("train")
         self._before = layer.training, layer.track_running_stats
         self._forward = layer.__dict__.get("forward")
         # Set as attributes: `layer.train()` would also switch on the drop-out inside timm's BatchNormAct2d.
         # Without `track_running_stats` torch passes no buffer to the kernel, so none can change.
-        layer.training = layer.running_mean is None or not mixed
+        layer.training = layer.running_mean is None or on_batch
         layer.track_running_stats = not layer.training
         layer.train = self  # type: ignore[method-assign]
         forward = self._forward.inner if isinstance(self._forward, _MixedForward) else self._forward
@@ -165,13 +177,13 @@ def check_leaves_stored_statistics(model: nn.Module, input_size: tuple[int, int,
     A model that stores none, such as one with LayerNorm or GroupNorm, passes.
 
     Raises:
-        ValueError: It does, as traced networks do, and such with frozen BatchNorm alone.
+        ValueError: It does, as traced networks do, and such with frozen BatchNorm.
     """
     advice = "or set teacher_statistics=0 to use it as it is, which teaches less."
-    if not has_batch_norm(model) and any("frozenbatchnorm" in type(m).__name__.lower() for m in model.modules()):
+    if frozen := num_frozen(model):
         raise ValueError(
-            f"{type(model).__name__} has frozen BatchNorm alone, which cannot use batch statistics: replace it by "
-            f"nn.BatchNorm2d, {advice}"
+            f"{type(model).__name__} has {frozen} frozen BatchNorm layers, which cannot use batch statistics: replace "
+            f"them by nn.BatchNorm2d, {advice}"
         )
     with statistics_of_batch(model), _CountBatchNorm() as calls:
         answer_to_blanks(model, input_size, "teacher")

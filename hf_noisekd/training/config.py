@@ -70,9 +70,10 @@ class ClassifierConfig(TrainingArguments):
         # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
         self.use_cpu = on_cpu
         # transformers would choose the loss, which is reported under both kinds of statistics here.
-        if self.metric_for_best_model is None and (  # type: ignore[has-type]
+        self.metric_is_default = self.metric_for_best_model is None and (  # type: ignore[has-type]
             self.load_best_model_at_end or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        ):
+        )
+        if self.metric_is_default:
             self.metric_for_best_model = self._default_metric
         if self.metric_for_best_model is not None and self.greater_is_better is None:  # type: ignore[has-type]
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))

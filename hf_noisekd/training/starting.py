@@ -60,8 +60,10 @@ def start_student(
         )
         if isinstance(source, nn.Module) or has_weights(str(source)) or args.init_student == "random":
             return student, None
-        images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-        begun = begin_as_teacher(student, bare_model(teacher.model), teacher.input_size, images)
+        begun = None
+        if not isinstance(bare_model(teacher.model), torch.jit.ScriptModule):  # which cannot be cut
+            images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
+            begun = begin_as_teacher(student, bare_model(teacher.model), teacher.input_size, images)
         if begun is None:
             logger.info("The student begins at random: its layers do not correspond to those of the teacher.")
             return student, None
@@ -73,11 +75,13 @@ def start_student(
 def with_defaults_of(
     start: CutTeacher | None, teacher: Teacher, args: NoiseKDConfig, train_dataset: object
 ) -> NoiseKDConfig:
-    """Return arguments in which the learning rate and the sizes of the noise stand, by default those of such a start.
+    """Return arguments with what goes by start and teacher: the learning rate, the sizes, and the metric of the best.
 
     A data set of the user's own, `train_dataset`, has sizes of its own.
     """
     args = copy.copy(args)
+    if args.metric_is_default and not teacher.weight_of_batch:
+        args.metric_for_best_model = "running_agreement"
     if args.learning_rate is None:
         args.learning_rate = RANDOM_LEARNING_RATE if start is None else CUT_LEARNING_RATE
     if (start or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:

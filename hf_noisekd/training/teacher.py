@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_noisekd.models.batch_norm import has_batch_norm, statistics_of_batch
+from hf_noisekd.models.batch_norm import (
+    batch_statistics,
+    find_batch_norm,
+    has_batch_norm,
+    num_frozen,
+    statistics_of_batch,
+)
 from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size, teacher_identity
 
 
@@ -32,6 +38,7 @@ class Teacher:
     Attributes:
         statistics: That weight; 0 for a model without BatchNorm.
         batch_norm_fraction: That share.
+        weight_of_batch: How much its answers to noise hang on the statistics of the batch: 0 not at all, 1 wholly.
 
     Raises:
         ValueError: The model has no BatchNorm layers to choose statistics of, or a number is out of range.
@@ -47,15 +54,19 @@ class Teacher:
         seed: int = 0,
     ):
         if not has_batch_norm(model) and (statistics or 0 < batch_norm_fraction < 1):
+            advice = "set teacher_statistics=0" if num_frozen(model) else "leave teacher_statistics out"
             raise ValueError(
-                f"{type(model).__name__} has no BatchNorm layer, so there are no statistics to choose: leave "
-                "teacher_statistics and batch_norm_fraction out."
+                f"{type(model).__name__} has no BatchNorm layer that can use batch statistics, so there are none to "
+                f"choose: {advice}, and batch_norm_fraction at 1."
             )
         self.model = model
         self._input_size = input_size
         self.statistics = float(has_batch_norm(model)) if statistics is None else statistics
         self.batch_norm_fraction = batch_norm_fraction
         self._context = statistics_of_batch(model, fraction=batch_norm_fraction, seed=seed, weight=self.statistics)
+        layers = find_batch_norm(model) if has_batch_norm(model) else {}
+        on_batch = len(self._context.layer_names) if isinstance(self._context, batch_statistics) else 0
+        self.weight_of_batch = self.statistics * on_batch / max(len(layers), 1)
         self._forward: nn.Module | Callable = model
 
     def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
@@ -77,11 +88,6 @@ class Teacher:
     def _answer(self, forward: nn.Module | Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
         with self._context if noise else nullcontext():
             return compute_logits(forward, pixel_values).float()
-
-    @property
-    def weight_of_batch(self) -> float:
-        """How much its answers to noise hang on the statistics of the batch: 0 not at all, 1 wholly."""
-        return self.statistics * self.batch_norm_fraction
 
     @property
     def input_size(self) -> tuple[int, int, int]:

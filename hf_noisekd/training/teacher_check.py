@@ -36,19 +36,19 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     try:
         check_leaves_stored_statistics(model, noise.input_size)
     except ValueError as error:
-        obstacle = str(error)
+        obstacle = f" by default: {error}"
     if num_classes < 2:
-        obstacle = "it has one class, and nothing to tell about it."
+        obstacle = ": it has one class, and nothing to tell about it."
     answers = {}
     if nonfinite := nonfinite_tensor(model):
-        obstacle = f"its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
+        obstacle = f": its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
         for statistics in ("running", "batch") if layers else ("running",):
             probs = answer_noise(Teacher(model), noise, statistics)
             if probs.isfinite().all():
                 answers[statistics] = describe_answers(probs)
             else:
-                obstacle = f"with {statistics} statistics it answers noise with a NaN."
+                obstacle = f": with {statistics} statistics it answers noise with a NaN."
     return {
         "architecture": architecture_of(model),
         "parameters": count_parameters(model),
@@ -59,7 +59,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         "noise_images": NUM_BATCHES * batch_size,
         "answers": answers,
         "can_teach": not obstacle,
-        "verdict": f"cannot be a teacher: {obstacle}" if obstacle else _verdict(answers, num_classes),
+        "verdict": f"cannot be a teacher{obstacle}" if obstacle else _verdict(answers, num_classes),
     }
 
 
