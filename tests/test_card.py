@@ -13,6 +13,7 @@ from conftest import TinyCNN
 from huggingface_hub import ModelCard, ModelCardData
 from matplotlib.testing.compare import compare_images
 from PIL import Image
+from torch import nn
 from torch.utils.data import TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -20,7 +21,7 @@ from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.classifier import class_names
 from hf_noisekd.release.card import render_model_card, write_model_card
 from hf_noisekd.release.figures import plot_class_balance
-from hf_noisekd.release.record import read_record
+from hf_noisekd.release.record import ModelFacts, read_record
 
 
 def run(folder, student, in_chans=3, eval_dataset="labels", **options):
@@ -92,6 +93,17 @@ def test_the_code_of_a_card_runs_in_the_students_folder(tmp_path, monkeypatch, s
     assert not torch.allclose(probs["running"], probs["batch"])
     answers = [answer[0]["label"] for answer in by_pipeline[0]["answers"]]
     assert answers == [str(index) for index in probs["running"].argmax(-1).tolist()]
+
+
+def test_a_card_of_a_student_without_batch_norm_has_no_choice_of_statistics(folder):
+    record = read_record(folder)
+    before = str(render_model_card(record))
+    record.model.has_batch_norm = ModelFacts.of(nn.Sequential(nn.Flatten(), nn.LayerNorm(4))).has_batch_norm
+    card = str(render_model_card(record))
+    assert before.count("evaluation images (16 images)") == 2 * card.count("evaluation images (16 images)") == 2
+    assert before.count("type: accuracy") == 2 * card.count("type: accuracy") > 0
+    assert "statistics to use" in before
+    assert "statistics" not in card.split("## How to use")[0]
 
 
 def test_a_card_has_the_facts(folder):

@@ -416,6 +416,18 @@ def test_teachers_of_transformers_without_batch_norm(model_class, config, tmp_pa
     assert "as it is, in evaluation mode" in (tmp_path / "student" / "README.md").read_text()
 
 
+def test_where_there_are_no_statistics_commands_that_need_them_say_so_first(teacher, tmp_path, capsys):
+    save_model(timm.create_model("test_convnext", num_classes=10), model := tmp_path / "convnext")
+    out = ["--output-dir", tmp_path / "out"]
+    for other in (["--dataset", "no/such"], ["--teacher", teacher]):
+        error = run_error(capsys, "recalibrate", "--model", model, *other, *out)
+        assert "nothing to recalibrate" in error
+        assert "answers single images as it is" in error
+    error = run_error(capsys, "export", "--model", model, "--int8", "--output", tmp_path / "int8.onnx")
+    assert "--int8 makes images of stored BatchNorm statistics" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["convnext"]
+
+
 def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path, capsys):
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--save_steps", "1"]

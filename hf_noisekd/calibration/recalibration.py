@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_noisekd.calibration.images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, store_statistics
-from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
+from hf_noisekd.models.batch_norm import find_batch_norm, num_frozen, stored_statistics
 from hf_noisekd.release.record import ImagesFacts, Provenance
 
 
@@ -42,9 +42,7 @@ def recalibrate_batch_norm(
             is changed then.
     """
     provenance = Provenance.of(model)
-    find_batch_norm(model)  # or the error that names what it has instead
-    if not stored_statistics(model):
-        raise ValueError("The BatchNorm layers store no running statistics: build them with track_running_stats=True.")
+    check_recalibration(model)
     calibration = batches.check().facts if isinstance(batches, CalibrationImages) else None
     if isinstance(batches, torch.Tensor):
         batches = [batches]
@@ -54,3 +52,14 @@ def recalibrate_batch_norm(
     if provenance:
         images = None if calibration else ImagesFacts(images=num_images, dataset=dataset, split=split)
         replace(provenance, batch_norm="running", recalibration=images, calibration=calibration).attach(model)
+
+
+def check_recalibration(model: nn.Module) -> None:
+    """Raise a `ValueError` if [`recalibrate_batch_norm`] has nothing to re-estimate in `model`."""
+    try:
+        find_batch_norm(model)
+    except ValueError as error:
+        advice = "" if num_frozen(model) else " It answers single images as it is."
+        raise ValueError(f"There is nothing to recalibrate: {error}{advice}") from error
+    if not stored_statistics(model):
+        raise ValueError("The BatchNorm layers store no running statistics: build them with track_running_stats=True.")

@@ -49,7 +49,7 @@ def recalibrate(args: argparse.Namespace) -> int:
         args.parser.error("give either --teacher, for images made without data, or --dataset, for real ones.")
     options.check_unused(args)
     from hf_noisekd.calibration.images import calibration_images
-    from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+    from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
     from hf_noisekd.files import RECORD_NAME
     from hf_noisekd.models.loading import has_weights, model_folder
     from hf_noisekd.models.preprocessing import known_input_size
@@ -58,6 +58,7 @@ def recalibrate(args: argparse.Namespace) -> int:
     from hf_noisekd.release.record import Provenance, read_record
 
     model = options.load_model(args.model, args)
+    check_recalibration(model)
     if args.teacher is not None:
         teacher = options.load_model(args.teacher, args)
         check_same_kind(model, teacher)
@@ -115,10 +116,19 @@ def export(args: argparse.Namespace) -> int:
     from hf_noisekd.calibration.images import calibration_images
     from hf_noisekd.calibration.quantization import quantize_onnx
     from hf_noisekd.images import load_images
+    from hf_noisekd.models.batch_norm import stored_statistics
     from hf_noisekd.models.preprocessing import known_input_size
     from hf_noisekd.release.onnx import export_onnx, halve_onnx
 
     model = options.load_model(args.model, args)
+    if args.int8:
+        teacher = model if args.teacher is None else options.load_model(args.teacher, args)
+        check_same_kind(model, teacher)
+        if not stored_statistics(teacher):
+            raise ValueError(
+                f"--int8 makes images of stored BatchNorm statistics, and {args.teacher or args.model} has none: give "
+                "a --teacher that has, or quantise with real images by hf_noisekd.calibration.quantization in Python."
+            )
     labelled = None
     if args.eval_dataset is not None:
         labelled = load_images(args.eval_dataset, model, split=args.eval_split, label_column=args.eval_label_column)
@@ -130,8 +140,6 @@ def export(args: argparse.Namespace) -> int:
             paths["float16"] = args.output
             halve_onnx(paths["float32"], args.output)
         elif args.int8:
-            teacher = model if args.teacher is None else options.load_model(args.teacher, args)
-            check_same_kind(model, teacher)
             size = known_input_size(model)
             images = calibration_images(teacher, args.num_images, input_size=size, max_steps=args.calibration_steps)
             paths["int8"] = args.output

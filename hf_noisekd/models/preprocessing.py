@@ -3,6 +3,7 @@
 What a processor of transformers does is not read off its many options, but measured on images made for it.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_noisekd.models.classifier import declared_input_size, noisekd_section, pretrained_cfg_of
+from hf_noisekd.models.classifier import declared_input_size, format_size, noisekd_section, pretrained_cfg_of
+
+logger = logging.getLogger(__name__)
 
 # What a student takes over from its teacher's `pretrained_cfg`: how to turn an image into pixels.
 PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
@@ -41,7 +44,16 @@ def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
     transformers' ResNets declare none. None where nobody says it.
     """
-    size = declared_input_size(model) or preprocessing_of(model).get("input_size")
+    declared, made = declared_input_size(model), preprocessing_of(model).get("input_size")
+    if declared and made and declared != made:
+        logger.warning(
+            "%s declares images of %s, and its image processor makes %s: it gets the first, unless you give another "
+            "input size.",
+            type(model).__name__,
+            format_size(declared),
+            format_size(made),
+        )
+    size = declared or made
     if size is None and isinstance(noise := noisekd_section(model).get("noise"), dict):
         size = noise.get("input_size")
     return None if size is None else tuple(size)

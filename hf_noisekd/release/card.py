@@ -124,7 +124,7 @@ def render_model_card(record: Record, figures: Mapping[str, str] | None = None) 
         results_table=_results_table(record),
         results_note=_results_note(record.evaluations),
         has_accuracy=any("accuracy" in evaluation.batch for evaluation in record.evaluations),
-        statistics_advice=_statistics_advice(made, record.evaluations),
+        statistics_advice=_statistics_advice(made, record.evaluations) if model.has_batch_norm else "",
         code=code,
         on_batch=on_batch,
         library=model.library,
@@ -162,11 +162,11 @@ def _card_data(record: Record, made: Provenance) -> ModelCardData:
             dataset_name=evaluation.dataset,
             dataset_split=evaluation.split,
             metric_type="accuracy",
-            metric_name=f"Accuracy, {_reading(statistics, evaluation)}",
+            metric_name=f"Accuracy, {_reading(statistics, evaluation)}" if record.model.has_batch_norm else "Accuracy",
             metric_value=round(evaluation.scores(statistics)["accuracy"] / 100, 6),
         )
         for evaluation in record.evaluations
-        for statistics in STATISTICS
+        for statistics in _readings(record)
         if "accuracy" in evaluation.scores(statistics)
     ]
     return ModelCardData(
@@ -195,11 +195,17 @@ def _results_table(record: Record) -> str:
         split = f", {evaluation.split}" if evaluation.split else ""
         after = "" if evaluation.step == record.steps else f", after step {evaluation.step:,}"
         where = f"{evaluation.dataset}{split} ({evaluation.images:,} images{after})"
-        for statistics in STATISTICS:
+        for statistics in _readings(record):
             scores = evaluation.scores(statistics)
             values = [f"{scores[column]:.2f}" if column in scores else "" for column in columns]
-            lines.append(f"| {where} | {_reading(statistics, evaluation)} | {' | '.join(values)} |")
+            reading = _reading(statistics, evaluation) if record.model.has_batch_norm else "it has none"
+            lines.append(f"| {where} | {reading} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def _readings(record: Record) -> Sequence[str]:
+    """Return by which statistics a student can be read; one without BatchNorm reads the same by both."""
+    return STATISTICS if record.model.has_batch_norm else STATISTICS[:1]
 
 
 def _results_note(evaluations: Sequence[Evaluation]) -> str:

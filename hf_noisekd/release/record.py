@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_noisekd.files import RECORD_NAME, json_text, read_json
+from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import (
     architecture_of,
     count_parameters,
@@ -36,6 +37,7 @@ class ModelFacts:
     input_size: list[int] | None = None  # channels, height, width
     label_names: list[str] | None = None
     num_classes: int | None = None
+    has_batch_norm: bool = True
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelFacts":
@@ -47,6 +49,7 @@ class ModelFacts:
             library="timm" if pretrained_cfg_of(model).get("architecture") else library,
             parameters=count_parameters(model),
             input_size=None if size is None else list(size),
+            has_batch_norm=has_batch_norm(model),
         )
 
 
