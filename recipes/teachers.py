@@ -32,8 +32,8 @@ from hf_noisekd.models.saving import save_model
 SMALL = {"num_labels": 10}
 TRANSFORMERS: dict[str, tuple[dict, int]] = {
     "Bit": ({"embedding_size": 16, "hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 8}, 64),
-    "ConvNext": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
-    "ConvNextV2": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
+    "ConvNext": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "image_size": 64}, 64),
+    "ConvNextV2": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "image_size": 64}, 64),
     "Cvt": ({"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, 64),
     "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.25, "image_size": 64, "hidden_dim": 320}, 64),
     "FocalNet": ({"embed_dim": 16, "depths": [1, 1, 1, 1], "image_size": 64}, 64),
@@ -46,8 +46,8 @@ TRANSFORMERS: dict[str, tuple[dict, int]] = {
     "PoolFormer": ({"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
     "RegNet": ({"embedding_size": 16, "hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 1, 1], "groups_width": 8}, 64),
     "ResNet": ({"embedding_size": 16, "hidden_sizes": [32, 32, 32, 32], "depths": [1, 1, 1, 1]}, 64),
-    "SwiftFormer": ({"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 32, 64]}, 64),
-    "TextNet": ({}, 64),
+    "SwiftFormer": ({"depths": [1, 1, 1, 1], "embed_dims": [16, 32, 32, 64], "image_size": 64}, 64),
+    "TextNet": ({"image_size": 64}, 64),
 }  # fmt: skip
 PRESETS: dict[str, dict] = {"cpu": {"transformers": sorted(TRANSFORMERS)}}
 BATCH_SIZE = 4
