@@ -1,18 +1,18 @@
 """Which networks can teach: a small member of each model file of timm, and of each kind of CNN in transformers.
 
-    python recipes/teachers.py    # half an hour on a CPU
+    python recipes/teachers.py    # about 20 minutes on a CPU
 
-Beyond the paper. Of a model file the smallest networks are taken: one with BatchNorm and one without, if there are.
-Each, with random weights, is saved and loaded as a teacher, answers one step of structured noise, and must not have
-changed; its student is saved and loaded. "on the batch" is a teacher whose BatchNorm layers normalise noise by the
-batch at hand, "as it is" one that has none.
+Beyond the paper. Of a model file the smallest networks are taken: one with BatchNorm and one without, if there are such
+of up to 100 million parameters. Each, with random weights, is saved and loaded as a teacher, answers one step of
+structured noise, and must not have changed; its student is saved and loaded. "on the batch" is a teacher whose
+BatchNorm layers normalise noise by the batch at hand, "as it is" one that has none.
 """
 
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +51,9 @@ TRANSFORMERS: dict[str, tuple[dict, int]] = {
 }  # fmt: skip
 PRESETS: dict[str, dict] = {"cpu": {"transformers": sorted(TRANSFORMERS)}}
 BATCH_SIZE = 4
+# No member of a model file with more parameters is small enough to be tried.
+MOST_PARAMETERS = 100e6
+NOT_TRIED = "not tried: no member that is small enough can be built"
 
 
 def main() -> None:
@@ -60,8 +63,10 @@ def main() -> None:
     options = parser.parse_args()
     results = Results("teachers", options, PRESETS[options.preset])
     warnings.filterwarnings("ignore")
-    rows = []
-    for file, member, build, input_size in candidates(options.files):
+    members = smallest_members(options.files)
+    untried = {"member": "", "normalisation": "", "asked": "", "refused": NOT_TRIED, "seconds": 0}
+    rows = [{"file": file} | untried for file, small in members.items() if not small]
+    for file, member, build, input_size in candidates(options.files, members):
         start = time.perf_counter()
         rows.append({"file": file, "member": member} | teach_once(build, input_size))
         rows[-1]["seconds"] = round(time.perf_counter() - start)
@@ -69,18 +74,21 @@ def main() -> None:
     results.print_table()
 
 
-def candidates(files: Collection[str] | None) -> Iterator[tuple[str, str, Callable[[], nn.Module], list[int] | None]]:
+def candidates(
+    files: Collection[str] | None, members: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str, Callable[[], nn.Module], list[int] | None]]:
     """Yield the file or kind of each network, its name, how it is built, and what input size it does not say.
 
     Args:
         files: Those that are wanted; None for all.
+        members: Of timm, as of [`smallest_members`].
     """
     for kind, (config, side) in TRANSFORMERS.items():
         if files is None or kind in files:
             name = f"{kind}ForImageClassification"
             yield f"transformers {kind}", name, partial(transformers_model, kind, config), [3, side, side]
-    for file, members in smallest_members(files).items():
-        for member in members:
+    for file, small in members.items():
+        for member in small:
             yield file, member, partial(timm.create_model, member, num_classes=10), None
 
 
@@ -97,13 +105,15 @@ def smallest_members(files: Collection[str] | None) -> dict[str, list[str]]:
         package, *_, file = timm.models.model_entrypoint(name).__module__.split(".")
         if package != "timm" or file not in (files or [file]):
             continue
+        sizes = found.setdefault(file, {})
         try:
             with torch.device("meta"):
                 model = timm.create_model(name)
         except (RuntimeError, NotImplementedError):  # what reads its own weights cannot be built without any
             continue
-        sizes = found.setdefault(file, {})
         size = (count_parameters(model), name)
+        if size[0] > MOST_PARAMETERS:
+            continue
         sizes[has_batch_norm(model)] = min(size, sizes.get(has_batch_norm(model), size))
     return {file: [name for _, name in sorted(sizes.values())] for file, sizes in sorted(found.items())}
 
