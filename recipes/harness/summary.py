@@ -114,6 +114,16 @@ def _ablations_table(results: Path) -> str:
     return _markdown(["in the time of white steps", "500, ResNet-18", "500, WRN-16-2", "1,800, ResNet-18"], rows)
 
 
+def _augmentations_table(results: Path) -> str:
+    """Augmentations of the default, at equal seconds."""
+    rows = _measured(results, "noise_ablations", "cpu-augmentations")
+    runs: dict[str, list[float]] = {}
+    for row in rows:
+        runs.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
+    del runs["white"]
+    return _markdown(["noise", "accuracy (%)"], [[run, mean_and_spread(of)] for run, of in runs.items()])
+
+
 def _step_costs_table(results: Path) -> str:
     """The seconds of a step of the default, relative to one of white noise."""
     names = {"resnet18_cifar": "ResNet-18", "wide_resnet16_2_cifar": "WRN-16-2"}
@@ -216,6 +226,17 @@ def _no_batch_norm_table(results: Path) -> str:
     return _markdown(["teacher", "student", "begins", "steps", "accuracy (%)", "of the teacher's (%)"], rows)
 
 
+def _teachers_table(results: Path) -> str:
+    """How the networks of each model file are asked, and which cannot be."""
+    rows = read_json(results / "teachers_cpu.json")["measurements"]["teachers"]
+    shown = []
+    for asked in ("on the batch", "as it is"):
+        names = [f"{row['file']} ({row['member']})" for row in rows if row["asked"] == asked]
+        shown.append([f"{asked}: {len(names)}", ", ".join(names)])
+    shown += [[f"refused: {row['refused']}", f"{row['file']} ({row['member']})"] for row in rows if row["refused"]]
+    return _markdown(["asked", "networks"], shown)
+
+
 def _choice_table(results: Path) -> str:
     """How well the information of a teacher's answers ranks settings."""
     rows = []
@@ -255,9 +276,11 @@ TABLES = {
     "shrunk": _shrunk_table,
     "families": _families_table,
     "no-batch-norm": _no_batch_norm_table,
+    "teachers": _teachers_table,
     "choice": _choice_table,
     "all-speeds": _all_speeds_table,
     "ablations": _ablations_table,
+    "augmentations": _augmentations_table,
     "step-costs": _step_costs_table,
     "digits": lambda results: _runs_table("digits_cpu", results),
     "cifar10": lambda results: _runs_table("cifar10_cpu", results),
