@@ -9,7 +9,7 @@ those of 500 steps of the first row, in `cpu-long` of 1,800, and the steps those
 cost of a step is measured beforehand. Where it is the same within 2 %, one run is both. The default was chosen in such
 runs, by the accuracy on the test images that is reported here, so a point between it and its neighbours may be chance.
 `--preset cpu-wrn` has another teacher, a WRN-16-2, and `--preset cpu-augmentations --runs mirrored warped "mirrored and
-warped"` the augmentations that came later.
+warped"` the augmentations that came later, `cpu-augmentations-short` in half the time.
 """
 
 from harness.equal_seconds import distill_twice, step_cost
@@ -21,6 +21,7 @@ from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
 PRESETS = {name: pair | {"white_steps": 500} for name, pair in NOISE_PAIRS.items()} | {
     "cpu-long": NOISE_PAIRS["cpu"] | {"white_steps": 1800},
     "cpu-augmentations": NOISE_PAIRS["cpu"] | {"white_steps": 500},
+    "cpu-augmentations-short": NOISE_PAIRS["cpu"] | {"white_steps": 250},
 }
 STRUCTURED_SIZES = resolutions_text(STRUCTURED_RESOLUTIONS)
 RUNS = {"white": {"noise": "white"}} | {
