@@ -116,12 +116,12 @@ def _ablations_table(results: Path) -> str:
 
 def _augmentations_table(results: Path) -> str:
     """Augmentations of the default, at equal seconds."""
-    rows = _measured(results, "noise_ablations", "cpu-augmentations")
-    runs: dict[str, list[float]] = {}
-    for row in rows:
-        runs.setdefault(row["run"], []).append(row["accuracy, equal seconds"])
-    del runs["white"]
-    return _markdown(["noise", "accuracy (%)"], [[run, mean_and_spread(of)] for run, of in runs.items()])
+    columns = [
+        {row["run"]: row["accuracy, equal seconds"] for row in _measured(results, "noise_ablations", preset)}
+        for preset in ("cpu-augmentations-short", "cpu-augmentations")
+    ]
+    rows = [[run, *(f"{of[run]:.2f}" for of in columns)] for run in columns[0] if run != "white"]
+    return _markdown(["in the time of white steps", "250", "500"], rows)
 
 
 def _step_costs_table(results: Path) -> str:
@@ -228,13 +228,12 @@ def _no_batch_norm_table(results: Path) -> str:
 
 def _teachers_table(results: Path) -> str:
     """How the networks of each model file are asked, and which cannot be."""
-    rows = read_json(results / "teachers_cpu.json")["measurements"]["teachers"]
-    shown = []
-    for asked in ("on the batch", "as it is"):
-        names = [f"{row['file']} ({row['member']})" for row in rows if row["asked"] == asked]
-        shown.append([f"{asked}: {len(names)}", ", ".join(names)])
-    shown += [[f"refused: {row['refused']}", f"{row['file']} ({row['member']})"] for row in rows if row["refused"]]
-    return _markdown(["asked", "networks"], shown)
+    groups: dict[str, list[str]] = {"on the batch": [], "as it is": []}
+    for row in read_json(results / "teachers_cpu.json")["measurements"]["teachers"]:
+        name = row["member"] if row["file"].startswith("transformers ") else f"{row['file']} ({row['member']})"
+        groups.setdefault(row["asked"] or row["refused"], []).append(name if row["member"] else row["file"])
+    rows = [[f"{asked}: {len(names)}", ", ".join(names)] for asked, names in groups.items()]
+    return _markdown(["asked", "networks, of timm by their model file"], rows)
 
 
 def _choice_table(results: Path) -> str:
