@@ -103,7 +103,8 @@ def _best(
     _, reading, ending, state = max(found, key=lambda candidate: candidate[0])
     student.load_state_dict(state)
     if reading == "batch":
-        logger.warning("The student keeps the running statistics of its training noise. %s", images and images.problem)
+        why = images.problem if images else "Its teacher stores none that images could be matched to."
+        logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
     if not ending.healed:
         logger.warning(
