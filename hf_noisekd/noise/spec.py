@@ -14,10 +14,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from hf_noisekd.noise import distributions
-from hf_noisekd.noise.distributions import Distribution, Shape, normal, uniform
+from hf_noisekd.noise.distributions import Distribution, Shape, uniform
 
 Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 
@@ -54,26 +53,7 @@ def mirror(generator: torch.Generator, images: torch.Tensor, probability: float)
     return torch.where(uniform(generator, (len(images), 1, 1, 1)) < probability, symmetric, images)
 
 
-def warp(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Bend by a smooth random field, of a strength of its own for each image: outlines curl, and textures lean.
-
-    The field is bicubic between 5x5 nodes, which move by N(0, s^2) of half the image's side with `s` uniform in
-    [0, 0.15]; what lies outside is the mirror image. The contrast that interpolation takes of a batch is given back.
-    Domain warping, as in the shaders of graphics.
-    """
-    batch, _, height, width = images.shape
-    strength = uniform(generator, (batch, 1, 1, 1), 0, 0.15)
-    strength = torch.where(uniform(generator, (batch, 1, 1, 1)) < probability, strength, 0.0)
-    nodes = strength * normal(generator, (batch, 2, 5, 5))
-    flow = F.interpolate(nodes, (height, width), mode="bicubic", align_corners=True).movedim(1, -1)
-    x, y = ((torch.arange(side, device=generator.device) * 2 + 1) / side - 1 for side in (width, height))
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1) + flow
-    bent = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    bent *= (images.square().mean() / bent.square().mean().clamp(min=1e-12)).sqrt()
-    return torch.where(strength > 0, bent, images)
-
-
-AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "mirror": mirror, "warp": warp}
+AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "mirror": mirror}
 
 
 def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:

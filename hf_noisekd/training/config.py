@@ -202,7 +202,7 @@ class NoiseKDConfig(ClassifierConfig):
         help="What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
         "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
         "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix, "
-        "mixup, mirror and warp. 'structured' stands alone: dead_leaves, with sizes that begin small.",
+        "mixup and mirror. 'structured' stands alone: dead_leaves, with sizes that begin small.",
     )
     noise_std: float | None = HfArg(
         default=None,
