@@ -124,11 +124,11 @@ def test_measurements_of_several_seeds_are_averaged_row_by_row(recipes):
 
 
 def test_what_was_tried_and_removed_is_said_to_be_so(recipes, monkeypatch):
-    monkeypatch.setattr("harness.page.REMOVED", {"one": ("dropped", "never run")})
+    monkeypatch.setattr("harness.page.REMOVED", {"one": {"dropped": "abc123", "never run": "def456"}})
     write(recipes, "one_cpu", record(0, run("dropped, equal steps", 12.3), run("kept", 45.6)))
     page = render_page(recipes)
     assert "| dropped, equal steps | big, 1.23 M | 1,500 | 1 |" in page
-    assert 'Rows "dropped ...": tried and removed, the code is at commit `' in page
+    assert 'Rows "dropped ...": tried and removed, the code is at commit `abc123`' in page
     assert "never run" not in page
 
 

@@ -21,11 +21,15 @@ from hf_noisekd.release.environment import Machine
 from hf_noisekd.release.plain import from_dict
 
 MAX_ROWS = 20
-# What cost more than it gave and went again. Its rows stay in the results files and on the page.
-REMOVED_AT = "9ce7308c2514"
+# What cost more than it gave and went again, with a commit that has it. Its rows stay in the results and on the page.
 REMOVED = {
-    "noise_distributions": ("fitted",),
-    "noise_ablations": ("one adversarial step", "balanced classes"),
+    "noise_distributions": {"fitted": "9ce7308c2514"},
+    "noise_ablations": {
+        "one adversarial step": "9ce7308c2514",
+        "balanced classes": "9ce7308c2514",
+        "warped": "decef104710b",
+        "mirrored and warped": "decef104710b",
+    },
 }
 PAGE_NAME = "README.md"
 INTRODUCTION = """# Recipes
@@ -138,11 +142,13 @@ def _results_part(preset: str, files: Mapping[Path, Mapping], paper: Mapping[str
 
 
 def _removed_part(recipe: str, records: Iterable[Mapping]) -> list[str]:
-    """Return the sentence on those runs of a recipe that nobody can make any more, if there are some."""
+    """Return a sentence on each kind of runs of a recipe that nobody can make any more."""
     names = [name for name, _ in _runs(records)]
-    removed = [start for start in REMOVED.get(recipe, ()) if any(name.startswith(start) for name in names)]
-    rows = " and ".join(f'"{start} ..."' for start in removed)
-    return [f"Rows {rows}: tried and removed, the code is at commit `{REMOVED_AT}`."] if removed else []
+    return [
+        f'Rows "{start} ...": tried and removed, the code is at commit `{commit}`.'
+        for start, commit in REMOVED.get(recipe, {}).items()
+        if any(name.startswith(start) for name in names)
+    ]
 
 
 def _runs(records: Iterable[Mapping]) -> dict[tuple[str, str], list[Mapping]]:
