@@ -73,8 +73,8 @@ def main() -> None:
         }
         rows.append({"setting": name} | answers_of(trainer) | read | {"accuracy": max(read.values())})
         experiment.results.measure("settings", rows)
-    # Rounded, as GroupNorm makes the same of any contrast but for the last digits.
-    told = spearmanr([round(row["information"], 3) for row in rows], [row["accuracy"] for row in rows]).statistic
+    # To three digits, as GroupNorm makes the same of any contrast but for the last ones.
+    told = spearmanr([float(f"{row['information']:.3g}") for row in rows], [row["accuracy"] for row in rows]).statistic
     experiment.results.measure("what it tells", [{"rank correlation with accuracy": float(told)}])
     experiment.results.print_table()
 
