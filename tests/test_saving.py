@@ -12,6 +12,8 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     BitImageProcessor,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     ConvNextImageProcessor,
     EfficientNetConfig,
     EfficientNetForImageClassification,
@@ -360,3 +362,11 @@ def test_the_input_size_is_known_from_what_a_student_was_taught_with(tmp_path):
     assert known_input_size(load_teacher(tmp_path)) == (3, 24, 32)
     BitImageProcessor(**SHORTEST).save_pretrained(tmp_path)
     assert known_input_size(load_teacher(tmp_path)) == (3, 32, 32)
+
+
+def test_two_input_sizes_are_both_told(tmp_path, caplog):
+    config = ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1], patch_size=2, image_size=24)
+    save_model(ConvNextForImageClassification(config), tmp_path)
+    BitImageProcessor(**SHORTEST).save_pretrained(tmp_path)
+    assert known_input_size(load_teacher(tmp_path)) == (3, 24, 24)
+    assert "declares images of 3x24x24, and its image processor makes 3x32x32" in caplog.text

@@ -39,12 +39,14 @@ def unknown_preprocessing(model: nn.Module) -> str:
     return _known_and_unknown(model)[1]
 
 
-def known_input_size(model: nn.Module) -> tuple[int, int, int] | None:
+def known_input_size(model: nn.Module, known: dict | None = None) -> tuple[int, int, int] | None:
     """Return the `(channels, height, width)` that a model declares, its image processor makes, or it was taught with.
 
-    transformers' ResNets declare none. None where nobody says it.
+    transformers' ResNets declare none. None where nobody says it. `known` is its [`preprocessing_of`], where that was
+    measured already.
     """
-    declared, made = declared_input_size(model), preprocessing_of(model).get("input_size")
+    known = preprocessing_of(model) if known is None else known
+    declared, made = declared_input_size(model), known.get("input_size")
     if declared and made and declared != made:
         logger.warning(
             "%s declares images of %s, and its image processor makes %s: it gets the first, unless you give another "

@@ -127,14 +127,14 @@ class NoiseDataset(DrawnDataset):
         Raises:
             ValueError: The model does not declare an input size and none was given.
         """
+        known = preprocessing_of(model)
         if kwargs.get("input_size") is None:
-            kwargs["input_size"] = known_input_size(model)
+            kwargs["input_size"] = known_input_size(model, known)
             if kwargs["input_size"] is None:
                 raise ValueError(
                     f"{type(model).__name__} does not say what input size it takes (no `pretrained_cfg`, no "
                     "`config.image_size`, no image processor): pass input_size=(channels, height, width)."
                 )
-        known = preprocessing_of(model)
         if {"mean", "std"} <= known.keys():
             pairs = list(zip(known["mean"], known["std"], strict=True))
             # No pixels in [0, 1] have such statistics, so they only bring them to another scale.
