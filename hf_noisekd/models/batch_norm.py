@@ -86,6 +86,7 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
         layers = find_batch_norm(model)
         chosen = random.Random(seed).sample(list(layers), k=len(layers))[: round(fraction * len(layers))]
         self.layer_names = [name for name in layers if name in set(chosen)]
+        self.share = len(self.layer_names) / len(layers)  # what `fraction` came to
         self._layers = [layers[name] for name in self.layer_names]
         self._weight = weight
         self._mixed = [_MixedForward(layer, weight) if 0 < weight < 1 else None for layer in self._layers]

@@ -34,6 +34,8 @@ def begin_as_teacher(
     Returns:
         What was taken from the teacher, or None if the two are no kin.
     """
+    if isinstance(teacher, torch.jit.ScriptModule):  # which cannot be cut
+        return None
     surplus = _surplus(teacher, student)
     removable = [place for place in removable_blocks(teacher, input_size) if place.stage in surplus] if surplus else []
     some = [

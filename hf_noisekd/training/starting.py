@@ -60,10 +60,8 @@ def start_student(
         )
         if isinstance(source, nn.Module) or has_weights(str(source)) or args.init_student == "random":
             return student, None
-        begun = None
-        if not isinstance(bare_model(teacher.model), torch.jit.ScriptModule):  # which cannot be cut
-            images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-            begun = begin_as_teacher(student, bare_model(teacher.model), teacher.input_size, images)
+        images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
+        begun = begin_as_teacher(student, bare_model(teacher.model), teacher.input_size, images)
         if begun is None:
             logger.info("The student begins at random: its layers do not correspond to those of the teacher.")
             return student, None

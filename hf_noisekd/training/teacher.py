@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 
 from hf_noisekd.models.batch_norm import (
     batch_statistics,
-    find_batch_norm,
     has_batch_norm,
     num_frozen,
     statistics_of_batch,
@@ -64,9 +63,8 @@ class Teacher:
         self.statistics = float(has_batch_norm(model)) if statistics is None else statistics
         self.batch_norm_fraction = batch_norm_fraction
         self._context = statistics_of_batch(model, fraction=batch_norm_fraction, seed=seed, weight=self.statistics)
-        layers = find_batch_norm(model) if has_batch_norm(model) else {}
-        on_batch = len(self._context.layer_names) if isinstance(self._context, batch_statistics) else 0
-        self.weight_of_batch = self.statistics * on_batch / max(len(layers), 1)
+        share = self._context.share if isinstance(self._context, batch_statistics) else 0.0
+        self.weight_of_batch = self.statistics * share
         self._forward: nn.Module | Callable = model
 
     def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
