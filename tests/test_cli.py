@@ -471,6 +471,15 @@ def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path,
     assert (tmp_path / "out" / "noisekd.json").is_file() == (failing == "evaluate")
 
 
+@pytest.fixture
+def interruptible():
+    """The handler of a terminal: what a script starts in the background ignores SIGINT, these tests included."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(
     "by",
     [
