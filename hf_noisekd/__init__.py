@@ -6,8 +6,8 @@ Importing the package registers its CIFAR-size models with timm, and the network
 from importlib.metadata import PackageNotFoundError, version
 
 import hf_noisekd.models.cifar  # registers architectures
-import hf_noisekd.models.shrunk  # noqa: F401 - likewise
-from hf_noisekd.calibration.images import calibration_images
+import hf_noisekd.shrinking.shrunk  # noqa: F401 - likewise
+from hf_noisekd.calibration.calibration_images import calibration_images
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import batch_statistics
 from hf_noisekd.noise.dataset import NoiseDataset

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from hf_noisekd import NoiseKDTrainer
 from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
+from hf_noisekd.training.teacher_report import describe_probs, full_size_noise, probs_of_noise
 
 REAL_IMAGES = 2560
 STUDENT = {"student": "resnet10_cifar", "init_student": "random"}
@@ -82,12 +82,12 @@ def main() -> None:
 def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
     """Return what the teacher's answers to two batches of a training's noise tell."""
     noise, args = trainer.train_dataset, trainer.args
-    probs = answer_noise(
+    probs = probs_of_noise(
         trainer.teacher,
         full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
         "batch",
     )
-    found = describe_answers(probs)
+    found = describe_probs(probs)
     return {key: found[key] for key in ("class_balance", "flatness")} | {
         "information": found["class_balance"] - found["flatness"]
     }

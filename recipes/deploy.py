@@ -27,10 +27,10 @@ from torch import nn
 from transformers import pipeline
 
 from hf_noisekd import NoiseDataset, calibration_images, recalibrate_batch_norm
-from hf_noisekd.calibration.quantization import quantize_onnx
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.onnx import export_onnx, halve_onnx, onnx_logits, onnx_session
-from hf_noisekd.release.record import Record
+from hf_noisekd.onnx.floats import export_onnx, halve_onnx, onnx_logits, onnx_session
+from hf_noisekd.onnx.int8 import quantize_onnx
+from hf_noisekd.record.schema import Record
 
 # With the steps of each student; one of a MobileNetV2 takes a CPU ten times as long as one of a ResNet-10.
 PRESETS = {name: pair | {"steps": {"resnet10_cifar": 2400}} for name, pair in NOISE_PAIRS.items()}

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModelForImageClassification
 
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.onnx import export_onnx, onnx_logits, onnx_session
+from hf_noisekd.onnx.floats import export_onnx, onnx_logits, onnx_session
 from hf_noisekd.shrinking.cutting import shrink
 
 PRESETS = {

@@ -22,7 +22,7 @@ from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
 from torch import nn
 
 from hf_noisekd import NoiseKDTrainer, calibration_images
-from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.classifier import count_parameters
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels

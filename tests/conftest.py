@@ -5,7 +5,7 @@ import io
 import os
 from types import SimpleNamespace
 
-from hf_noisekd.release.record import Provenance, TeacherFacts
+from hf_noisekd.record.schema import Provenance, TeacherFacts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests compare what is on the CPU; those marked `gpu` are run with their devices named, as `make test-gpu` does.

@@ -2,7 +2,7 @@ import timm
 import torch
 from torch import nn
 
-from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks, stages_of
+from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
 
 SIZE = (3, 32, 32)
 

@@ -8,12 +8,12 @@ from conftest import TinyCNN, digest, made_by_noise, modes
 from torch import nn
 
 from hf_noisekd import calibration_images, recalibrate_batch_norm
-from hf_noisekd.calibration.images import _rounds
+from hf_noisekd.calibration.calibration_images import _rounds
 from hf_noisekd.calibration.matching import _ChannelMoments
 from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.noise.distributions import low_resolution
-from hf_noisekd.release.record import CalibrationFacts, Provenance
+from hf_noisekd.record.schema import CalibrationFacts, Provenance
 
 SIZE = (1, 8, 8)
 LITE0 = Path(__file__).parents[2] / "shared" / "models" / "tf_efficientnet_lite0"

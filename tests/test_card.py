@@ -19,9 +19,10 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.classifier import class_names
+from hf_noisekd.record.schema import read_record
 from hf_noisekd.release.card import render_model_card, write_model_card
 from hf_noisekd.release.figures import plot_class_balance
-from hf_noisekd.release.record import ModelFacts, read_record
+from hf_noisekd.training.provenance import describe_model
 
 
 def run(folder, student, in_chans=3, eval_dataset="labels", **options):
@@ -98,7 +99,7 @@ def test_the_code_of_a_card_runs_in_the_students_folder(tmp_path, monkeypatch, s
 def test_a_card_of_a_student_without_batch_norm_has_no_choice_of_statistics(folder):
     record = read_record(folder)
     before = str(render_model_card(record))
-    record.model.has_batch_norm = ModelFacts.of(nn.Sequential(nn.Flatten(), nn.LayerNorm(4))).has_batch_norm
+    record.model.has_batch_norm = describe_model(nn.Sequential(nn.Flatten(), nn.LayerNorm(4))).has_batch_norm
     card = str(render_model_card(record))
     assert before.count("evaluation images (16 images)") == 2 * card.count("evaluation images (16 images)") == 2
     assert before.count("type: accuracy") == 2 * card.count("type: accuracy") > 0

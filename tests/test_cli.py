@@ -32,7 +32,7 @@ from hf_noisekd.cli.__main__ import main
 from hf_noisekd.cli.distill import noise_config
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.record import ImagesFacts, Provenance
+from hf_noisekd.record.schema import ImagesFacts, Provenance
 
 THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 

@@ -12,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.images import load_images
+from hf_noisekd.image_datasets import load_images
 
 
 @pytest.fixture

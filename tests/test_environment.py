@@ -1,6 +1,6 @@
 import torch
 
-from hf_noisekd.release.environment import Machine, command_line, usable_cores, versions
+from hf_noisekd.record.environment import Machine, command_line, usable_cores, versions
 
 
 def test_machine_and_versions_are_named():

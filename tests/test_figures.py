@@ -4,8 +4,8 @@ from conftest import made_by_noise
 from harness.figures import plot_accuracy, plot_contact_sheet, plot_embeddings
 from matplotlib.image import imread
 
+from hf_noisekd.record.schema import Evaluation, ModelFacts, Record
 from hf_noisekd.release.figures import Panel, plot_panels
-from hf_noisekd.release.record import Evaluation, ModelFacts, Record
 
 POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 

@@ -19,7 +19,7 @@ from transformers import EarlyStoppingCallback, ResNetConfig, ResNetForImageClas
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics, evaluate
 from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.release.record import Provenance
+from hf_noisekd.record.schema import Provenance
 from hf_noisekd.training.teacher import Teacher
 
 
@@ -288,17 +288,17 @@ def test_running_statistics_collapse_on_noise_at_imagenet_size():
 def test_teacher_on_running_statistics_where_the_fraction_is_zero(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, batch_norm_fraction=0.0, bf16=False))
     noise = trainer.train_dataset.draw(0)
-    answers = trainer.answers_to_compare_with(trainer.eval_dataset)
+    answers = trainer.reference_logits(trainer.eval_dataset)
     torch.testing.assert_close(answers(noise), tiny_cnn(noise))
 
 
-def test_the_teacher_answers_noise_as_in_training_and_images_as_it_is_deployed(tiny_cnn, tmp_path):
+def test_the_teacher_logits_of_noise_as_in_training_and_images_as_it_is_deployed(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False))
     noise = trainer.train_dataset.draw(0)
-    torch.testing.assert_close(trainer.answers_to_compare_with(images())(noise), tiny_cnn(noise))
+    torch.testing.assert_close(trainer.reference_logits(images())(noise), tiny_cnn(noise))
     with batch_statistics(tiny_cnn):
         expected = tiny_cnn(noise)
-    torch.testing.assert_close(trainer.answers_to_compare_with(trainer.eval_dataset)(noise), expected)
+    torch.testing.assert_close(trainer.reference_logits(trainer.eval_dataset)(noise), expected)
 
 
 def test_same_seed_same_student_and_another_seed_another(tiny_cnn, tmp_path):
@@ -653,7 +653,7 @@ def traced():
         (TinyCNN, {}, 1.0),
     ],
 )
-def test_a_teacher_answers_noise_by_the_statistics_asked_for(make, options, expected, tmp_path, caplog):
+def test_a_teacher_logits_of_noise_by_the_statistics_asked_for(make, options, expected, tmp_path, caplog):
     torch.manual_seed(0)
     teacher = make().eval()
     for name, buffer in teacher.named_buffers():
@@ -665,7 +665,7 @@ def test_a_teacher_answers_noise_by_the_statistics_asked_for(make, options, expe
     pixels = torch.randn(16, 1, 8, 8)
     has_layers = any(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
     with torch.no_grad(), batch_statistics(teacher, weight=expected) if has_layers else nullcontext():
-        torch.testing.assert_close(trainer.teacher.teach(pixels), teacher(pixels))
+        torch.testing.assert_close(trainer.teacher.training_logits(pixels), teacher(pixels))
     trainer.train()
     assert digest(teacher) == before
     made = trainer.provenance()
@@ -1069,7 +1069,7 @@ def test_a_student_is_not_lost_to_what_comes_after(error, tiny_cnn, tmp_path, ca
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_noisekd.training.calibrating.calibration_images", fail)
+    monkeypatch.setattr("hf_noisekd.training.ending.calibration_images", fail)
     with caplog.at_level(logging.WARNING):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
         trainer.train()

@@ -10,8 +10,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.onnx import export_onnx, onnx_session
-from hf_noisekd.release.record import NoiseFacts
+from hf_noisekd.onnx.floats import export_onnx, onnx_session
+from hf_noisekd.record.schema import NoiseFacts
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -143,7 +143,7 @@ def test_refuses_what_makes_no_file(exportable, tmp_path, monkeypatch):
         export_onnx(exportable, tmp_path)
     with pytest.raises(ValueError, match=r"TinyCNN does not say its input size: set `model.pretrained_cfg"):
         export_onnx(TinyCNN(), tmp_path / "model.onnx")
-    monkeypatch.setattr("hf_noisekd.release.onnx.MAX_BYTES", 1000)
+    monkeypatch.setattr("hf_noisekd.onnx.floats.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GiB in float32"):
         export_onnx(exportable, tmp_path / "model.onnx")
     monkeypatch.undo()

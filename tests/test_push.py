@@ -17,10 +17,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.loading import load_student, load_teacher, model_folder
 from hf_noisekd.models.saving import save_model
+from hf_noisekd.record.plain import from_dict
+from hf_noisekd.record.schema import Record, read_record
 from hf_noisekd.release.hub import HubError, check_hub_access
-from hf_noisekd.release.plain import from_dict
 from hf_noisekd.release.push import push_model
-from hf_noisekd.release.record import Record, read_record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_noisekd.models.blocks import Place
-from hf_noisekd.shrinking.ranking import answer_change, log_probs, order_of_removal
+from hf_noisekd.shrinking.blocks import Place
+from hf_noisekd.shrinking.ranking import divergence_from, log_probs, order_of_removal
 
 IMAGES = [torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(0))]
 
@@ -54,5 +54,5 @@ def test_the_change_is_a_divergence():
     model = network(1.0)
     expected = log_probs(model, IMAGES)
     assert expected.exp().sum(-1) == pytest.approx(torch.ones(16).tolist())
-    assert answer_change(expected, model, IMAGES) == 0
-    assert answer_change(expected, network(2.0), IMAGES) > 0
+    assert divergence_from(expected, model, IMAGES) == 0
+    assert divergence_from(expected, network(2.0), IMAGES) > 0

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hf_noisekd import batch_statistics, recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import find_batch_norm
-from hf_noisekd.release.plain import to_dict
-from hf_noisekd.release.record import ImagesFacts, Provenance
+from hf_noisekd.record.plain import to_dict
+from hf_noisekd.record.schema import ImagesFacts, Provenance
 
 
 def test_recalibration_equals_one_training_pass_over_all_images(tiny_cnn):

@@ -11,10 +11,9 @@ from conftest import TinyCNN, made_by_noise
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.release.card import render_model_card
-from hf_noisekd.release.environment import Machine
-from hf_noisekd.release.plain import to_dict
-from hf_noisekd.release.record import (
+from hf_noisekd.record.environment import Machine
+from hf_noisekd.record.plain import to_dict
+from hf_noisekd.record.schema import (
     Evaluation,
     ImagesFacts,
     ModelFacts,
@@ -27,6 +26,7 @@ from hf_noisekd.release.record import (
     read_runs,
     write_record,
 )
+from hf_noisekd.release.card import render_model_card
 
 
 def config(tmp_path, **options):

@@ -5,11 +5,11 @@ import timm
 import torch
 from transformers import AutoModelForImageClassification
 
-from hf_noisekd.models.blocks import Place, remove_blocks
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.models.shrunk import build_cut, shapes_of, timm_model_of
+from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
+from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 
 IMAGES = torch.randn(2, 3, 64, 64)
 

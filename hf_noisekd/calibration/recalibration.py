@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, store_statistics
 from hf_noisekd.models.batch_norm import find_batch_norm, num_frozen, stored_statistics
-from hf_noisekd.release.record import ImagesFacts, Provenance
+from hf_noisekd.record.schema import ImagesFacts, Provenance
 
 
 def recalibrate_batch_norm(

@@ -48,14 +48,14 @@ def recalibrate(args: argparse.Namespace) -> int:
     if (args.teacher is None) == (args.dataset is None):
         args.parser.error("give either --teacher, for images made without data, or --dataset, for real ones.")
     options.check_unused(args)
-    from hf_noisekd.calibration.images import calibration_images
+    from hf_noisekd.calibration.calibration_images import calibration_images
     from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
     from hf_noisekd.files import RECORD_NAME
     from hf_noisekd.models.loading import has_weights, model_folder
     from hf_noisekd.models.preprocessing import known_input_size
     from hf_noisekd.models.saving import save_model
+    from hf_noisekd.record.schema import Provenance, read_record
     from hf_noisekd.release.card import write_model_card
-    from hf_noisekd.release.record import Provenance, read_record
 
     model = options.load_model(args.model, args)
     check_recalibration(model)
@@ -113,12 +113,12 @@ def export(args: argparse.Namespace) -> int:
     if args.output.exists() and not args.output.is_file():
         kind = "a folder" if args.output.is_dir() else "no ordinary file"
         args.parser.error(f"--output {args.output} is {kind}: name the file, such as model.onnx.")
-    from hf_noisekd.calibration.images import calibration_images
-    from hf_noisekd.calibration.quantization import quantize_onnx
-    from hf_noisekd.images import load_images
+    from hf_noisekd.calibration.calibration_images import calibration_images
+    from hf_noisekd.image_datasets import load_images
     from hf_noisekd.models.batch_norm import stored_statistics
     from hf_noisekd.models.preprocessing import known_input_size
-    from hf_noisekd.release.onnx import export_onnx, halve_onnx
+    from hf_noisekd.onnx.floats import export_onnx, halve_onnx
+    from hf_noisekd.onnx.int8 import quantize_onnx
 
     model = options.load_model(args.model, args)
     if args.int8:
@@ -127,7 +127,7 @@ def export(args: argparse.Namespace) -> int:
         if not stored_statistics(teacher):
             raise ValueError(
                 f"--int8 makes images of stored BatchNorm statistics, and {args.teacher or args.model} has none: give "
-                "a --teacher that has, or quantise with real images by hf_noisekd.calibration.quantization in Python."
+                "a --teacher that has, or quantise with real images by hf_noisekd.onnx.int8 in Python."
             )
     labelled = None
     if args.eval_dataset is not None:
@@ -152,7 +152,7 @@ def export(args: argparse.Namespace) -> int:
 
 def files_table(paths: dict[str, Path], labelled) -> str:
     """Return the size, the latency and, on images with labels, the accuracy of ONNX files as a table."""
-    from hf_noisekd.release.onnx import onnx_accuracy, onnx_latency
+    from hf_noisekd.onnx.floats import onnx_accuracy, onnx_latency
 
     latency = onnx_latency(paths)
     header = ["", "MB", "ms an image"]

@@ -108,7 +108,7 @@ def distill(args: argparse.Namespace) -> int:
     teacher = load_teacher(args.teacher, checkpoint=args.teacher_checkpoint, trust_remote_code=args.trust_remote_code)
     images = None
     if args.eval_dataset is not None:
-        from hf_noisekd.images import load_images
+        from hf_noisekd.image_datasets import load_images
 
         images = load_images(args.eval_dataset, teacher, split=args.eval_split, label_column=args.eval_label_column)
     try:
@@ -193,7 +193,7 @@ def _start_text(trainer: "NoiseKDTrainer", student: str) -> str:
 def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     """Return what the student's running statistics are of, and the agreement that was measured without data."""
     from hf_noisekd.models.batch_norm import has_batch_norm
-    from hf_noisekd.training.calibrating import HELD_OUT
+    from hf_noisekd.training.ending import HELD_OUT
 
     images, made = trainer.calibration_images, trainer.provenance()
     if not has_batch_norm(trainer.model):

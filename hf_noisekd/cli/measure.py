@@ -22,7 +22,7 @@ def info(args: argparse.Namespace) -> int:
     if args.input_size is not None and len(args.input_size) != 3:
         args.parser.error(f"--input-size takes channels, height and width, such as 3 32 32, found {args.input_size}.")
     from hf_noisekd.models.preprocessing import known_input_size
-    from hf_noisekd.training.teacher_check import describe_teacher
+    from hf_noisekd.training.teacher_report import describe_teacher
 
     model = options.load_model(args.teacher, args, checkpoint=args.teacher_checkpoint)
     if args.input_size is None and known_input_size(model) is None:
@@ -78,8 +78,8 @@ def evaluate_options(parser: CommandParser) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     """Measure a model on labelled images; see [`hf_noisekd.evaluate`]."""
     from hf_noisekd.files import json_text
+    from hf_noisekd.record.schema import Evaluation, read_record
     from hf_noisekd.release.card import write_model_card
-    from hf_noisekd.release.record import Evaluation, read_record
     from hf_noisekd.training import evaluation
 
     if args.update_card and not Path(args.model).is_dir():

@@ -65,7 +65,7 @@ def add_dataset(parser, *, split: str, required: bool = True) -> None:
 
 def load_dataset(args: argparse.Namespace, model, **kwargs):
     """Load what the options of [`add_dataset`] name, as `model` wants it."""
-    from hf_noisekd.images import load_images
+    from hf_noisekd.image_datasets import load_images
 
     columns = {"image_column": args.image_column} | kwargs
     return load_images(args.dataset, model, split=args.split, num_images=args.num_images, **columns)

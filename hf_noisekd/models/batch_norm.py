@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_noisekd.models.classifier import answer_to_blanks
+from hf_noisekd.models.classifier import logits_of_blanks
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -187,7 +187,7 @@ def check_leaves_stored_statistics(model: nn.Module, input_size: tuple[int, int,
             f"them by nn.BatchNorm2d, {advice}"
         )
     with statistics_of_batch(model), _CountBatchNorm() as calls:
-        answer_to_blanks(model, input_size, "teacher")
+        logits_of_blanks(model, input_size, "teacher")
     if calls.on_stored_statistics:
         raise ValueError(
             f"{type(model).__name__} cannot use batch statistics throughout: {calls.on_stored_statistics} of "

@@ -18,7 +18,7 @@ def compute_logits(model: nn.Module | Callable, pixel_values: torch.Tensor) -> t
     return getattr(output, "logits", output)
 
 
-def answer_to_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
+def logits_of_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
     """Return the logits `[2, num_classes]` of `model`, called `role` in errors, for two blank images.
 
     Raises:
@@ -84,12 +84,6 @@ def bare_model(model: nn.Module) -> nn.Module:
     """Return the timm model in transformers' wrapper of it; any other model as it is."""
     bare = getattr(model, "timm_model", model)
     return bare if isinstance(bare, nn.Module) else model
-
-
-def noisekd_section(model: nn.Module) -> dict:
-    """Return the section `noisekd` of the `config.json` of a student of this package; empty for any other model."""
-    section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
-    return dict(section or {})
 
 
 def nonfinite_tensor(model: nn.Module) -> str | None:

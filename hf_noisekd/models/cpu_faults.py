@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_noisekd.models.classifier import answer_to_blanks
+from hf_noisekd.models.classifier import logits_of_blanks
 
 
 def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -43,7 +43,7 @@ def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int
         if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels
     ]
     try:
-        answer_to_blanks(model, input_size, "model")
+        logits_of_blanks(model, input_size, "model")
     finally:
         for hook in hooks:
             hook.remove()

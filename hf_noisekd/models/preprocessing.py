@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_noisekd.models.classifier import declared_input_size, format_size, noisekd_section, pretrained_cfg_of
+from hf_noisekd.models.classifier import declared_input_size, format_size, pretrained_cfg_of
+from hf_noisekd.record.schema import noisekd_section
 
 logger = logging.getLogger(__name__)
 

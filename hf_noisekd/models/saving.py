@@ -22,7 +22,6 @@ from hf_noisekd.models.classifier import (
     compute_logits,
     declared_input_size,
     evaluation_mode,
-    noisekd_section,
     pretrained_cfg_of,
     to_device_of,
 )
@@ -33,6 +32,7 @@ from hf_noisekd.models.preprocessing import (
     preprocessing_of,
     unknown_preprocessing,
 )
+from hf_noisekd.record.schema import noisekd_section
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,8 @@ from typing import Any, cast
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CURVES_NAME, replacing_files
-from hf_noisekd.models import shrunk
-from hf_noisekd.release.card_code import CardCode
-from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
-from hf_noisekd.release.hub import check_repo_id
-from hf_noisekd.release.licenses import card_license
-from hf_noisekd.release.plain import code_text, from_dict, markdown_text, to_dict
-from hf_noisekd.release.record import (
+from hf_noisekd.record.plain import code_text, from_dict, markdown_text, to_dict
+from hf_noisekd.record.schema import (
     STATISTICS,
     Evaluation,
     ImagesFacts,
@@ -25,6 +20,11 @@ from hf_noisekd.release.record import (
     read_runs,
     write_record,
 )
+from hf_noisekd.release.card_code import CardCode
+from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
+from hf_noisekd.release.hub import check_repo_id
+from hf_noisekd.release.licenses import card_license
+from hf_noisekd.shrinking import shrunk
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")
 SHOWN_AS_CODE = ("revision", "sha256", "commit", "command")

@@ -1,7 +1,8 @@
 """The code that a card shows: how to load the student and read images with it."""
 
-from hf_noisekd.models import cifar, shrunk
-from hf_noisekd.release.record import Record
+from hf_noisekd.models import cifar
+from hf_noisekd.record.schema import Record
+from hf_noisekd.shrinking import shrunk
 
 
 class CardCode:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_noisekd.release.plain import figure_text
-from hf_noisekd.release.record import STATISTICS, Evaluation, Record
+from hf_noisekd.record.plain import figure_text
+from hf_noisekd.record.schema import STATISTICS, Evaluation, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from torch import nn
 from torch_pruning import DependencyGraph
 from torch_pruning.pruner.function import BasePruningFunc
 
-from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, evaluation_mode, to_device_of
+from hf_noisekd.models.classifier import compute_logits, evaluation_mode, logits_of_blanks, to_device_of
 
 LAYERS = (nn.Conv2d, nn.Linear)
 MULTIPLE = 8  # of the channels of a layer
@@ -65,7 +65,7 @@ class ChannelCutter:
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
         self._model, self._input_size = model, input_size
-        self._num_classes = answer_to_blanks(model, input_size, "model").shape[-1]
+        self._num_classes = logits_of_blanks(model, input_size, "model").shape[-1]
         # A layer with an output for each class is taken for the classifier, whose outputs stay.
         layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
         heads = [layer for layer in layers if num_outputs(layer) == self._num_classes]
@@ -123,7 +123,7 @@ class ChannelCutter:
                     module = self._modules[root]
                     handler = self._graph.get_pruner_of_module(module).prune_out_channels
                     self._graph.get_pruning_group(module, handler, list(channels)).prune()
-            return answer_to_blanks(self._model, self._input_size, "model").shape[-1] == self._num_classes
+            return logits_of_blanks(self._model, self._input_size, "model").shape[-1] == self._num_classes
         except FAULTS:
             return False
 

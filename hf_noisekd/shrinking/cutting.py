@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import statistics_of_batch
-from hf_noisekd.models.blocks import Place, removable_blocks, remove_blocks
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import differing
-from hf_noisekd.models.shrunk import build_cut, shapes_of, timm_model_of
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.release.record import StartFacts
+from hf_noisekd.record.schema import StartFacts
+from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_importance, least_important, num_inputs
-from hf_noisekd.shrinking.ranking import answer_change, log_probs, order_of_removal
+from hf_noisekd.shrinking.ranking import divergence_from, log_probs, order_of_removal
+from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 
 MAX_DEPTHS = 8  # numbers of blocks to leave out that are tried, beside none
 # A network that lost blocks alone stores statistics that nearly hold, and is taken even if it is so many times worse.
@@ -115,7 +115,7 @@ def _cuts(
         fits = budget.holds(cut, size)
         narrow = cut if fits else _narrowed(cut, budget, size, images, fixed)
         if narrow is not None and budget.holds(narrow, size):  # products without weights are not in the plan
-            yield answer_change(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
+            yield divergence_from(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
         if fits:
             return  # with fewer blocks it gets worse
 

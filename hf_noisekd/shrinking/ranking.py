@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import statistics_of_batch
-from hf_noisekd.models.blocks import Place, remove_blocks
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
+from hf_noisekd.shrinking.blocks import Place, remove_blocks
 
 # Blocks that are looked at again, after another one was left out, before the next one is chosen.
 LOOK_AGAIN = 4
@@ -32,16 +32,16 @@ def order_of_removal(
     """Return blocks of `model` in the order in which to leave them out, the least missed first.
 
     That is the one without which, and without those before it, the answers to batches `[B, C, H, W]` change the least,
-    for what it is `worth`; see [`answer_change`]. To spare forward passes only a few are tried at each step: those that
-    were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts nothing. Of
-    a stage that `at_most` names there are so many at most.
+    for what it is `worth`; see [`divergence_from`]. To spare forward passes only a few are tried at each step: those
+    that were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts
+    nothing. Of a stage that `at_most` names there are so many at most.
     """
     expected = log_probs(model, images)
 
     def change_without(removed: Sequence[Place]) -> float:
         rest = copy.deepcopy(model)
         remove_blocks(rest, removed)
-        return answer_change(expected, rest, images)
+        return divergence_from(expected, rest, images)
 
     order: list[Place] = []
     changes = {block: change_without([block]) for block in blocks}
@@ -64,7 +64,7 @@ def order_of_removal(
     return order
 
 
-def answer_change(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
+def divergence_from(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
     """Return the mean KL divergence, in nats, of answers from those of `model` to batches of images.
 
     `expected` are the [`log_probs`] of another model for the same images.

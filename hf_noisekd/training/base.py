@@ -20,12 +20,13 @@ from hf_noisekd.files import naming_full_disk, replacing_files
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.release.environment import Machine, versions
-from hf_noisekd.release.record import Evaluation, ModelFacts, Provenance, Record, current_evaluations
+from hf_noisekd.record.environment import Machine, versions
+from hf_noisekd.record.schema import Evaluation, Provenance, Record, current_evaluations
 from hf_noisekd.training.checkpoints import is_cut_off, name_last_checkpoint
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
+from hf_noisekd.training.provenance import describe_model
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ class BaseTrainer(Trainer):
             scores = evaluate_loader(
                 self.model,
                 dataloader,
-                teacher_answers=self.answers_to_compare_with(evaluated_dataset(dataloader)),
+                teacher_logits_of=self.reference_logits(evaluated_dataset(dataloader)),
                 reduce=self._sum_over_processes,
                 on_batch=self._on_prediction_step,
             )
@@ -163,7 +164,7 @@ class BaseTrainer(Trainer):
         self._evaluations.append((self._evaluation(dataloader, images, metric_key_prefix, scores), self.is_in_train))
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=images)
 
-    def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def reference_logits(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Return the function from pixels of `dataset` to the logits that the model's agreement is measured with."""
         return None
 
@@ -196,7 +197,7 @@ class BaseTrainer(Trainer):
         """Return what is known of the training so far, with its [`current_evaluations`]. On process 0."""
         history = self.state.log_history
         record = Record(
-            model=ModelFacts.of(self.model),
+            model=describe_model(self.model),
             steps=self._step_of_weights(),
             evaluations=current_evaluations(self._evaluations, self._step_of_weights()),
             processes=self.args.world_size,

@@ -17,13 +17,13 @@ from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import check_labels
 from hf_noisekd.models.classifier import (
-    answer_to_blanks,
     check_finite,
     compute_logits,
     declared_input_size,
     declared_num_classes,
     evaluation_mode,
     format_size,
+    logits_of_blanks,
     to_device_of,
 )
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
@@ -71,7 +71,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     if num_classes < 2:
         raise ValueError("The teacher has one class: distillation compares answers over two classes or more.")
     for role, candidate in (("teacher", teacher.model), ("student", model)):
-        answers = answer_to_blanks(candidate, input_size, role)
+        answers = logits_of_blanks(candidate, input_size, role)
         if not answers.isfinite().all():
             raise ValueError(f"The {role} answers blank images with a NaN or an infinity: look for what is damaged.")
     if (student_classes := answers.shape[-1]) != num_classes:
@@ -198,7 +198,7 @@ def with_sizes_taken(noise: NoiseDataset, models: Sequence[nn.Module]) -> NoiseD
 
 def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
     try:
-        answer_to_blanks(model, input_size, "model")
+        logits_of_blanks(model, input_size, "model")
     except ValueError:
         return False
     return True

@@ -8,7 +8,7 @@ from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import collate_images
 from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size
+from hf_noisekd.models.classifier import compute_logits, declared_input_size, logits_of_blanks
 from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
@@ -59,7 +59,7 @@ class ClassifierTrainer(BaseTrainer):
         if eval_dataset is not None and args.metric_for_best_model is not None:
             first = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
             size = data_collator([first[0]])["pixel_values"].shape[1:]
-            num_classes = answer_to_blanks(model, size, "model").shape[-1]
+            num_classes = logits_of_blanks(model, size, "model").shape[-1]
             check_metric(args, eval_dataset, num_classes, has_teacher=False, collate_fn=data_collator)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
 

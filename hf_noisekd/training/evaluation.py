@@ -17,7 +17,7 @@ from transformers.trainer_utils import has_length
 from hf_noisekd.batches import DrawnDataset, FullBatchSampler, check_labels, collate_images
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
-from hf_noisekd.release.record import STATISTICS
+from hf_noisekd.record.schema import STATISTICS
 from hf_noisekd.training.teacher import Teacher
 
 METRICS = ("accuracy", "top5_accuracy", "loss", "agreement", "kl")
@@ -58,24 +58,24 @@ def evaluate(
         return evaluate_loader(model, loader)
     teacher, is_noise = Teacher(teacher_model), isinstance(dataset, DrawnDataset)
 
-    def teacher_answers(pixel_values: torch.Tensor) -> torch.Tensor:
-        return teacher.answer(to_device_of(teacher_model, pixel_values), noise=is_noise).to(pixel_values.device)
+    def teacher_logits_of(pixel_values: torch.Tensor) -> torch.Tensor:
+        return teacher.logits(to_device_of(teacher_model, pixel_values), noise=is_noise).to(pixel_values.device)
 
     with evaluation_mode(teacher_model):
-        return evaluate_loader(model, loader, teacher_answers)
+        return evaluate_loader(model, loader, teacher_logits_of)
 
 
 @torch.no_grad()
 def evaluate_loader(
     model: nn.Module,
     loader: DataLoader,
-    teacher_answers: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    teacher_logits_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda totals: totals,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[str, float]]:
     """Return what [`evaluate`] does, of the batches of [`evaluation_loader`] in all processes.
 
-    `teacher_answers` goes from pixels to the teacher's logits; `reduce` sums a tensor over all processes.
+    `teacher_logits_of` goes from pixels to the teacher's logits; `reduce` sums a tensor over all processes.
     """
     contexts: tuple[AbstractContextManager, ...] = nullcontext(), statistics_of_batch(model)  # as STATISTICS
     # Sums over images, and in the last row the images for which each metric was measured.
@@ -85,7 +85,7 @@ def evaluate_loader(
             pixel_values = to_device_of(model, batch["pixel_values"])
             _check_finite(pixel_values, "The images to evaluate on hold")
             labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
-            teacher_logits = None if teacher_answers is None else teacher_answers(pixel_values)[:count].float()
+            teacher_logits = None if teacher_logits_of is None else teacher_logits_of(pixel_values)[:count].float()
             if teacher_logits is not None:
                 _check_finite(teacher_logits, "The teacher's answers hold")
             for row, context in enumerate(contexts):

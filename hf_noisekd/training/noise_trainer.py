@@ -12,19 +12,18 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
 
 from hf_noisekd.batches import DrawnDataset, collate_images
-from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.record.environment import command_line
+from hf_noisekd.record.schema import Provenance, Record, current_evaluations
 from hf_noisekd.release.card import write_model_card
-from hf_noisekd.release.environment import command_line
-from hf_noisekd.release.record import Provenance, Record, current_evaluations
-from hf_noisekd.training.answers import AnswerLog
+from hf_noisekd.training.agreement import AgreementLog
 from hf_noisekd.training.base import check_batch_norm_is_local
-from hf_noisekd.training.calibrating import Ending, end_without_data
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.checks import (
     check_eval_datasets,
@@ -37,11 +36,12 @@ from hf_noisekd.training.checks import (
     without_wrong_gradients,
 )
 from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd.training.ending import Ending, end_without_data
+from hf_noisekd.training.initial_student import initial_student, with_defaults_of
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer, on_device, with_noise
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
-from hf_noisekd.training.starting import start_student, with_defaults_of
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if args.teacher_statistics != 0:
             check_leaves_stored_statistics(teacher_model, teacher.input_size)
         set_seed(args.seed)  # before a student given by name gets its random weights
-        model, self.start = start_student(model, teacher, args)
+        model, self.start = initial_student(model, teacher, args)
         args = with_defaults_of(self.start, teacher, args, train_dataset)
         train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
         check_train_noise(train_dataset, args, teacher)
@@ -142,7 +142,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             optimizers=optimizers,
         )
         self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
-        self._answer_log = AnswerLog(teacher.num_classes, self.args.device)
+        self._agreement_log = AgreementLog(teacher.num_classes, self.args.device)
         self._ending: Ending | None = None
         self.train_dataset = on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
         self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
@@ -175,7 +175,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             updates, self.train_dataset.total_steps = self._training_length()
             if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
                 check_length(resume_from_checkpoint, updates)
-        self._answer_log.forget()
+        self._agreement_log.forget()
         self._ending = None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.provenance().attach(self.model)
@@ -225,20 +225,20 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             # A graph for each resolution, rather than a slow one for all.
             torch._dynamo.mark_static(pixel_values)
         with self.accelerator.autocast():
-            teacher_logits = self.teacher.teach(pixel_values)
+            teacher_logits = self.teacher.training_logits(pixel_values)
         student_logits = compute_logits(model, pixel_values)
         loss = LOSSES[self.args.loss_type](student_logits, teacher_logits, self.args.temperature)
-        self._answer_log.add(teacher_logits, student_logits)
+        self._agreement_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
-    def answers_to_compare_with(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
+    def reference_logits(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the teacher's answers: to noise as in training, to images as it is deployed."""
-        return partial(self.teacher.answer, noise=isinstance(dataset, DrawnDataset))
+        return partial(self.teacher.logits, noise=isinstance(dataset, DrawnDataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the agreement and the class balance of the steps since the last entry."""
         if "loss" in logs:
-            logs |= self._answer_log.entry(self._sum_over_processes, self.args.world_size)
+            logs |= self._agreement_log.entry(self._sum_over_processes, self.args.world_size)
         super().log(logs, start_time)
 
     def _cause_of_divergence(self, logs: dict[str, float]) -> str:
@@ -256,7 +256,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         record.noisekd = self.provenance()
         if self._ending:
             record.evaluations.append(self._ending.agreement)
-        record.class_frequencies = self._answer_log.class_frequencies if record.noisekd.is_data_free else None
+        record.class_frequencies = self._agreement_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
         return record
 

@@ -4,16 +4,39 @@ from collections.abc import Sequence
 
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
 
 from hf_noisekd.batches import dataset_name
 from hf_noisekd.models.batch_norm import has_batch_norm
+from hf_noisekd.models.classifier import architecture_of, count_parameters, declared_input_size, pretrained_cfg_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name
-from hf_noisekd.release.environment import versions
-from hf_noisekd.release.record import Evaluation, ImagesFacts, NoiseFacts, Provenance, TeacherFacts, better_statistics
+from hf_noisekd.record.environment import versions
+from hf_noisekd.record.schema import (
+    Evaluation,
+    ImagesFacts,
+    ModelFacts,
+    NoiseFacts,
+    Provenance,
+    TeacherFacts,
+    better_statistics,
+)
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.teacher import Teacher
+
+
+def describe_model(model: nn.Module) -> ModelFacts:
+    """Return what is known of a network."""
+    library = "transformers" if isinstance(model, PreTrainedModel) else "torch"
+    size = declared_input_size(model)
+    return ModelFacts(
+        architecture=architecture_of(model),
+        library="timm" if pretrained_cfg_of(model).get("architecture") else library,
+        parameters=count_parameters(model),
+        input_size=None if size is None else list(size),
+        has_batch_norm=has_batch_norm(model),
+    )
 
 
 def describe_training(

@@ -14,7 +14,7 @@ from hf_noisekd.models.batch_norm import (
     num_frozen,
     statistics_of_batch,
 )
-from hf_noisekd.models.classifier import answer_to_blanks, compute_logits, declared_input_size, teacher_identity
+from hf_noisekd.models.classifier import compute_logits, declared_input_size, logits_of_blanks, teacher_identity
 
 
 class Teacher:
@@ -68,22 +68,22 @@ class Teacher:
         self._forward: nn.Module | Callable = model
 
     def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
-        """Bring the model to the device that trains, in evaluation mode, and compile [`Teacher.teach`] if asked to."""
+        """Bring the model to the device that trains, in evaluation mode, and compile it if asked to."""
         self.model.to(device=args.device, memory_format=memory_format).eval()  # type: ignore[call-overload]
         if args.torch_compile:
             self._forward = torch.compile(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         return self
 
-    def teach(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def training_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the logits `[B, num_classes]` for a training batch `[B, C, H, W]`, in float32."""
-        return self._answer(self._forward, pixel_values, noise=True)
+        return self._logits(self._forward, pixel_values, noise=True)
 
-    def answer(self, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
+    def logits(self, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
         """Return the logits `[B, num_classes]` for noise or images `[B, C, H, W]` to measure by, in float32."""
-        return self._answer(self.model, pixel_values, noise=noise)
+        return self._logits(self.model, pixel_values, noise=noise)
 
     @torch.no_grad()
-    def _answer(self, forward: nn.Module | Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
+    def _logits(self, forward: nn.Module | Callable, pixel_values: torch.Tensor, *, noise: bool) -> torch.Tensor:
         with self._context if noise else nullcontext():
             return compute_logits(forward, pixel_values).float()
 
@@ -97,8 +97,8 @@ class Teacher:
 
     @cached_property
     def num_classes(self) -> int:
-        """The number of its classes; a `ValueError` as of [`answer_to_blanks`]."""
-        return answer_to_blanks(self.model, self.input_size, "teacher").shape[-1]
+        """The number of its classes; a `ValueError` as of [`logits_of_blanks`]."""
+        return logits_of_blanks(self.model, self.input_size, "teacher").shape[-1]
 
     @cached_property
     def identity(self) -> dict:

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset
 
-from hf_noisekd.images import (
+from hf_noisekd.image_datasets import (
     Images,
     convert_image,
     draw_indices,

@@ -17,15 +17,15 @@ from harness.datasets import load_image_datasets, load_photo_datasets
 from harness.presets import RELEASED_ROW, ROWS, SUPERVISED
 from harness.results import Results, recipe_parser
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
 from hf_noisekd.models.loading import load_teacher, nearest_architecture
 from hf_noisekd.models.preprocessing import preprocessing_of
-from hf_noisekd.release.environment import usable_cores
+from hf_noisekd.record.environment import usable_cores
+from hf_noisekd.record.schema import Record
 from hf_noisekd.release.figures import plot_curves
-from hf_noisekd.release.record import Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate

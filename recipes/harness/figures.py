@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from hf_noisekd.record.schema import STATISTICS, Record
 from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
-from hf_noisekd.release.record import STATISTICS, Record
 
 
 def plot_accuracy(runs: Sequence[Record], path: str | Path, key: str, xlabel: str, *, log_x: bool = False) -> Figure:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import find_batch_norm
-from hf_noisekd.models.classifier import answer_to_blanks, check_finite
+from hf_noisekd.models.classifier import check_finite, logits_of_blanks
 from hf_noisekd.training.teacher import Teacher
-from hf_noisekd.training.teacher_check import answer_noise, describe_answers, full_size_noise
+from hf_noisekd.training.teacher_report import describe_probs, full_size_noise, probs_of_noise
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def noise_fit(
         raise ValueError("No BatchNorm layer of the model has running statistics to compare with.")
     data = full_size_noise(model, noise, input_size=input_size, batch_size=256, num_steps=2, seed=seed)
     check_finite(model, "teacher")
-    answer_to_blanks(model, data.input_size, "teacher")
+    logits_of_blanks(model, data.input_size, "teacher")
     divergences = {name: [] for name in layers}
 
     def compare(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -54,7 +54,7 @@ def noise_fit(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(partial(compare, name)).remove)
-        answers = describe_answers(answer_noise(Teacher(model), data, "batch"))
+        answers = describe_probs(probs_of_noise(Teacher(model), data, "batch"))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     # Rounding makes a distance of about 0 any number up to this, and 0 would make that of all layers 0.
     distances = distances.clamp(min=1e-6)

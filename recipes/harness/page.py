@@ -17,8 +17,8 @@ from pathlib import Path
 
 from harness.results import mean_and_spread, measurements_table, model_cell, table_row
 from hf_noisekd.files import read_json
-from hf_noisekd.release.environment import Machine
-from hf_noisekd.release.plain import from_dict
+from hf_noisekd.record.environment import Machine
+from hf_noisekd.record.plain import from_dict
 
 MAX_ROWS = 20
 # What cost more than it gave and went again, with a commit that has it. Its rows stay in the results and on the page.

@@ -5,7 +5,7 @@ A recipe writes `results.json` into its output folder, anew after each run, of t
 - `recipe`, `preset`, `seed`: which experiment this was; `configuration`: its constants, and the options that were given
   in their place, folders without the path to them.
 - `commit`: the commit of the working tree, with `-dirty` behind it where files were changed, or null outside one.
-- `machine` and `versions`, as in [`hf_noisekd.release.record`].
+- `machine` and `versions`, as in [`hf_noisekd.record.schema`].
 - `runs`: a list of records with names, see there. Of a model that was not trained here only
   the evaluation is known.
 - `measurements`: what was measured beside, a list of mappings by the name of its table; the first has all keys.
@@ -28,10 +28,10 @@ from torch.utils.data import Dataset
 from harness.threads import IdleCores
 from hf_noisekd.cli.options import at_least
 from hf_noisekd.files import json_text, read_json, replacing_files
-from hf_noisekd.release.environment import Machine, versions, without_path
+from hf_noisekd.record.environment import Machine, versions, without_path
+from hf_noisekd.record.plain import from_dict, to_dict
+from hf_noisekd.record.schema import STATISTICS, Record
 from hf_noisekd.release.hub import check_hub_access
-from hf_noisekd.release.plain import from_dict, to_dict
-from hf_noisekd.release.record import STATISTICS, Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 

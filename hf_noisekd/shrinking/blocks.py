@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_noisekd.models.classifier import answer_to_blanks
+from hf_noisekd.models.classifier import logits_of_blanks
 
 # A block has this many layers with weights at least: a convolution alone is a layer of one.
 MIN_LAYERS = 2
@@ -65,7 +65,7 @@ def removable_blocks(model: nn.Module, input_size: tuple[int, int, int]) -> list
                 )
 
             stack.enter_context(block.register_forward_hook(compare))
-        answer_to_blanks(model, input_size, "model")
+        logits_of_blanks(model, input_size, "model")
     fitting = [place for place, same in shapes.items() if same == [True]]
     outermost = [place for place in fitting if not any(place.name.startswith(f"{other.name}.") for other in fitting)]
     return [place for place in outermost if _answers_without(model, place, input_size)]
@@ -75,7 +75,7 @@ def _answers_without(model: nn.Module, place: Place, input_size: tuple[int, int,
     rest = copy.deepcopy(model)
     remove_blocks(rest, [place])
     try:
-        answer_to_blanks(rest, input_size, "model")
+        logits_of_blanks(rest, input_size, "model")
     except (ValueError, IndexError, AttributeError, TypeError):
         return False
     return True

@@ -10,7 +10,7 @@ from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.training.starting import start_student
+from hf_noisekd.training.initial_student import initial_student
 from hf_noisekd.training.teacher import Teacher
 
 KIN = {"width": 4, "stem_stride": 2}  # of the digits teacher, half as wide
@@ -22,7 +22,7 @@ def config(folder, **options):
 
 
 def start(teacher, tmp_path, student="resnet10_cifar", **options):
-    return start_student(student, Teacher(teacher), config(tmp_path, **options))
+    return initial_student(student, Teacher(teacher), config(tmp_path, **options))
 
 
 def test_a_student_given_by_name_begins_as_its_teacher(digits_teacher, tmp_path):

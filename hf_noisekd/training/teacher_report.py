@@ -9,12 +9,12 @@ from torch import nn
 
 from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm, has_batch_norm
 from hf_noisekd.models.classifier import (
-    answer_to_blanks,
     architecture_of,
     class_names,
     count_parameters,
     device_of,
     evaluation_mode,
+    logits_of_blanks,
     nonfinite_tensor,
 )
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -28,10 +28,10 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
 
     The noise is two batches in full size; `input_size` is by default what the model declares, else a `ValueError`. Of
     the result `class_names` are the first of them, `batch_norm` is the number of BatchNorm layers by kind, `answers`
-    are as of [`describe_answers`] by kind of statistics, as far as there are any, and `verdict` is a sentence.
+    are as of [`describe_probs`] by kind of statistics, as far as there are any, and `verdict` is a sentence.
     """
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
-    num_classes = answer_to_blanks(model, noise.input_size, "model").shape[-1]
+    num_classes = logits_of_blanks(model, noise.input_size, "model").shape[-1]
     layers, obstacle = find_batch_norm(model) if has_batch_norm(model) else {}, ""
     try:
         check_leaves_stored_statistics(model, noise.input_size)
@@ -44,9 +44,9 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         obstacle = f": its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
         for statistics in ("running", "batch") if layers else ("running",):
-            probs = answer_noise(Teacher(model), noise, statistics)
+            probs = probs_of_noise(Teacher(model), noise, statistics)
             if probs.isfinite().all():
-                answers[statistics] = describe_answers(probs)
+                answers[statistics] = describe_probs(probs)
             else:
                 obstacle = f": with {statistics} statistics it answers noise with a NaN."
     return {
@@ -71,17 +71,17 @@ def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDatas
     )
 
 
-def answer_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
+def probs_of_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
     """Return the answers `[N, num_classes]` of a teacher to all batches of `noise`, in float32.
 
     `statistics` are `"batch"`, by which it answers noise, or `"running"`, by which it answers images.
     """
     with evaluation_mode(teacher.model):
-        logits = [teacher.answer(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
+        logits = [teacher.logits(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
     return torch.cat(logits).softmax(-1)
 
 
-def describe_answers(probs: torch.Tensor) -> dict[str, float]:
+def describe_probs(probs: torch.Tensor) -> dict[str, float]:
     """Return how answers `[N, num_classes]` spread over the classes.
 
     `class_balance` is the entropy of the mean answer, and `flatness` the mean entropy of an answer, both relative to

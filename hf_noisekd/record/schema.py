@@ -9,19 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_noisekd.files import RECORD_NAME, json_text, read_json
-from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import (
-    architecture_of,
-    count_parameters,
-    declared_input_size,
-    noisekd_section,
-    pretrained_cfg_of,
-)
-from hf_noisekd.release.environment import Machine
-from hf_noisekd.release.plain import from_dict, to_dict
+from hf_noisekd.record.environment import Machine
+from hf_noisekd.record.plain import from_dict, to_dict
 
 # The two ways to read a student: as any network, or by the statistics of the batch at hand.
 STATISTICS = ("running", "batch")
@@ -38,19 +29,6 @@ class ModelFacts:
     label_names: list[str] | None = None
     num_classes: int | None = None
     has_batch_norm: bool = True
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "ModelFacts":
-        """Describe a model."""
-        library = "transformers" if isinstance(model, PreTrainedModel) else "torch"
-        size = declared_input_size(model)
-        return cls(
-            architecture=architecture_of(model),
-            library="timm" if pretrained_cfg_of(model).get("architecture") else library,
-            parameters=count_parameters(model),
-            input_size=None if size is None else list(size),
-            has_batch_norm=has_batch_norm(model),
-        )
 
 
 @dataclass(kw_only=True)
@@ -236,6 +214,12 @@ class Record:
             elif entry.log_prefix is not None:
                 evaluation = replace(evaluation, log_prefix=entry.log_prefix)
         return replace(self, evaluations=[*others, evaluation])
+
+
+def noisekd_section(model: nn.Module) -> dict:
+    """Return the section `noisekd` of the `config.json` of a student of this package; empty for any other model."""
+    section = getattr(model, "noisekd", None) or getattr(getattr(model, "config", None), "noisekd", None)
+    return dict(section or {})
 
 
 def better_statistics(evaluations: Sequence[Evaluation], *, taught_on_batch: bool) -> str:

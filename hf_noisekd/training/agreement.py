@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 
-class AnswerLog:
+class AgreementLog:
     """The teacher's mean answer and the student's agreement with it, since the last log entry and over all of them.
 
     Sums are kept on the device, so that no step waits for it.

@@ -29,7 +29,7 @@ from hf_noisekd.models.classifier import (
 )
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.preprocessing import known_input_size, preprocessing_of
-from hf_noisekd.release.record import Provenance
+from hf_noisekd.record.schema import Provenance
 
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
 CHECKED_BATCH_SIZES = (1, 2, 5)  # 1 is the one that exporters take for a constant

@@ -8,10 +8,10 @@ from conftest import snapshot
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, recalibrate_batch_norm
 from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.release.record import Provenance
+from hf_noisekd.record.schema import Provenance
 from hf_noisekd.shrinking.cutting import shrink
 from hf_noisekd.training import calibrating
-from hf_noisekd.training.calibrating import end_without_data
+from hf_noisekd.training.ending import end_without_data
 from hf_noisekd.training.teacher import Teacher
 
 
@@ -57,7 +57,7 @@ def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
 
 @pytest.mark.parametrize("helped", [True, False])
 def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(cut, teacher, helped, monkeypatch):
-    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 101)
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
     monkeypatch.setattr(calibrating, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
     trained, before = copy.deepcopy(trained), snapshot(trained)
@@ -78,7 +78,7 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
         torch.nn.init.normal_(model.layer4[0].bn1.running_mean, std=10)
 
     monkeypatch.setattr(calibrating, "calibration_images", few_steps)
-    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 0)
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0)
     student = copy.deepcopy(digits_teacher)
     spoil(student) if worse == "old" else monkeypatch.setattr(calibrating, "recalibrate_batch_norm", spoil)
     mean = student.layer4[0].bn1.running_mean.clone()
@@ -92,7 +92,7 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
 def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
     digits_teacher, weight, batch_is_better, monkeypatch, caplog
 ):
-    monkeypatch.setattr("hf_noisekd.calibration.images.MIN_SELF_AGREEMENT", 101)
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
     monkeypatch.setattr(calibrating, "calibration_images", few_steps)
     student = copy.deepcopy(digits_teacher)
     if batch_is_better:
@@ -106,7 +106,7 @@ def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
 
 
 def few_steps(*args, **kwargs):
-    from hf_noisekd.calibration.images import calibration_images
+    from hf_noisekd.calibration.calibration_images import calibration_images
 
     return calibration_images(*args, **kwargs, steps=5, max_steps=5)
 

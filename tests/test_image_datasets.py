@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_noisekd import evaluate
-from hf_noisekd.images import load_images
+from hf_noisekd.image_datasets import load_images
 from hf_noisekd.models.saving import save_model
 
 BLACK = Image.new("RGB", (16, 16))

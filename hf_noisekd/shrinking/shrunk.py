@@ -13,8 +13,8 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model
 from timm.models.resnet import ResNet
 from torch import nn
 
-from hf_noisekd.models.blocks import Place, remove_blocks
 from hf_noisekd.models.classifier import architecture_of, bare_model, declared_input_size, pretrained_cfg_of
+from hf_noisekd.shrinking.blocks import Place, remove_blocks
 
 ARCHITECTURE = "shrunk"
 Sizes = Mapping[str, Mapping[str, Any]]

@@ -11,10 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.images import CalibrationImages, calibration_images, default_held_out, noise_images
+from hf_noisekd.calibration.calibration_images import (
+    CalibrationImages,
+    calibration_images,
+    default_held_out,
+    noise_images,
+)
 from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.release.record import Evaluation
+from hf_noisekd.record.schema import Evaluation
 from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.teacher import Teacher
 

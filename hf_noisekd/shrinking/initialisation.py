@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hf_noisekd.models.batch_norm import statistics_of_batch
-from hf_noisekd.models.blocks import removable_blocks, remove_blocks, stages_of
 from hf_noisekd.models.cost import count_macs
-from hf_noisekd.release.record import StartFacts
+from hf_noisekd.record.schema import StartFacts
+from hf_noisekd.shrinking.blocks import removable_blocks, remove_blocks, stages_of
 from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
 from hf_noisekd.shrinking.ranking import order_of_removal
 
@@ -17,7 +17,7 @@ from hf_noisekd.shrinking.ranking import order_of_removal
 MIN_SHARE = 0.8
 
 
-def begin_as_teacher(
+def initialise_from_teacher(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
 ) -> StartFacts | None:
     """Give a student with random weights those of its teacher, as far as their layers correspond.

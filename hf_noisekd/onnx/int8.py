@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from hf_noisekd.batches import DrawnDataset
-from hf_noisekd.calibration.images import CalibrationImages
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, pixel_values_of
 from hf_noisekd.files import check_output_file
-from hf_noisekd.release.onnx import onnx_logits, onnx_session, require_onnx
+from hf_noisekd.onnx.floats import onnx_logits, onnx_session, require_onnx
 
 BATCH_SIZE = 64  # of a pass that looks for the ranges, which keeps all activations of a batch
 # In percent, of the first answers to the images that the ranges are of: below it the file is of no use to anybody.

@@ -10,9 +10,9 @@ from torch import nn
 
 from hf_noisekd.models.classifier import bare_model
 from hf_noisekd.models.loading import has_weights, load_student
-from hf_noisekd.release.record import StartFacts
+from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.cutting import ranking_noise, shrink
-from hf_noisekd.shrinking.kin import begin_as_teacher
+from hf_noisekd.shrinking.initialisation import initialise_from_teacher
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.teacher import Teacher
 
@@ -32,7 +32,7 @@ class CutTeacher(NamedTuple):
     state: dict[str, torch.Tensor]
 
 
-def start_student(
+def initial_student(
     source: str | Path | nn.Module | None, teacher: Teacher, args: NoiseKDConfig
 ) -> tuple[nn.Module, CutTeacher | None]:
     """Return a student, and what it began as if that is its teacher.
@@ -61,7 +61,7 @@ def start_student(
         if isinstance(source, nn.Module) or has_weights(str(source)) or args.init_student == "random":
             return student, None
         images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-        begun = begin_as_teacher(student, bare_model(teacher.model), teacher.input_size, images)
+        begun = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, images)
         if begun is None:
             logger.info("The student begins at random: its layers do not correspond to those of the teacher.")
             return student, None

@@ -24,7 +24,7 @@ from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import check_finite, compute_logits, device_of
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.release.record import CalibrationFacts
+from hf_noisekd.record.schema import CalibrationFacts
 
 logger = logging.getLogger(__name__)
 

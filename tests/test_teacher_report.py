@@ -5,10 +5,10 @@ from conftest import TinyCNN
 from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseDataset, batch_statistics
-from hf_noisekd.training.teacher_check import describe_teacher
+from hf_noisekd.training.teacher_report import describe_teacher
 
 
-def test_measures_what_the_teacher_answers_under_either_statistics(digits_teacher):
+def test_measures_what_the_teacher_logits_of_under_either_statistics(digits_teacher):
     facts = describe_teacher(digits_teacher, batch_size=32)
     noise = [NoiseDataset((1, 32, 32), 32, distribution="dead_leaves").draw(step) for step in range(2)]
     with torch.no_grad():

@@ -5,9 +5,9 @@ import torch
 
 from hf_noisekd import NoiseDataset, calibration_images
 from hf_noisekd.calibration import quantization
-from hf_noisekd.calibration.images import CalibrationImages
-from hf_noisekd.calibration.quantization import quantize_onnx
-from hf_noisekd.release.onnx import export_onnx, halve_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
+from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.onnx.floats import export_onnx, halve_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
+from hf_noisekd.onnx.int8 import quantize_onnx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
