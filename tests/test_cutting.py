@@ -6,7 +6,7 @@ from torch import nn
 
 from hf_noisekd.models.classifier import count_parameters
 from hf_noisekd.models.cost import count_macs
-from hf_noisekd.shrinking.cutting import Budget, _named_copy, _narrowed, shrink
+from hf_noisekd.shrinking.cutting import Budget, _narrowed, shrink
 
 SIZE = (3, 32, 32)
 IMAGES = [torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))]
@@ -65,12 +65,13 @@ class Fixed(nn.Module):
 
 def test_layers_that_do_not_bear_it_stay_as_they_are():
     fixed: set[str] = set()
-    whole = _named_copy(Fixed())
+    whole = Fixed()
+    names = {name: name for name, _ in whole.named_modules()}
     budget = Budget(macs=0.6 * count_macs(whole, SIZE)[""])
-    narrow = _narrowed(whole, budget, SIZE, IMAGES, fixed)
+    narrow = _narrowed(whole, budget, SIZE, IMAGES, fixed, names)
     assert fixed == {"conv1"}
     assert (narrow.conv1.out_channels, narrow.conv2.out_channels) == (16, 32)
-    assert _narrowed(whole, Budget(macs=1), SIZE, IMAGES, fixed) is None
+    assert _narrowed(whole, Budget(macs=1), SIZE, IMAGES, fixed, names) is None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from conftest import TinyCNN, digest
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, evaluate
-from hf_noisekd.calibration import images as calibration
-from hf_noisekd.training import calibrating
+from hf_noisekd.calibration import calibration_images as calibration
+from hf_noisekd.training import ending
 
 STEPS = 5
 
@@ -87,7 +87,7 @@ def recalibrated(trainer) -> list[str]:
     trainer._end()
     digests.append(digest(trainer.model))
     if trainer.args.process_index == 1:
-        calibrating.calibration_images = None
+        ending.calibration_images = None
     trainer.args.seed += 1
     trainer._end()
     digests.append(digest(trainer.model))

@@ -10,7 +10,7 @@ from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, recalibrate_batch_norm
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Provenance
 from hf_noisekd.shrinking.cutting import shrink
-from hf_noisekd.training import calibrating
+from hf_noisekd.training import ending
 from hf_noisekd.training.ending import end_without_data
 from hf_noisekd.training.teacher import Teacher
 
@@ -58,7 +58,7 @@ def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
 @pytest.mark.parametrize("helped", [True, False])
 def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(cut, teacher, helped, monkeypatch):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(calibrating, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
+    monkeypatch.setattr(ending, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
     trained, before = copy.deepcopy(trained), snapshot(trained)
     ending = end(trained, teacher, snapshot(start))
@@ -77,10 +77,10 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
     def spoil(model, images=None):
         torch.nn.init.normal_(model.layer4[0].bn1.running_mean, std=10)
 
-    monkeypatch.setattr(calibrating, "calibration_images", few_steps)
+    monkeypatch.setattr(ending, "calibration_images", few_steps)
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0)
     student = copy.deepcopy(digits_teacher)
-    spoil(student) if worse == "old" else monkeypatch.setattr(calibrating, "recalibrate_batch_norm", spoil)
+    spoil(student) if worse == "old" else monkeypatch.setattr(ending, "recalibrate_batch_norm", spoil)
     mean = student.layer4[0].bn1.running_mean.clone()
     ending = end(student, Teacher(digits_teacher, statistics=weight), None)
     assert (ending.images is None) == keeps
@@ -93,7 +93,7 @@ def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
     digits_teacher, weight, batch_is_better, monkeypatch, caplog
 ):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(calibrating, "calibration_images", few_steps)
+    monkeypatch.setattr(ending, "calibration_images", few_steps)
     student = copy.deepcopy(digits_teacher)
     if batch_is_better:
         torch.nn.init.normal_(student.layer4[0].bn1.running_mean, std=10)

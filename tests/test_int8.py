@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_noisekd import NoiseDataset, calibration_images
-from hf_noisekd.calibration import quantization
+from hf_noisekd.onnx import int8
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
 from hf_noisekd.onnx.int8 import quantize_onnx
@@ -54,7 +54,7 @@ def test_int8_without_data_answers_like_float(exported, images, digits, tmp_path
 
 def test_the_report_is_of_the_images_held_out(exported, images, tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(quantization, "_agreement", lambda *args: measured.append(torch.cat(list(args[2]))) or 100.0)
+    monkeypatch.setattr(int8, "_agreement", lambda *args: measured.append(torch.cat(list(args[2]))) or 100.0)
     quantize_onnx(exported, tmp_path / "int8.onnx", images)
     assert torch.equal(measured[0], images.held_out)
     quantize_onnx(exported, tmp_path / "int8.onnx", [images.held_out[:8], images.held_out[8:16]])
@@ -73,7 +73,7 @@ def test_noise_and_images_that_are_not_good_enough_are_refused(exported, images,
 
 
 def test_a_file_that_answers_differently_is_not_left(exported, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "_agreement", lambda *args: 30.0)
+    monkeypatch.setattr(int8, "_agreement", lambda *args: 30.0)
     with pytest.raises(RuntimeError, match="to 30 % of the images only: no file was written"):
         quantize_onnx(exported, tmp_path / "int8.onnx", images)
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_noisekd.calibration.moments import gaussian_kl
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits
 
@@ -88,10 +89,8 @@ def _divergence(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
 
     def compare(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        mean, variance = _ChannelMoments.apply(inputs[0])
-        stored = layer.running_var.float() + layer.eps
-        ratio = (variance + layer.eps) / stored
-        found.append((ratio + (mean - layer.running_mean.float()).square() / stored - 1 - ratio.log()).mean() / 2)
+        moments = _ChannelMoments.apply(inputs[0])
+        found.append(gaussian_kl(*moments, layer.running_mean.float(), layer.running_var.float(), layer.eps))
 
     with ExitStack() as stack:
         for layer in stored_statistics(model).values():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import batch_statistics, stored_statistics
+from hf_noisekd.models.batch_norm import batch_statistics, channel_moments, stored_statistics
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 
 Batches = Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
@@ -84,10 +84,9 @@ class _Moments:
         self.calls, self.count, self.mean, self.squares = 0, 0, torch.zeros(()), torch.zeros(())
 
     def pool(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        x = inputs[0].float().movedim(1, 0).flatten(1)
-        if (count := x.shape[1]) < 2:
+        if (count := inputs[0].numel() // inputs[0].shape[1]) < 2:
             raise ValueError(f"BatchNorm layer {self.name!r} saw one value a channel: recalibrate on 2 images or more.")
-        variance, batch_mean = (m.cpu().double() for m in torch.var_mean(x, dim=1, correction=0))
+        batch_mean, variance = (moment.cpu().double() for moment in channel_moments(inputs[0]))
         delta = batch_mean - self.mean
         self.mean = self.mean + delta * (count / (self.count + count))
         self.squares = self.squares + variance * count + delta**2 * (self.count * count / (self.count + count))
@@ -98,11 +97,22 @@ class _Moments:
         """Store them in a layer, and return the KL divergence of what it had before, a mean over its channels."""
         mean, variance = self.mean.float(), (self.squares / (self.count - 1)).float()
         old_mean, old_variance = layer.running_mean.float().cpu(), layer.running_var.float().cpu()
-        ratio = (old_variance + layer.eps) / (variance + layer.eps)
-        change = (ratio + (old_mean - mean).square() / (variance + layer.eps) - 1 - ratio.log()).mean() / 2
+        change = gaussian_kl(old_mean, old_variance, mean, variance, layer.eps)
         layer.running_mean.copy_(mean)
         layer.running_var.copy_(variance)
         return change.item()
+
+
+def gaussian_kl(
+    mean: torch.Tensor, variance: torch.Tensor, other_mean: torch.Tensor, other_variance: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Return `KL(N(mean, variance) || N(other_mean, other_variance))`, in nats, averaged over the channels `[C]`.
+
+    `eps` is added to both variances, as BatchNorm does.
+    """
+    ratio = (variance + eps) / (other_variance + eps)
+    shift = (mean - other_mean).square() / (other_variance + eps)
+    return (ratio + shift - 1 - ratio.log()).mean() / 2
 
 
 def pixel_values_of(batch: Any) -> torch.Tensor:

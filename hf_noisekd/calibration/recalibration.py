@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import Batches, store_statistics
-from hf_noisekd.models.batch_norm import find_batch_norm, num_frozen, stored_statistics
+from hf_noisekd.models.batch_norm import check_has_batch_norm, num_frozen, stored_statistics
 from hf_noisekd.record.schema import ImagesFacts, Provenance
 
 
@@ -57,7 +57,7 @@ def recalibrate_batch_norm(
 def check_recalibration(model: nn.Module) -> None:
     """Raise a `ValueError` if [`recalibrate_batch_norm`] has nothing to re-estimate in `model`."""
     try:
-        find_batch_norm(model)
+        check_has_batch_norm(model)
     except ValueError as error:
         advice = "" if num_frozen(model) else " It answers single images as it is."
         raise ValueError(f"There is nothing to recalibrate: {error}{advice}") from error

@@ -7,7 +7,6 @@ is between the two (Schneider et al., NeurIPS 2020, who adapt networks to corrup
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from typing import Any
 
@@ -19,32 +18,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_noisekd.models.classifier import logits_of_blanks
 
 
+def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the BatchNorm layers of `model` by name, in its order; frozen ones have no batch mode and do not count."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
 def has_batch_norm(model: nn.Module) -> bool:
     """Return whether `model` has a layer that [`find_batch_norm`] finds."""
-    return any(isinstance(module, _BatchNorm) for module in model.modules())
+    return bool(find_batch_norm(model))
 
 
-def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of `model` by name, in its order; frozen ones have no batch mode and do not count.
+def check_has_batch_norm(model: nn.Module) -> None:
+    """Raise a `ValueError` that names the normalisation layers that were found, unless one is BatchNorm."""
+    if has_batch_norm(model):
+        return
+    # Heads and whole networks have the word in their names, too.
+    found = Counter(
+        type(module).__name__
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        and (not list(module.children()) or module._parameters or module._buffers)
+    )
+    kinds = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no normalisation layer at all"
+    frozen = " Frozen BatchNorm cannot: replace it by nn.BatchNorm2d." if num_frozen(model) else ""
+    raise ValueError(
+        f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}).{frozen}"
+    )
 
-    Raises:
-        ValueError: The model has no such layer. The message names the normalisation layers that were found.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-    if not layers:
-        # Heads and whole networks have the word in their names, too.
-        found = Counter(
-            type(module).__name__
-            for module in model.modules()
-            if "norm" in type(module).__name__.lower()
-            and (not list(module.children()) or module._parameters or module._buffers)
-        )
-        kinds = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no normalisation layer at all"
-        frozen = " Frozen BatchNorm cannot: replace it by nn.BatchNorm2d." if num_frozen(model) else ""
-        raise ValueError(
-            f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}).{frozen}"
-        )
-    return layers
+
+def channel_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and biased variance `[C]` of each channel of `[B, C, ...]`, in float32."""
+    variance, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
+    return mean, variance
 
 
 def num_frozen(model: nn.Module) -> int:
@@ -54,8 +59,7 @@ def num_frozen(model: nn.Module) -> int:
 
 def stored_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
     """Return those of the layers of [`find_batch_norm`] that store a mean and a variance; none if there is none."""
-    layers = find_batch_norm(model) if has_batch_norm(model) else {}
-    return {name: layer for name, layer in layers.items() if layer.running_mean is not None}
+    return {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
 
 
 class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: `with batch_statistics(teacher): ...`
@@ -83,18 +87,17 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
         for name, value in (("fraction", fraction), ("weight", weight)):
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}.")
+        check_has_batch_norm(model)
         layers = find_batch_norm(model)
         chosen = random.Random(seed).sample(list(layers), k=len(layers))[: round(fraction * len(layers))]
         self.layer_names = [name for name in layers if name in set(chosen)]
         self.share = len(self.layer_names) / len(layers)  # what `fraction` came to
         self._layers = [layers[name] for name in self.layer_names]
         self._weight = weight
-        self._mixed = [_MixedForward(layer, weight) if 0 < weight < 1 else None for layer in self._layers]
         self._held: list[list[_Held]] = []
 
     def __enter__(self) -> "batch_statistics":
-        pairs = zip(self._layers, self._mixed, strict=True)
-        self._held.append([_Held(layer, mixed, on_batch=self._weight == 1) for layer, mixed in pairs])
+        self._held.append([_Held(layer, self._weight) for layer in self._layers])
         return self
 
     def __exit__(self, *exception) -> None:
@@ -105,20 +108,18 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
 class _Held:
     """A layer on the statistics of a context, whose `train` it takes the place of, until it is released."""
 
-    def __init__(self, layer: _BatchNorm, mixed: "_MixedForward | None", *, on_batch: bool):
-        self._layer = layer
+    def __init__(self, layer: _BatchNorm, weight: float):
+        self._layer: Any = layer
+        self._weight = weight
         self._outer: _Held | None = layer.__dict__.get("train")
         self._before = layer.training, layer.track_running_stats
-        self._forward = layer.__dict__.get("forward")
         # Set as attributes: `layer.train()` would also switch on the drop-out inside timm's BatchNormAct2d.
         # Without `track_running_stats` torch passes no buffer to the kernel, so none can change.
-        layer.training = layer.running_mean is None or on_batch
+        layer.training = layer.running_mean is None or weight == 1
         layer.track_running_stats = not layer.training
         layer.train = self  # type: ignore[method-assign]
-        forward = self._forward.inner if isinstance(self._forward, _MixedForward) else self._forward
-        if mixed and not layer.training:
-            mixed.inner, forward = forward, mixed
-        _set_forward(layer, forward)
+        mixes = weight > 0 and not layer.training
+        self._hook = layer.register_forward_pre_hook(self._mix) if mixes else None
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
         """Keep the mode for later, and set that of what is inside the layer."""
@@ -130,41 +131,25 @@ class _Held:
                 child.train(mode)
         return self._layer
 
+    def _mix(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        """Change the input so that the layer, which normalises by what it stores, normalises it by mixed moments."""
+        if layer.train is not self:
+            return None  # a context inside this one holds the layer
+        (x,) = inputs
+        stored = layer.running_mean.float(), layer.running_var.float()
+        mean, variance = (old.lerp(new, self._weight) for old, new in zip(stored, channel_moments(x), strict=True))
+        scale = ((stored[1] + layer.eps) / (variance + layer.eps)).sqrt()
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return (torch.addcmul((stored[0] - mean * scale).view(shape), x.float(), scale.view(shape)).to(x.dtype),)
+
     def release(self) -> None:
         self._layer.training, self._layer.track_running_stats = self._before
-        _set_forward(self._layer, self._forward)
+        if self._hook:
+            self._hook.remove()
         if self._outer:
-            self._layer.train = self._outer  # type: ignore[method-assign]
+            self._layer.train = self._outer
         else:
             del self._layer.train
-
-
-class _MixedForward:
-    """The forward pass of a layer in evaluation mode, with mixed moments in place of the stored ones.
-
-    It takes the place of the layer's `forward`, rather than being a hook, which compiled models would not notice.
-    """
-
-    def __init__(self, layer: _BatchNorm, weight: float):
-        self._layer, self._weight = layer, weight
-        self.inner: Callable | None = None  # where the layer has a `forward` of its own
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Change the input so that the layer, which normalises by what it stores, normalises it by mixed moments."""
-        layer: Any = self._layer
-        stored_mean, stored_variance = layer.running_mean.float(), layer.running_var.float()
-        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.ndim)], correction=0)
-        mean, variance = stored_mean.lerp(mean, self._weight), stored_variance.lerp(variance, self._weight)
-        scale = ((stored_variance + layer.eps) / (variance + layer.eps)).sqrt()
-        shape = (1, -1, *[1] * (x.ndim - 2))
-        x = torch.addcmul((stored_mean - mean * scale).view(shape), x.float(), scale.view(shape)).to(x.dtype)
-        return self.inner(x) if self.inner else type(layer).forward(layer, x)
-
-
-def _set_forward(layer: nn.Module, forward: Callable | None) -> None:
-    layer.__dict__.pop("forward", None)
-    if forward:
-        layer.forward = forward
 
 
 def statistics_of_batch(model: nn.Module, **kwargs) -> AbstractContextManager:

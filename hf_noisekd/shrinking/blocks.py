@@ -81,14 +81,20 @@ def _answers_without(model: nn.Module, place: Place, input_size: tuple[int, int,
     return True
 
 
-def remove_blocks(model: nn.Module, places: Collection[Place]) -> None:
-    """Leave blocks out of `model`, in place; those behind them in a stage move up and take their names."""
+def remove_blocks(model: nn.Module, places: Collection[Place]) -> dict[str, str]:
+    """Leave blocks out of `model`, in place; those behind them in a stage move up and take their names.
+
+    Returns:
+        The name that each module of what is left had before, by its name now.
+    """
+    before = {module: name for name, module in model.named_modules()}
     by_stage: dict[str, set[str]] = {}
     for place in places:
         by_stage.setdefault(place.stage, set()).add(place.key)
     # The innermost first: the names of the others still hold then.
     for stage in sorted(by_stage, key=lambda name: name.count("."), reverse=True):
         _keep_children(model.get_submodule(stage), stages_of(model)[stage], by_stage[stage])
+    return {name: before[module] for name, module in model.named_modules()}
 
 
 def _keep_children(module: nn.Module, blocks: list[str], removed: Collection[str]) -> None:

@@ -53,7 +53,7 @@ class ChannelGroup:
 
 
 class ChannelCutter:
-    """Finds the groups of channels of a model, and cuts them in place. The classes of its grouped convolutions change.
+    """Finds the groups of channels of a model, and cuts them in place.
 
     Args:
         model: A classifier.
@@ -71,7 +71,6 @@ class ChannelCutter:
         heads = [layer for layer in layers if num_outputs(layer) == self._num_classes]
         self._modules = dict(model.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
-        grouped = _as_grouped(model)
         model.requires_grad_(True)
         self.groups: dict[str, ChannelGroup] = {}
         # What torch-pruning cannot follow in a network ends it in one of these.
@@ -82,7 +81,6 @@ class ChannelCutter:
                 to_device_of(model, torch.zeros(2, *input_size)),
                 # timm's 1d convolutions run over the channels, in place of their being mixed.
                 ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Conv1d)],
-                customized_pruners={kind: _WholeGroups() for kind in grouped},
                 verbose=False,
             )
             found = self._graph.get_all_groups(ignored_layers=heads, root_module_types=list(LAYERS))
@@ -193,18 +191,21 @@ def least_important(group: ChannelGroup, importance: torch.Tensor, kept: int) ->
     return sorted((runs.flatten()[:, None] * group.unit + torch.arange(group.unit)).flatten().tolist())
 
 
-def _as_grouped(model: nn.Module) -> list[type]:
-    """Give grouped convolutions classes of their own, and return these: torch-pruning cuts a layer by its class."""
-    kinds: dict[type, type] = {}
-    for layer in model.modules():
-        if _is_grouped(layer):
-            kind = type(layer)
-            layer.__class__ = kinds.setdefault(kind, type(f"Grouped{kind.__name__}", (kind,), {}))
-    return list(kinds.values())
-
-
 class _BoundedGraph(DependencyGraph):
-    """A dependency graph in which the search for a group ends with a `RuntimeError` after [`MAX_VISITS`]."""
+    """A dependency graph in which grouped convolutions lose whole groups of channels.
+
+    The search for what goes together ends with a `RuntimeError` after [`MAX_VISITS`].
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._whole_groups = _WholeGroups()
+        self._in_channel_pruning_fn.add(self._whole_groups.prune_in_channels)
+        self._out_channel_pruning_fn.add(self._whole_groups.prune_out_channels)
+
+    def get_pruner_of_module(self, module: nn.Module) -> BasePruningFunc:
+        # torch-pruning registers pruners by class, and these layers differ from others of their class by a number.
+        return self._whole_groups if _is_grouped(module) else super().get_pruner_of_module(module)
 
     def build_dependency(self, *args, **kwargs):
         built = super().build_dependency(*args, **kwargs)

@@ -110,10 +110,10 @@ def _cuts(
     expected = log_probs(teacher, images)
     fixed: set[str] = set()
     for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
-        cut, removed = _named_copy(teacher), blocks[:number]
-        remove_blocks(cut, removed)
+        cut, removed = copy.deepcopy(teacher), blocks[:number]
+        name_before = remove_blocks(cut, removed)
         fits = budget.holds(cut, size)
-        narrow = cut if fits else _narrowed(cut, budget, size, images, fixed)
+        narrow = cut if fits else _narrowed(cut, budget, size, images, fixed, name_before)
         if narrow is not None and budget.holds(narrow, size):  # products without weights are not in the plan
             yield divergence_from(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
         if fits:
@@ -146,29 +146,22 @@ def ranking_noise(model: nn.Module, input_size: tuple[int, int, int], seed: int 
     return [noise.draw(0)]
 
 
-def _named_copy(model: nn.Module) -> nn.Module:
-    """Return a copy whose modules know their names, which they keep when blocks before them are left out."""
-    model = copy.deepcopy(model)
-    for name, module in model.named_modules():
-        module.name_in_teacher = name
-    return model
-
-
 def _narrowed(
     whole: nn.Module,
     budget: Budget,
     input_size: tuple[int, int, int],
     images: Sequence[torch.Tensor],
     fixed: set[str],
+    name_before: Mapping[str, str],
 ) -> nn.Module | None:
     """Return `whole` with all its layers narrowed by the same share to a budget, or None if that cannot be done.
 
-    Layers that do not bear it stay as they are, and get into `fixed`, by their names in the teacher.
+    Layers that do not bear it stay as they are, and get into `fixed`, by their names in the teacher, `name_before`.
     """
     while True:
         cut = copy.deepcopy(whole)
         cutter = ChannelCutter(cut, input_size)
-        groups = {root: group for root, group in cutter.groups.items() if _original(whole, root) not in fixed}
+        groups = {root: group for root, group in cutter.groups.items() if name_before[root] not in fixed}
         widths = _widths(whole, groups, budget, input_size)
         if widths is None:
             return None
@@ -179,11 +172,7 @@ def _narrowed(
         failing = [root for root in removed if not _bears(whole, {root: removed[root]}, input_size)]
         if not failing:
             return None
-        fixed |= {_original(whole, root) for root in failing}
-
-
-def _original(model: nn.Module, name: str) -> str:
-    return str(model.get_submodule(name).name_in_teacher)
+        fixed |= {name_before[root] for root in failing}
 
 
 def _bears(whole: nn.Module, removed: Mapping[str, Sequence[int]], input_size: tuple[int, int, int]) -> bool:

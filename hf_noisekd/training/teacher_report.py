@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm, has_batch_norm
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, find_batch_norm
 from hf_noisekd.models.classifier import (
     architecture_of,
     class_names,
@@ -32,7 +32,7 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     """
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     num_classes = logits_of_blanks(model, noise.input_size, "model").shape[-1]
-    layers, obstacle = find_batch_norm(model) if has_batch_norm(model) else {}, ""
+    layers, obstacle = find_batch_norm(model), ""
     try:
         check_leaves_stored_statistics(model, noise.input_size)
     except ValueError as error:

@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import find_batch_norm
+from hf_noisekd.calibration.moments import gaussian_kl
+from hf_noisekd.models.batch_norm import channel_moments, stored_statistics
 from hf_noisekd.models.classifier import check_finite, logits_of_blanks
 from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.training.teacher_report import describe_probs, full_size_noise, probs_of_noise
@@ -31,7 +32,7 @@ def noise_fit(
         seed: Seed of the noise.
 
     Returns:
-        `noise` and its `std`; `distance`, the [`_divergence`] of a layer's input, averaged over two batches of 256 and
+        `noise` and its `std`; `distance`, the [`gaussian_kl`] of a layer's input from what it stores, averaged over two batches of 256 and
         geometrically over the layers, the lower the better; and of the answers with batch statistics `class_balance`,
         `flatness` and `information`, the mutual information of image and class relative to that of all classes told
         apart with certainty, which is the difference of the two; see [`describe_teacher`].
@@ -40,7 +41,7 @@ def noise_fit(
         ValueError: The model has no BatchNorm layer with running statistics, or a weight that is not finite; the noise
             is not known; or the size is not declared, or not one that the model takes.
     """
-    layers = {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
+    layers = stored_statistics(model)
     if not layers:
         raise ValueError("No BatchNorm layer of the model has running statistics to compare with.")
     data = full_size_noise(model, noise, input_size=input_size, batch_size=256, num_steps=2, seed=seed)
@@ -49,7 +50,8 @@ def noise_fit(
     divergences = {name: [] for name in layers}
 
     def compare(name: str, layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        divergences[name].append(_divergence(layer, inputs[0]))
+        moments = channel_moments(inputs[0])
+        divergences[name].append(gaussian_kl(*moments, layer.running_mean, layer.running_var, layer.eps))
 
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -66,15 +68,3 @@ def noise_fit(
         "flatness": answers["flatness"],
         "information": answers["class_balance"] - answers["flatness"],
     }
-
-
-def _divergence(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return how far the input of a BatchNorm layer is from the statistics that the layer stored.
-
-    The Kullback-Leibler divergence of the batch's normal distribution in a channel from the stored one, in nats,
-    averaged over the channels.
-    """
-    variance, mean = torch.var_mean(x.float().movedim(1, 0).flatten(1), 1)
-    ratio = (variance + layer.eps) / (layer.running_var + layer.eps)
-    shift = (mean - layer.running_mean).square() / (layer.running_var + layer.eps)
-    return (ratio + shift - 1 - ratio.log()).mean() / 2
