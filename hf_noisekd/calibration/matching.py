@@ -89,8 +89,8 @@ def _divergence(model: nn.Module) -> Iterator[list[torch.Tensor]]:
     found: list[torch.Tensor] = []
 
     def compare(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-        moments = _ChannelMoments.apply(inputs[0])
-        found.append(gaussian_kl(*moments, layer.running_mean.float(), layer.running_var.float(), layer.eps))
+        mean, variance = _ChannelMoments.apply(inputs[0])
+        found.append(gaussian_kl(mean, variance, layer.running_mean.float(), layer.running_var.float(), layer.eps))
 
     with ExitStack() as stack:
         for layer in stored_statistics(model).values():

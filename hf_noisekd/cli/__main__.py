@@ -101,7 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        message = in_one_line(error)
+        message = args.parser.in_options(in_one_line(error))
+        if type(error).__name__ == "UsageError":
+            print(f"{prog}: error: {message}", file=sys.stderr)
+            return 2
         if not _says_all(error):
             message = f"{type(error).__name__}: {message} (--debug shows where it comes from)"
         print(f"{prog}: error: {message}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """Options that several commands have, and what is done with them first."""
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +45,16 @@ def add_trust_remote_code(parser, whose: str) -> None:
     add_switch(parser, "--trust-remote-code", help)
 
 
+def add_input_size(parser) -> None:
+    help = "channels, height and width of the images, such as 3 224 224 (default: what the model declares)"
+    parser.add_argument("--input-size", nargs=3, type=at_least(1), metavar="N", help=help)
+
+
+def add_calibration_steps(parser) -> None:
+    help = "steps at most to make images without data; large inputs and many classes need more (default: 900)"
+    parser.add_argument("--calibration-steps", type=at_least(1), default=900, metavar="N", help=help)
+
+
 def add_model(parser, help: str, name: str = "--model", *, required: bool = True) -> None:
     parser.add_argument(name, required=required, metavar="MODEL", help=f"{help} {MODEL}")
 
@@ -57,37 +66,13 @@ def add_teacher(parser, use: str) -> None:
     add_trust_remote_code(parser, "teacher")
 
 
+def add_eval_dataset(parser, use: str) -> None:
+    parser.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, {use}")
+    parser.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
+    parser.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
+
+
 def add_dataset(parser, *, split: str, required: bool = True) -> None:
     parser.add_argument("--dataset", required=required, metavar="DATASET", help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")
-
-
-def load_dataset(args: argparse.Namespace, model, **kwargs):
-    """Load what the options of [`add_dataset`] name, as `model` wants it."""
-    from hf_noisekd.image_datasets import load_images
-
-    columns = {"image_column": args.image_column} | kwargs
-    return load_images(args.dataset, model, split=args.split, num_images=args.num_images, **columns)
-
-
-def load_model(source: str, args: argparse.Namespace, **kwargs):
-    """Load a trained model, in evaluation mode on the accelerator if there is one."""
-    import torch
-
-    from hf_noisekd.models.loading import load_teacher
-
-    model = load_teacher(source, trust_remote_code=args.trust_remote_code, **kwargs).eval()
-    return model.to(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else model
-
-
-def check_unused(args: argparse.Namespace, advice: str = "") -> None:
-    """Refuse an output folder that holds something, before anything is loaded."""
-    # Other processes may be late, and find what the first one has written.
-    if os.environ.get("RANK", "0") != "0":
-        return
-    folder = Path(args.output_dir).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
-        args.parser.error(f"the output folder {folder} is not empty: choose another --output-dir.{advice}")
-    if folder.is_file():
-        args.parser.error(f"the output folder {folder} is a file: choose another --output-dir.")

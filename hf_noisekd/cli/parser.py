@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ class CommandParser(argparse.ArgumentParser):
             else:
                 tokens += [f"{option}={value}" for value in values]
         return tokens
+
+    def in_options(self, message: str) -> str:
+        """Return a message in which Python's names of options, such as `output_dir`, are those of the command line."""
+        options = {action.dest: action.option_strings[0] for action in self._actions if "_" in action.dest}
+        return re.sub(r"\w+", lambda word: options.get(word[0], word[0]), message) if options else message
 
     def _nearest(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)

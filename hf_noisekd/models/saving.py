@@ -32,7 +32,8 @@ from hf_noisekd.models.preprocessing import (
     preprocessing_of,
     unknown_preprocessing,
 )
-from hf_noisekd.record.schema import noisekd_section
+from hf_noisekd.record.plain import to_dict
+from hf_noisekd.record.schema import Provenance, noisekd_section
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,26 @@ OF_OTHER_WEIGHTS = (
 )  # fmt: skip
 
 
-def save_model(model: nn.Module, folder: str | Path, *, teacher_model: nn.Module | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    teacher_model: nn.Module | None = None,
+    provenance: Provenance | None = None,
+) -> None:
     """Save a classifier: transformers models in their format, timm models in timm's, which transformers reads too.
 
-    Of any other module only the weights can be saved, with a warning. What stands in `model.noisekd` becomes the
-    section `noisekd` of `config.json`. A new folder appears whole or not at all; in one that is there each file is
-    replaced whole. The model shares the preprocessing and the class names of `teacher_model`.
+    A new folder appears whole or not at all; in one that is there each file is replaced whole.
+
+    Args:
+        model: The classifier. Of one that is neither timm's nor transformers' only the weights can be saved, with a
+            warning.
+        folder: Where to save `config.json` and `model.safetensors`.
+        teacher_model: The model whose preprocessing and class names it shares. Default: the model itself.
+        provenance: How it was made, the section `noisekd` of `config.json`. Default: what the model itself says of it.
     """
     bare = bare_model(model)
-    section = noisekd_section(model)
+    section = noisekd_section(model) if provenance is None else to_dict(provenance)
     like = model if teacher_model is None else teacher_model
     with replacing_files(folder) as staging:
         if isinstance(bare, PreTrainedModel):

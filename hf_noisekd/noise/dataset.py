@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from hf_noisekd.batches import DrawnDataset
-from hf_noisekd.models.preprocessing import known_input_size, preprocessing_of
+from hf_noisekd.models.input_size import input_size_of
+from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.noise import spec
 from hf_noisekd.noise.distributions import Distribution
 
@@ -120,21 +121,14 @@ class NoiseDataset(DrawnDataset):
         about 0.5 and 0.25 of the range, on its scale.
 
         Args:
-            model: The classifier, which declares its input size in timm's `pretrained_cfg` or in `config.image_size`,
-                or beside which lies an image processor that says it.
+            model: The classifier.
             **kwargs: Anything the constructor takes; it goes over what was read off the model.
 
         Raises:
-            ValueError: The model does not declare an input size and none was given.
+            ValueError: The model does not declare an input size and none was given; see [`input_size_of`].
         """
         known = preprocessing_of(model)
-        if kwargs.get("input_size") is None:
-            kwargs["input_size"] = known_input_size(model, known)
-            if kwargs["input_size"] is None:
-                raise ValueError(
-                    f"{type(model).__name__} does not say what input size it takes (no `pretrained_cfg`, no "
-                    "`config.image_size`, no image processor): pass input_size=(channels, height, width)."
-                )
+        kwargs["input_size"] = input_size_of(model, kwargs.get("input_size"))
         if {"mean", "std"} <= known.keys():
             pairs = list(zip(known["mean"], known["std"], strict=True))
             # No pixels in [0, 1] have such statistics, so they only bring them to another scale.

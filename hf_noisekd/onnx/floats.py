@@ -4,10 +4,8 @@ import copy
 import importlib.util
 import json
 import os
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -17,9 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
-from hf_noisekd.batches import collate_images
 from hf_noisekd.files import check_output_file
 from hf_noisekd.models.classifier import (
     architecture_of,
@@ -27,8 +23,8 @@ from hf_noisekd.models.classifier import (
     compute_logits,
     nonfinite_tensor,
 )
-from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.models.preprocessing import known_input_size, preprocessing_of
+from hf_noisekd.models.input_size import input_size_of
+from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.record.schema import Provenance
 
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
@@ -37,31 +33,31 @@ TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gi
 HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 
 
-def export_onnx(model: nn.Module | str | Path, path: str | Path, *, name: str | Path | None = None) -> None:
-    """Write a classifier to an ONNX file, and compare the file's answers with torch's before it gets its name.
+def export_onnx(
+    model: nn.Module, path: str | Path, *, input_size: Sequence[int] | None = None, name: str | Path = "..."
+) -> None:
+    """Write a classifier to an ONNX file in float32, and compare its logits with torch's before it gets its name.
 
     The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
     `logits`, float32 `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is known of
     `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
 
     Args:
-        model: The classifier, or anything that [`load_teacher`] loads. It is left as it is.
+        model: The classifier. It is left as it is.
         path: The file to write; its folder is made if missing, and a file of that name is replaced.
-        name: What the user calls the model, for the advice in an error. Default: `model`, if it is no module.
+        input_size: `(channels, height, width)` of the images. Default: that of [`input_size_of`].
+        name: What the user calls the model, for the advice in an error.
 
     Raises:
         ImportError: onnxscript or onnxruntime is not installed.
-        ValueError: The model needs batch statistics, does not say its input size, is too large for one file, is not
-            finite, or cannot be loaded.
-        RuntimeError: The file would answer differently from torch. None is left.
+        ValueError: The model needs batch statistics, does not declare its input size, is too large for one file, or is
+            not finite.
+        RuntimeError: The file's logits would differ from torch's. None is left.
     """
     require_onnx()
     path = Path(path)
     check_output_file(path)
-    if name is None:
-        name = "..." if isinstance(model, nn.Module) else model
-    model = load_teacher(model)
-    input_size = _check_exportable(model, name)
+    input_size = _check_exportable(model, input_size, name)
 
     # A copy, so that the model keeps its mode, device, precision and memory format.
     classifier = _Logits(copy.deepcopy(model)).float().cpu().to(memory_format=torch.contiguous_format).eval()
@@ -128,26 +124,16 @@ def onnx_logits(session: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(session.run(["logits"], {"pixel_values": pixel_values.numpy()})[0])
 
 
-def onnx_latency(paths: Mapping[str, Path], repetitions: int = 50) -> dict[str, float]:
-    """Return the milliseconds that each ONNX file takes for one image on one thread: medians, taken in turns."""
-    sessions = {name: onnx_session(path, num_threads=1) for name, path in paths.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in paths}
-    for _ in range(repetitions):
-        for name, session in sessions.items():
-            pixel_values = torch.zeros(1, *session.get_inputs()[0].shape[1:])
-            start = time.perf_counter()
-            onnx_logits(session, pixel_values)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+class OnnxClassifier(nn.Module):
+    """An ONNX file as a module from pixels `[B, C, H, W]` to logits `[B, num_classes]`, on the CPU."""
 
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self._session = onnx_session(path)
 
-def onnx_accuracy(path: str | Path, dataset: Any) -> float:
-    """Return the accuracy in percent of an ONNX file on samples `{"pixel_values": [C, H, W], "labels": int}`."""
-    session = onnx_session(path)
-    # A loader takes a number off its generator; the global one must go on as without it.
-    loader = DataLoader(dataset, batch_size=64, collate_fn=collate_images, generator=torch.Generator())
-    right = [onnx_logits(session, batch["pixel_values"]).argmax(-1) == batch["labels"] for batch in loader]
-    return 100 * torch.cat(right).float().mean().item()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits of onnxruntime."""
+        return onnx_logits(self._session, pixel_values.contiguous())
 
 
 def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
@@ -175,7 +161,7 @@ class _Logits(nn.Module):
         return compute_logits(self.model, pixel_values)
 
 
-def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int]:
+def _check_exportable(model: nn.Module, input_size: Sequence[int] | None, name: str | Path) -> tuple[int, int, int]:
     """Return the input size of a model, called `name` by the user, that one ONNX file can hold."""
     provenance = Provenance.of(model)
     if provenance is not None and provenance.batch_norm == "batch":
@@ -191,13 +177,7 @@ def _check_exportable(model: nn.Module, name: str | Path) -> tuple[int, int, int
                 f"BatchNorm layer {layer!r} keeps no running statistics, so an answer depends on the other images of "
                 "the batch: build the model with track_running_stats=True."
             )
-    input_size = known_input_size(model)
-    if input_size is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say its input size: set "
-            '`model.pretrained_cfg = {"input_size": (channels, height, width)}`, or `model.config.image_size` of a '
-            "transformers model."
-        )
+    input_size = input_size_of(model, input_size)
     size = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     if size > MAX_BYTES:
         raise ValueError(

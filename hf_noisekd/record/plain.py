@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 Schema = TypeVar("Schema")
 
+# Fields of older records by their names since.
+RENAMED = {"healed": "training_helped"}
+
 
 def to_dict(value: Any) -> Any:
     """Return a dataclass as a mapping, without what is not known (None); other values as they are."""
@@ -29,6 +32,7 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
     hints = typing.get_type_hints(kind)
     known = {}
     for name, value in data.items():
+        name = RENAMED.get(name, name)
         if name in hints and value is not None:
             known[name] = _convert(hints[name], value, f"{kind.__name__}.{name}")
     if "others" in hints:

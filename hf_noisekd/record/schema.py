@@ -78,9 +78,9 @@ class CalibrationFacts:
 
 @dataclass(kw_only=True)
 class StartFacts:
-    """What a student began as, if not at random: its teacher, cut down.
+    """How a student was initialised, if not at random: from its teacher, cut down.
 
-    Of its `tensors`, parameters and buffers, `from_teacher` came from the teacher, `cut` of them with fewer channels.
+    Of its `tensors`, parameters and buffers, `from_teacher` are the teacher's, `cut` of them with fewer channels.
     """
 
     removed_blocks: list[str]
@@ -88,14 +88,16 @@ class StartFacts:
     from_teacher: int
     cut: int
     macs: float  # its multiply-adds as a share of the teacher's
-    healed: bool = True  # False if the training did not help, and it is what it began as
+    training_helped: bool = True  # False if it has the weights that it was initialised with
 
     def __str__(self) -> str:
-        blocks = f"; without {len(self.removed_blocks)} of its blocks" if self.removed_blocks else ""
-        return (
-            f"{self.from_teacher} of {self.tensors} tensors from it, {self.cut} of them cut{blocks}; "
-            f"{self.macs:.0%} of its multiply-adds"
-        )
+        some = "all" if self.from_teacher == self.tensors else f"{self.from_teacher} of"
+        parts = [f"{some} {self.tensors} tensors are the teacher's", f"{self.macs:.0%} of its multiply-adds"]
+        if self.cut:
+            parts[0] += f", {self.cut} of them with fewer channels"
+        if blocks := len(self.removed_blocks):
+            parts.insert(1, f"{blocks} of its blocks {'is' if blocks == 1 else 'are'} left out")
+        return "; ".join(parts)
 
 
 @dataclass(kw_only=True)

@@ -279,7 +279,7 @@ def _facts(record: Record, made: Provenance) -> list[str]:
         f"Training: {made.steps:,} steps of {made.batch_size} images, {loss} at temperature {made.temperature:g}, seed "
         f"{made.seed}."
     )
-    if made.start and not made.start.healed:
+    if made.start and not made.start.training_helped:
         lines.append(
             "This training did not help: cut down, and with no training, the student agrees with its teacher more "
             "often on images made without data. **So it has the weights that it began with.**"

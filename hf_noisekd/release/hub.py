@@ -2,14 +2,10 @@
 
 import functools
 import shlex
-import shutil
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import Future
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -65,29 +61,15 @@ def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | 
     return repo_id
 
 
-def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> CommitInfo:
-    """Upload the [`RELEASED_FILES`] of a folder, like `HfApi.upload_folder`; a [`HubError`] says how to push again."""
+def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> Any:
+    """Upload the [`RELEASED_FILES`] of a folder, and return what `HfApi.upload_folder` does.
+
+    A [`HubError`] says how to push again.
+    """
     try:
         return _api(token).upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=RELEASED_FILES, **kwargs)
     except Exception as error:  # as above
         raise HubError(push_again(folder, repo_id, error, kwargs.get("revision"))) from error
-
-
-def upload_later(
-    folder: str | Path, repo_id: str, *, patterns: Sequence[str] = RELEASED_FILES, token: str | None = None, **kwargs
-) -> Future:
-    """Upload files of a folder, as `HfApi.upload_folder` does, in the background and in the order of the calls.
-
-    A copy is uploaded, so training may go on to replace or delete them. `patterns` are names with wildcards.
-    """
-    # Removed with the last reference to it, where copying fails.
-    copy = tempfile.TemporaryDirectory(prefix="noisekd-push-", ignore_cleanup_errors=True)
-    for file in Path(folder).iterdir():
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copy(file, copy.name)
-    job = _api(token).upload_folder(repo_id=repo_id, folder_path=copy.name, run_as_future=True, **kwargs)
-    job.add_done_callback(lambda _: copy.cleanup())
-    return job
 
 
 def push_again(folder: str | Path, repo_id: str, error: BaseException, revision: str | None = None) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
+from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import differing
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
@@ -78,7 +79,7 @@ def shrink(
         ValueError: There is no budget or it cannot be met, or the teacher is no timm model.
     """
     teacher = timm_model_of(teacher)
-    size = input_size or NoiseDataset.for_model(teacher).input_size  # or the error: what to pass
+    size = input_size_of(teacher, input_size)
     costs = count_macs(teacher, size)
     budget = _budget(costs[""], count_parameters(teacher), keep, max_macs, max_params)
     images = ranking_noise(teacher, size) if images is None else images

@@ -23,6 +23,7 @@ from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.environment import Machine, versions
 from hf_noisekd.record.schema import Evaluation, Provenance, Record, current_evaluations
 from hf_noisekd.training.checkpoints import is_cut_off, name_last_checkpoint
+from hf_noisekd.training.checks import check_batch_norm_is_local
 from hf_noisekd.training.config import ClassifierConfig
 from hf_noisekd.training.diverging import check_loss, check_weights
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
@@ -35,8 +36,8 @@ class BaseTrainer(Trainer):
     """transformers' Trainer for any image classifier, timm's, transformers' or a plain module.
 
     It reports accuracy under running and under batch statistics at each evaluation (`eval_running_accuracy`,
-    `eval_batch_accuracy`, ..., see [`evaluate`]), saves checkpoints that timm and transformers read, and keeps a
-    [`Record`]. Children say what the loss is. It takes what transformers' Trainer takes, apart from what replaces the
+    `eval_batch_accuracy`, ..., see [`hf_noisekd.evaluate`]), saves checkpoints that timm and transformers read, and
+    keeps a [`Record`]. Children say what the loss is. It takes what transformers' Trainer takes, apart from what replaces the
     model, the loss or the metrics.
     """
 
@@ -254,12 +255,3 @@ class BaseTrainer(Trainer):
         if self.args.world_size == 1:
             return tensor
         return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum").cpu()
-
-
-def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
-    """Raise a `ValueError` if a layer waits for all of several processes, which may have other numbers of batches."""
-    if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "
-            "processes: build it with nn.BatchNorm2d, and take larger batches in each process if they are too small."
-        )

@@ -3,10 +3,10 @@
 Each raises a `ValueError` that says what is wrong and what to do about it.
 """
 
-import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -26,7 +26,6 @@ from hf_noisekd.models.classifier import (
     logits_of_blanks,
     to_device_of,
 )
-from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.models.saving import check_can_be_saved, warn_of_lost_activations
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions, resolutions_text
@@ -122,11 +121,11 @@ def check_trainable(model: nn.Module, input_size: tuple[int, int, int]) -> None:
         )
 
 
-def check_last_batch(dataset: Dataset | IterableDataset, args: ClassifierConfig) -> None:
+def check_last_batch(dataset: Any, args: ClassifierConfig) -> None:
     """Check that no batch of a training on images has only one of them, which has no batch statistics."""
     if isinstance(dataset, NoiseDataset) or not has_length(dataset):
         return
-    images, batch_size = len(dataset), args.train_batch_size  # type: ignore[arg-type]
+    images, batch_size = len(dataset), args.train_batch_size
     if args.dataloader_drop_last and images < batch_size:
         raise ValueError(f"There are {images} training images, less than a batch: lower per_device_train_batch_size.")
     # With several processes Accelerate fills the last batches.
@@ -148,7 +147,7 @@ def check_nothing_shared(model: nn.Module, teacher_model: nn.Module) -> None:
             )
 
 
-def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig, teacher: Teacher) -> None:
+def check_train_noise(dataset: Dataset | IterableDataset | None, args: NoiseKDConfig, teacher: Teacher) -> None:
     """Check that noise of the user's own is what the arguments say, where they say something.
 
     White noise is warned of where the teacher does not answer it by the statistics of the batch.
@@ -175,33 +174,6 @@ def check_train_noise(dataset: Dataset | IterableDataset, args: NoiseKDConfig, t
                 f"The NoiseDataset has {found} and the argument {name} says {wanted}: make them equal, or leave "
                 "train_dataset out to have the noise made from the arguments."
             )
-
-
-def with_sizes_taken(noise: NoiseDataset, models: Sequence[nn.Module]) -> NoiseDataset:
-    """Return the noise with its smaller images in sizes that all models take, up to the full size.
-
-    Many networks take multiples of 2, 4, ... or 32 pixels alone, and nothing tells which but a trial.
-    """
-    rounded = copy.copy(noise)
-    channels, *full_size = noise.input_size
-    refused: list | None = None
-    while (smaller := [size for size, _ in rounded.image_sizes() if [*size] != full_size]) == refused or not all(
-        _takes(model, (channels, *size)) for size in smaller for model in models
-    ):
-        refused = smaller
-        rounded.size_multiple *= 2
-    if rounded.size_multiple > 1:
-        found = ", ".join(format_size(size) for size, _ in rounded.image_sizes())
-        logger.warning("The noise has images of %s pixels: the models do not take its own smaller sizes.", found)
-    return rounded
-
-
-def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
-    try:
-        logits_of_blanks(model, input_size, "model")
-    except ValueError:
-        return False
-    return True
 
 
 def check_eval_datasets(eval_dataset: Dataset | Mapping[str, Dataset], teacher: Teacher, collate_fn: Callable) -> None:
@@ -253,45 +225,10 @@ def check_metric(
         )
 
 
-def training_input_size(
-    args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Dataset | None, collate_fn: Callable
-) -> tuple[int, int, int]:
-    """Return the size of what the teacher will answer: the arguments', the training data's, or the declared one."""
-    if isinstance(train_dataset, NoiseDataset):
-        if args.input_size is not None and tuple(args.input_size) != train_dataset.input_size:
-            raise ValueError(
-                f"The NoiseDataset has images of {format_size(train_dataset.input_size)} and the arguments say "
-                f"{format_size(args.input_size)}: leave input_size out."
-            )
-        return train_dataset.input_size
-    if args.input_size is not None:
-        channels, height, width = args.input_size
-    elif train_dataset is not None and not isinstance(train_dataset, IterableDataset) and has_length(train_dataset):
-        _, channels, height, width = collate_fn([train_dataset[0]])["pixel_values"].shape
-    else:
-        channels, height, width = NoiseDataset.for_model(teacher_model).input_size  # or the error: what to pass
-    return channels, height, width
-
-
-def without_wrong_gradients(
-    args: NoiseKDConfig, model: nn.Module, train_dataset: Dataset, input_size: tuple[int, int, int]
-) -> NoiseKDConfig:
-    """Return arguments that train in float32 where a CPU cannot train the student in bfloat16 on images so small."""
-    if args.mixed_precision != "bf16" or args.device.type != "cpu":
-        return args
-    sizes = {input_size[1:]}
-    if isinstance(train_dataset, NoiseDataset):
-        sizes = {size for size, _ in train_dataset.image_sizes()}
-    for size in sorted(sizes):
-        if layer := layer_that_bfloat16_breaks(model, (input_size[0], *size)):
-            logger.warning(
-                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
-                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
-                "(resolutions='1'), may spare it that.",
-                layer,
-                format_size((input_size[0], *size)),
-            )
-            args = copy.copy(args)
-            args.bf16, args.mixed_precision = False, "no"
-            break
-    return args
+def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:
+    """Raise a `ValueError` if a layer waits for all of several processes, which may have other numbers of batches."""
+    if world_size > 1 and any(isinstance(layer, nn.SyncBatchNorm) for layer in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has SyncBatchNorm layers, which take their statistics over all {world_size} "
+            "processes: build it with nn.BatchNorm2d, and take larger batches in each process if they are too small."
+        )

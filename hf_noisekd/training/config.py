@@ -175,7 +175,7 @@ class NoiseKDConfig(ClassifierConfig):
         "the layers of the two correspond, or 'random'.",
         metadata={"choices": ["random", "teacher"]},
     )
-    student_args: dict | None = HfArg(  # noqa: RUF009 - HfArg makes a field
+    model_init_kwargs: dict | None = HfArg(  # noqa: RUF009 - HfArg makes a field
         default=None, help="What timm builds a student of that name with, such as `width=32 drop_path_rate=0.1`."
     )
     keep: float | None = HfArg(

@@ -1,7 +1,16 @@
-"""After the last step of a training: running statistics without data, and how often student and teacher agree.
+"""The end of a training without data: which weights and which running statistics a student is left with.
 
-A student that began as its teacher must not be worse than the cut it began as: where training did not help, it becomes
-that again.
+A student is compared with its teacher on images that were held out, and becomes the best of a few candidates:
+
+| weights | running statistics | evaluated with | considered where |
+|---|---|---|---|
+| trained | of calibration images | running statistics | these images are good enough |
+| trained | of the training | running statistics | the teacher used stored statistics in training, at least in part |
+| trained | of the training | batch statistics | else, and there are no good images |
+| initial | of calibration images | running statistics | the student was initialised from its teacher; as above |
+| initial | of the teacher | running statistics | the student was initialised from its teacher |
+
+So a student that was initialised from its teacher is never worse than that cut was before the training.
 """
 
 import logging
@@ -17,27 +26,34 @@ from hf_noisekd.calibration.calibration_images import (
     default_held_out,
     noise_images,
 )
-from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
+from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.record.schema import Evaluation
-from hf_noisekd.training.evaluation import evaluate
+from hf_noisekd.training.evaluation import measured
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-
 HELD_OUT = "held-out calibration images"
 HELD_OUT_NOISE = "held-out noise images"
 
-State = dict[str, torch.Tensor]
+State = Mapping[str, torch.Tensor]
 
 
-class Ending(NamedTuple):
-    """What a student is after its training, to be read in evaluation mode."""
+class Candidate(NamedTuple):
+    """What a student may become; see the table of this module."""
 
-    agreement: Evaluation  # with its teacher on held-out calibration images
-    images: CalibrationImages | None = None  # those that its running statistics are of
-    healed: bool = True  # whether it has the weights of the training, not those that it began with
+    weights: State
+    is_trained: bool  # whether the weights are those of the training, rather than those it was initialised with
+    images: CalibrationImages | None  # that its running statistics are re-estimated on; None leaves those of `weights`
+    statistics: str  # that it is evaluated with, "running" or "batch"
+    agreement: Evaluation | None = None  # with its teacher on held-out images
+
+    @property
+    def score(self) -> float:
+        """Agreement in percent."""
+        assert self.agreement is not None
+        return self.agreement.scores(self.statistics)["agreement"]
 
 
 def end_without_data(
@@ -45,96 +61,93 @@ def end_without_data(
     teacher: Teacher,
     num_images: int,
     *,
-    start: Mapping[str, torch.Tensor] | None,
+    initial: State | None,
     seed: int,
     step: int,
     show_progress: bool,
-) -> Ending | None:
-    """Re-estimate a student's running statistics on [`calibration_images`] of its teacher.
+) -> Candidate | None:
+    """Make of a trained student the best candidate of the table of this module, and return that.
 
-    Where the teacher answered noise partly by the statistics that it stores, those of the student's training may hold
-    for images, too, and both are tried. If it began as its teacher, with the weights `start`, it is compared with that,
-    as it was and with such statistics. It becomes what agrees with the teacher on held-out images the most often.
-    Images that are not good enough for statistics are good enough to compare on; a student whose teacher used those of
-    the batch, at least partly, may then be read by those.
+    Images that are not good enough for statistics are good enough to compare on. For a teacher that stores no
+    statistics there are no such images, and the two are compared on noise.
 
-    For a teacher that stores no statistics there are no such images, and the two are compared on noise.
+    Args:
+        student: The student, after its training. It is changed in place.
+        teacher: Its teacher.
+        num_images: Number of [`calibration_images`].
+        initial: The weights that it was initialised with from its teacher, or None.
+        seed: Seed of the images.
+        step: The step that its weights are of, for the evaluation.
+        show_progress: Whether to show a progress bar.
 
-    If the images are not good enough, or anything fails or is interrupted, there is a warning, and a student that began
-    at random does not change; a trained student must not be lost to what comes after. The result is None then.
+    Returns:
+        None if the student keeps the statistics of its training noise, to be evaluated in batches. A warning says why:
+        the images are not good enough, or something failed or was interrupted, for a trained student must not be lost
+        to what comes after.
     """
     trained = _copy(student)
-    states = {True: trained} | ({False: start} if start else {})
+    why = "Its teacher stores no statistics that images could be matched to."
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
+        images = None
         if stored_statistics(teacher.model):
             images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
-            return _best(student, teacher, states, images.held_out, images, step)
-        noise = noise_images(teacher.model, default_held_out(num_images), **common)
-        return _best(student, teacher, states, noise, None, step)
+            why = images.problem or why
+        held_out = images.held_out if images else noise_images(teacher.model, default_held_out(num_images), **common)
+        name = HELD_OUT if images else HELD_OUT_NOISE
+        tried = [
+            candidate._replace(agreement=_agreement(student, candidate, teacher, held_out, name, step))
+            for candidate in _candidates(student, trained, initial, images, teacher.weight_of_batch)
+        ]
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        tried = []
+    best = max(tried, key=lambda candidate: candidate.score, default=None)
+    if best is None or best.statistics == "batch":
         student.load_state_dict(trained)
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
+    _become(student, best)
+    if not best.is_trained:
+        logger.warning(
+            "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "
+            "as it was initialised on %.1f %%. It has the weights that it was initialised with.",
+            max(candidate.score for candidate in tried if candidate.is_trained),
+            len(held_out),
+            best.score,
+        )
+    return best
 
 
-def _best(
-    student: nn.Module,
-    teacher: Teacher,
-    states: Mapping[bool, Mapping[str, torch.Tensor]],
-    held_out: torch.Tensor,
-    images: CalibrationImages | None,
-    step: int,
-) -> Ending | None:
-    """Make of a student the best of what it was after and before its training; see [`end_without_data`]."""
+def _candidates(
+    student: nn.Module, trained: State, initial: State | None, images: CalibrationImages | None, weight_of_batch: float
+) -> list[Candidate]:
+    """Return what a student may become; of equals the first is taken."""
     stores = bool(stored_statistics(student))
     good = images if stores and images and not images.problem else None
-    # How a student is read that keeps the statistics of its training, which hold for images as far as its teacher
-    # answered noise by its own.
-    by_own = ["running"] * (not stores or teacher.weight_of_batch < 1)
-    by_own += ["batch"] * (stores and not good and teacher.weight_of_batch > 0)
-    name = HELD_OUT if images else HELD_OUT_NOISE
-    found: list[tuple[float, str, Ending, State]] = []
-    for healed, state in states.items():
-        kept = by_own if healed else ["running"]
-        for statistics_of, readings in [(good, ["running"])] * bool(good) + [(None, kept)] * bool(kept):
-            student.load_state_dict(state)
-            if statistics_of:
-                recalibrate_batch_norm(student, statistics_of)
-            ending = Ending(_agreement(student, teacher, held_out, name, step), statistics_of, healed)
-            for reading in readings:
-                found.append((ending.agreement.scores(reading)["agreement"], reading, ending, _copy(student)))
-    _, reading, ending, state = max(found, key=lambda candidate: candidate[0])
-    student.load_state_dict(state)
-    if reading == "batch":
-        why = images.problem if images else "Its teacher stores none that images could be matched to."
-        logger.warning("The student keeps the running statistics of its training noise. %s", why)
-        return None
-    if not ending.healed:
-        logger.warning(
-            "Training did not help: trained, the student gives its teacher's answer to %.1f %% of %d held-out images, "
-            "and as it was cut to %.1f %%. It is what it was cut to.",
-            max(score for score, _, other, _ in found if other.healed),
-            len(held_out),
-            ending.agreement.running["agreement"],
-        )
-    return ending
+    table = [(Candidate(trained, True, good, "running"), good is not None)]
+    # Statistics of the training hold for images as far as the teacher used its own stored statistics for the noise.
+    table += [(Candidate(trained, True, None, "running"), not stores or weight_of_batch < 1)]
+    table += [(Candidate(trained, True, None, "batch"), stores and good is None and weight_of_batch > 0)]
+    if initial is not None:
+        table += [(Candidate(initial, False, good, "running"), good is not None)]
+        table += [(Candidate(initial, False, None, "running"), True)]
+    return [candidate for candidate, is_considered in table if is_considered]
+
+
+def _become(student: nn.Module, candidate: Candidate) -> None:
+    student.load_state_dict(candidate.weights)
+    if candidate.images:
+        store_statistics(student, candidate.images)
 
 
 def _copy(student: nn.Module) -> State:
     return {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
 
-def _agreement(student: nn.Module, teacher: Teacher, held_out: torch.Tensor, name: str, step: int) -> Evaluation:
-    samples = [{"pixel_values": image} for image in held_out]
-    scores = evaluate(student, samples, teacher_model=teacher.model)  # type: ignore[arg-type]
-    return Evaluation(
-        dataset=name,
-        images=len(samples),
-        batch_size=min(256, len(samples)),
-        step=step,
-        precision="float32",
-        running=scores["running"],
-        batch=scores["batch"],
-    )
+def _agreement(
+    student: nn.Module, candidate: Candidate, teacher: Teacher, held_out: torch.Tensor, name: str, step: int
+) -> Evaluation:
+    _become(student, candidate)
+    samples: Any = [{"pixel_values": image} for image in held_out]
+    return measured(student, samples, name=name, step=step, teacher_model=teacher.model)

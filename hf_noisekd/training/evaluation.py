@@ -17,46 +17,46 @@ from transformers.trainer_utils import has_length
 from hf_noisekd.batches import DrawnDataset, FullBatchSampler, check_labels, collate_images
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
-from hf_noisekd.record.schema import STATISTICS
+from hf_noisekd.record.schema import STATISTICS, Evaluation
 from hf_noisekd.training.teacher import Teacher
 
 METRICS = ("accuracy", "top5_accuracy", "loss", "agreement", "kl")
 
 
-def evaluate(
+def measured(
     model: nn.Module,
     dataset: Dataset,
     *,
+    name: str,
+    step: int,
+    split: str | None = None,
     teacher_model: nn.Module | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Evaluate a classifier under running and under batch statistics.
+) -> Evaluation:
+    """Return how good a classifier is on a data set, as a record has it; the arguments are those of [`evaluate`].
 
-    Batches are of equal size, since under batch statistics an answer depends on the other images of its batch: the last
-    one is filled up with images from the start of the data set, which are not counted again.
-
-    Args:
-        model: The classifier. It is evaluated where it is, and comes back unchanged.
-        dataset: Images with labels, in the forms of [`collate_images`], preprocessed as for the model; or noise, a
-            [`NoiseDataset`] with a length, on which only the agreement can be measured.
-        teacher_model: Teacher to compare with. It answers images with running and noise with batch statistics.
-        batch_size: Images in a batch. A `NoiseDataset` brings its own.
-        num_workers: Processes that load the images.
-
-    Returns:
-        One mapping for `"running"` and one for `"batch"` statistics. With labels it holds `accuracy`, `top5_accuracy`
-        (where there are more than five classes), both in percent, and `loss`, the cross-entropy in nats; with a
-        teacher `agreement`, the share of equal top-1 answers in percent, and `kl`, `KL(teacher || model)` in nats.
-
-    Raises:
-        ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
-            nor a teacher, or an image or an answer holds a NaN or an infinity.
+    `name` is that of the data set, and `step` the training step that the weights are of.
     """
     loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
+    images = sum(counts_of(loader))
+    scores = _compared(model, loader, teacher_model)
+    return Evaluation(
+        dataset=name,
+        split=split,
+        images=images,
+        batch_size=dataset.batch_size if isinstance(dataset, DrawnDataset) else min(batch_size, images),
+        step=step,
+        precision="float32",
+        running=scores["running"],
+        batch=scores["batch"],
+    )
+
+
+def _compared(model: nn.Module, loader: DataLoader, teacher_model: nn.Module | None) -> dict[str, dict[str, float]]:
     if teacher_model is None:
         return evaluate_loader(model, loader)
-    teacher, is_noise = Teacher(teacher_model), isinstance(dataset, DrawnDataset)
+    teacher, is_noise = Teacher(teacher_model), isinstance(evaluated_dataset(loader), DrawnDataset)
 
     def teacher_logits_of(pixel_values: torch.Tensor) -> torch.Tensor:
         return teacher.logits(to_device_of(teacher_model, pixel_values), noise=is_noise).to(pixel_values.device)

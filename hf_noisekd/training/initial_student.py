@@ -1,6 +1,5 @@
 """What a student is before its first step: random, a trained model, or its teacher cut down."""
 
-import copy
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +17,9 @@ from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
-RANDOM_LEARNING_RATE = 1e-2
-# A cut teacher has something to lose, and knows already what small images teach. A teacher that is not on the batch
-# knows images of full size alone: small ones have other features.
-CUT_LEARNING_RATE = 3e-3
-FULL_SIZE = "1"
 
-
-class CutTeacher(NamedTuple):
-    """A student that began as its teacher: what was cut, and its weights then, on the CPU."""
+class InitialWeights(NamedTuple):
+    """What a student was initialised with from its teacher: what was cut, and its weights, on the CPU."""
 
     facts: StartFacts
     state: dict[str, torch.Tensor]
@@ -34,54 +27,41 @@ class CutTeacher(NamedTuple):
 
 def initial_student(
     source: str | Path | nn.Module | None, teacher: Teacher, args: NoiseKDConfig
-) -> tuple[nn.Module, CutTeacher | None]:
-    """Return a student, and what it began as if that is its teacher.
+) -> tuple[nn.Module, InitialWeights | None]:
+    """Return a student, and what it was initialised with if that is its teacher.
 
     Args:
         source: A model, or the name of one, as [`load_student`] takes them; None for the teacher cut down.
         teacher: The teacher.
-        args: What may be cut, and whether a student given by name may begin as the teacher.
+        args: What may be cut, and whether a student given by name may be initialised from the teacher.
 
     Raises:
-        ValueError: There is no such model, or nothing says what student is wanted, or two things do.
+        ValueError: There is no such model, or nothing determines the student, or two things do.
     """
-    teacher.model.to(args.device)  # where its answers are compared
+    teacher.model.to(args.device)  # where its logits are compared
+    facts: StartFacts | None
     if source is None:
         if not args.limits:
-            raise ValueError("There is no student: name one, or give keep, max_macs or max_params to cut the teacher.")
-        if args.student_args:
-            raise ValueError("student_args are for a student given by its timm name, and there is none.")
+            raise ValueError("There is no student: give one, or keep, max_macs or max_params to cut the teacher down.")
+        if args.model_init_kwargs:
+            raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         student, facts = shrink(teacher.model, **args.limits, input_size=teacher.input_size)
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
         student = load_student(
-            source, num_classes=teacher.num_classes, input_size=teacher.input_size, model_args=args.student_args
+            source, num_classes=teacher.num_classes, input_size=teacher.input_size, model_args=args.model_init_kwargs
         )
-        if isinstance(source, nn.Module) or has_weights(str(source)) or args.init_student == "random":
+        if isinstance(source, nn.Module) or has_weights(str(source)):
+            logger.info("The student has the weights that it was given with.")
+            return student, None
+        if args.init_student == "random":
+            logger.info("The student has random weights, as init_student asks for.")
             return student, None
         images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-        begun = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, images)
-        if begun is None:
-            logger.info("The student begins at random: its layers do not correspond to those of the teacher.")
-            return student, None
-        facts = begun
-    logger.info("The student begins as its teacher: %s.", facts)
-    return student, CutTeacher(facts, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()})
-
-
-def with_defaults_of(
-    start: CutTeacher | None, teacher: Teacher, args: NoiseKDConfig, train_dataset: object
-) -> NoiseKDConfig:
-    """Return arguments with what goes by start and teacher: the learning rate, the sizes, and the metric of the best.
-
-    A data set of the user's own, `train_dataset`, has sizes of its own.
-    """
-    args = copy.copy(args)
-    if args.metric_is_default and not teacher.weight_of_batch:
-        args.metric_for_best_model = "running_agreement"
-    if args.learning_rate is None:
-        args.learning_rate = RANDOM_LEARNING_RATE if start is None else CUT_LEARNING_RATE
-    if (start or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
-        args.resolutions = FULL_SIZE
-    return args
+        facts = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, images)
+    if facts is None:
+        logger.info("The student has random weights: its layers do not correspond to those of the teacher.")
+        return student, None
+    logger.info("The student is initialised from its teacher: %s.", facts)
+    return student, InitialWeights(facts, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()})

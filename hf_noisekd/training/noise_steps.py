@@ -1,18 +1,13 @@
 """Noise in place of a data set: made from the arguments, and drawn where a training step runs."""
 
-import copy
 import math
 from collections.abc import Iterator
-from typing import Any
 
-import torch
 from accelerate.data_loader import DataLoaderShard
 from torch.utils.data import DataLoader, IterableDataset
 
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.training.base import BaseTrainer
-from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.teacher import Teacher
 
 
 class NoiseStepsTrainer(BaseTrainer):
@@ -51,35 +46,6 @@ class NoiseStepsTrainer(BaseTrainer):
         epochs, rest = divmod(updates, updates_per_epoch)
         # The last update of an epoch may have fewer batches than the others.
         return updates, epochs * batches + min(rest * accumulation, batches)
-
-
-def on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
-    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
-    if isinstance(dataset, dict):
-        return {name: on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
-    if not isinstance(dataset, NoiseDataset):
-        return dataset
-    dataset = copy.copy(dataset)
-    dataset.device, dataset.rank = args.device, rank
-    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
-    dataset.memory_format = memory_format
-    return dataset
-
-
-def with_noise(args: NoiseKDConfig, teacher: Teacher, train_dataset, eval_dataset) -> tuple:
-    """Return the data sets, with the noise that the arguments name in place of those that are missing."""
-    noise: dict[str, Any] = {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise}
-    if args.noise_std is not None:
-        noise["std"] = args.noise_std
-    if train_dataset is None:
-        batches = {"batch_size": args.per_device_train_batch_size, "num_steps": args.steps_per_epoch}
-        train_dataset = NoiseDataset.for_model(teacher.model, resolutions=args.resolutions, **batches, **noise)
-    elif isinstance(train_dataset, NoiseDataset):
-        noise |= {key: getattr(train_dataset, key) for key in ("distribution", "mean", "std")}
-    if eval_dataset is None:
-        batches = {"batch_size": args.per_device_eval_batch_size, "num_steps": args.eval_noise_batches}
-        eval_dataset = NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
-    return train_dataset, eval_dataset
 
 
 class _NoiseSteps(IterableDataset):

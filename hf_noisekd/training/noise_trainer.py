@@ -5,44 +5,32 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from hf_noisekd.batches import DrawnDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
+from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
-from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.environment import command_line
 from hf_noisekd.record.schema import Provenance, Record, current_evaluations
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.agreement import AgreementLog
-from hf_noisekd.training.base import check_batch_norm_is_local
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
-from hf_noisekd.training.checks import (
-    check_eval_datasets,
-    check_last_batch,
-    check_metric,
-    check_models,
-    check_train_noise,
-    training_input_size,
-    with_sizes_taken,
-    without_wrong_gradients,
-)
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.ending import Ending, end_without_data
-from hf_noisekd.training.initial_student import initial_student, with_defaults_of
+from hf_noisekd.training.ending import Candidate, end_without_data
 from hf_noisekd.training.losses import LOSSES
-from hf_noisekd.training.noise_steps import NoiseStepsTrainer, on_device, with_noise
+from hf_noisekd.training.noise_steps import NoiseStepsTrainer
+from hf_noisekd.training.plan import plan_training
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
-from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -50,29 +38,29 @@ logger = logging.getLogger(__name__)
 class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
-    Each step draws a batch of noise on the training device, lets the frozen teacher answer it with its BatchNorm layers
-    on the statistics of that batch, and trains the student on the answers. A teacher without BatchNorm answers as it
-    is. The teacher, in the attribute `teacher`, never changes, and is neither wrapped for distributed training nor
-    saved.
+    Each step draws a batch of noise on the training device, computes the logits of the frozen teacher for it, with its
+    BatchNorm layers on the statistics of that batch, and trains the student on them. A teacher without BatchNorm is
+    used as it is. The teacher, in the attribute `teacher`, never changes, and is neither wrapped for distributed
+    training nor saved.
 
-    Training logs `loss`, `agreement` (share of equal top-1 answers in percent) and `class_balance`, the entropy of the
-    teacher's mean answer relative to that of all classes equally often: near 1 the noise reaches every class, near 0
-    only one, and nothing will be learnt.
+    Training logs `loss`, `agreement` (share of equal top-1 predictions in percent) and `class_balance`, the entropy of
+    the teacher's mean prediction relative to that of all classes equally often: near 1 the noise reaches every class,
+    near 0 only one, and nothing will be learnt.
 
     A training on noise alone ends with running statistics that are re-estimated on images made without data, the
-    attribute `calibration_images`, so that the student answers single images in evaluation mode. Where such images are
-    not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None. So it
-    is, without a warning, where the teacher has no BatchNorm: the student reads images by the statistics of the noise.
+    attribute `calibration_images`, so that the student classifies single images in evaluation mode. Where such images
+    are not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None. So
+    it is, without a warning, where the teacher has no BatchNorm: the statistics of the noise hold for images then.
 
     Args:
         model: The student: a module from pixels to logits, a transformers image classifier, a timm name, or a Hub id or
-            folder to train further. What is named by timm is built with the teacher's classes and input size, and
-            begins with its weights as far as its layers correspond. None cuts the teacher itself to `args.keep`, or
-            another limit there.
+            folder to train further. What is named by timm is built with the teacher's classes and input size, and is
+            initialised from the teacher as far as its layers correspond. None cuts the teacher itself to `args.keep`,
+            or another limit there.
         teacher_model: The teacher, likewise; a timm name loads its pretrained weights.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
-        train_dataset: What the teacher answers in training. Default: the noise that `args` name, in the teacher's
+        train_dataset: What the teacher is given in training. Default: the noise that `args` name, in the teacher's
             input size. A [`NoiseDataset`] of yours keeps its seed and sizes, not its device and rank. A
             [`MixedDataset`] adds a few real images. A data set of real images, whose labels are not used, gives
             ordinary distillation.
@@ -87,9 +75,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
 
     Example:
         ```python
-        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model="path/to/teacher")
-        trainer.train()
-        trainer.save_model("student")
+        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model="path/to/teacher", args=NoiseKDConfig("student"))
+        trainer.train()  # the student is in the folder "student"
         ```
     """
 
@@ -97,8 +84,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module | None,
-        teacher_model: str | nn.Module,
+        model: str | Path | nn.Module | None = None,
+        teacher_model: str | Path | nn.Module | None = None,
         args: NoiseKDConfig | None = None,
         data_collator: Callable = collate_images,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -108,47 +95,31 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         optimizers: tuple = (None, None),
     ):
         args = NoiseKDConfig() if args is None else args
-        teacher_model = load_teacher(teacher_model)
-        size = training_input_size(args, teacher_model, train_dataset, data_collator)
-        teacher = Teacher(
-            teacher_model,
-            input_size=size,
-            statistics=args.teacher_statistics,
-            batch_norm_fraction=args.batch_norm_fraction,
-            seed=args.seed,
-        )
-        if args.teacher_statistics != 0:
-            check_leaves_stored_statistics(teacher_model, teacher.input_size)
-        set_seed(args.seed)  # before a student given by name gets its random weights
-        model, self.start = initial_student(model, teacher, args)
-        args = with_defaults_of(self.start, teacher, args, train_dataset)
-        train_dataset, eval_dataset = with_noise(args, teacher, train_dataset, eval_dataset)
-        check_train_noise(train_dataset, args, teacher)
-        check_last_batch(train_dataset, args)
-        check_batch_norm_is_local(teacher_model, args.world_size)
-        check_models(model, teacher, explicit_size=args.input_size is not None)
-        if isinstance(train_dataset, NoiseDataset):
-            train_dataset = with_sizes_taken(train_dataset, (model, teacher_model))
-        check_eval_datasets(eval_dataset, teacher, data_collator)
-        check_metric(args, eval_dataset, teacher.num_classes, has_teacher=True, collate_fn=data_collator)
+        plan = plan_training(model, teacher_model, args, train_dataset, eval_dataset, data_collator)
         super().__init__(
-            model=model,
-            args=without_wrong_gradients(args, model, train_dataset, teacher.input_size),
+            model=plan.model,
+            args=plan.args,
             data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=plan.train_dataset,
+            eval_dataset=plan.eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.teacher = teacher.settle(self.args, training_memory_format(teacher_model, self.args.device))
-        self._agreement_log = AgreementLog(teacher.num_classes, self.args.device)
-        self._ending: Ending | None = None
-        self.train_dataset = on_device(self.train_dataset, self.args, self.memory_format, rank=self.args.process_index)
-        self._fills_total_steps = isinstance(train_dataset, NoiseDataset) and train_dataset.total_steps is None
-        if self._fills_total_steps:
-            _, self.train_dataset.total_steps = self._training_length()
-        self.eval_dataset = on_device(self.eval_dataset, self.args, self.memory_format, rank=0)
+        self.start = plan.initial
+        self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
+        self._counts_steps = plan.counts_steps
+        self._agreement_log = AgreementLog(plan.teacher.num_classes, plan.args.device)
+        self._ending: Candidate | None = None
+        self.is_saved = False  # whether the output directory has the student after its last step
+        self._count_steps()
+
+    def _count_steps(self) -> int | None:
+        """Tell the noise the number of all steps, if it is to know it; return the number of updates then."""
+        if not self._counts_steps:
+            return None
+        updates, self.train_dataset.total_steps = self._training_length()
+        return updates
 
     @property
     def teacher_model(self) -> nn.Module:
@@ -156,11 +127,14 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         return self.teacher.model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train the student; see transformers' `Trainer.train`.
+        """Train the student and save it; see transformers' `Trainer.train`.
+
+        The student is saved to the output directory straight after its last step, and again with the statistics that
+        it is left with.
 
         Resuming is exact: step `k` sees the noise it would have seen without the break. The sizes of the noise and the
         learning rate go by the number of all steps, which must stay the same. True resumes from the last whole
-        checkpoint, and begins anew if a kill fell into the first one.
+        checkpoint, and starts anew if a kill fell into the first one.
 
         Raises:
             ValueError: The checkpoint is missing, damaged or, for noise of several sizes, of another number of steps.
@@ -168,25 +142,41 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
             if resume_from_checkpoint is None:
-                logger.warning("The training begins anew: it was cut off in its first checkpoint.")
+                logger.warning("The training starts anew: it was cut off in its first checkpoint.")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
-        if self._fills_total_steps:  # once more: the arguments may have been changed
-            updates, self.train_dataset.total_steps = self._training_length()
-            if resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
-                check_length(resume_from_checkpoint, updates)
+        updates = self._count_steps()  # once more: the arguments may have been changed
+        if updates and resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
+            check_length(resume_from_checkpoint, updates)
         self._agreement_log.forget()
-        self._ending = None
+        self._ending, self.is_saved = None, False
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        self.provenance().attach(self.model)
+        if self.stopped_by_signal:
+            return output
+        self.save_model(_internal_call=True)  # before what may fail; without a push
+        self.is_saved = True
         self._end()
+        self.provenance().attach(self.model)
+        self.save_model(_internal_call=True)
         return output
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Evaluate the student; see transformers' `Trainer.evaluate`. Its provenance goes by the newest evaluations."""
+        metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train and Provenance.of(self.model):
+            self.provenance().attach(self.model)
+        return metrics
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        """Whether the last training ended before its last step, in a checkpoint that SIGTERM asked for."""
+        return self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps
 
     def _end(self) -> None:
         """Leave a student that noise alone taught as [`end_without_data`] does, if all processes can.
 
-        One that began at random and whose teacher stores no statistics has the best that can be had already: those of
-        the noise, to which its teacher answered as it does to images.
+        One with random initial weights and whose teacher stores no statistics has the best that can be had already:
+        those of the noise, for which its teacher's logits are those of the function that it applies to images.
         """
         could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
         if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
@@ -196,16 +186,14 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             self.model,
             self.teacher,
             self.args.num_calibration_images,
-            start=self.start and self.start.state,
+            initial=self.start and self.start.state,
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
         if self._sum_over_processes(torch.tensor([float(ending is not None)])) < self.args.world_size:
             self.model.load_state_dict(before)
-            self.provenance().attach(self.model)
             return
-        assert ending is not None
         for tensor in self.model.state_dict().values() if self.args.world_size > 1 else ():
             of_first = tensor.contiguous()
             torch.distributed.broadcast(of_first, src=0)
@@ -232,7 +220,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
     def reference_logits(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return the teacher's answers: to noise as in training, to images as it is deployed."""
+        """Return the function to the teacher's logits: for noise as in training, for images as it is deployed."""
         return partial(self.teacher.logits, noise=isinstance(dataset, DrawnDataset))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -244,7 +232,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     def _cause_of_divergence(self, logs: dict[str, float]) -> str:
         if math.isfinite(logs.get("class_balance", 0.0)):
             return ""
-        return "The teacher's answers were not finite: look for such values in what it is given, or at its own weights."
+        return "The teacher's logits were not finite: look for such values in what it is given, or at its own weights."
 
     def record(self) -> Record:
         """Return what is known of the student. On process 0."""
@@ -254,14 +242,14 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         record.model.num_classes = self.teacher.num_classes
         record.model.label_names = class_names(self.teacher_model, self.teacher.num_classes)
         record.noisekd = self.provenance()
-        if self._ending:
+        if self._ending and self._ending.agreement:
             record.evaluations.append(self._ending.agreement)
         record.class_frequencies = self._agreement_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
         return record
 
     def provenance(self) -> Provenance:
-        """Return how the student was made so far, and by which statistics it is better read now."""
+        """Return how the student was made so far, and the statistics to use it with."""
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
         made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
@@ -272,7 +260,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             if self._ending.images:
                 made = replace(made, calibration=self._ending.images.facts)
             if made.start:
-                made = replace(made, start=replace(made.start, healed=self._ending.healed))
+                made = replace(made, start=replace(made.start, training_helped=self._ending.is_trained))
         return made
 
     def create_model_card(
@@ -303,5 +291,4 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         write_model_card(record, self.args.output_dir)
 
     def _save_classifier(self, output_dir: str) -> None:
-        self.provenance().attach(self.model)
-        save_model(self.model, output_dir, teacher_model=self.teacher_model)
+        save_model(self.model, output_dir, teacher_model=self.teacher_model, provenance=self.provenance())

@@ -14,7 +14,8 @@ from hf_noisekd.models.batch_norm import (
     num_frozen,
     statistics_of_batch,
 )
-from hf_noisekd.models.classifier import compute_logits, declared_input_size, logits_of_blanks, teacher_identity
+from hf_noisekd.models.classifier import compute_logits, logits_of_blanks, teacher_identity
+from hf_noisekd.models.input_size import input_size_of
 
 
 class Teacher:
@@ -87,13 +88,10 @@ class Teacher:
         with self._context if noise else nullcontext():
             return compute_logits(forward, pixel_values).float()
 
-    @property
+    @cached_property
     def input_size(self) -> tuple[int, int, int]:
-        """`(channels, height, width)` of the training batches; a `ValueError` where nobody says it."""
-        size = self._input_size or declared_input_size(self.model)
-        if size is None:
-            raise ValueError(f"{type(self.model).__name__} does not say what input size it takes: pass input_size.")
-        return size
+        """`(channels, height, width)` of the training batches; a `ValueError` as of [`input_size_of`]."""
+        return input_size_of(self.model, self._input_size)
 
     @cached_property
     def num_classes(self) -> int:

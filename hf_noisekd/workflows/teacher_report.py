@@ -1,8 +1,9 @@
-"""Whether a model can be a teacher, and how its answers to noise spread over the classes."""
+"""Whether a model can be a teacher, and how its predictions for noise spread over the classes."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,17 +20,37 @@ from hf_noisekd.models.classifier import (
 )
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.workflows.inputs import usable_model
 
 NUM_BATCHES = 2
 
 
-def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, *, batch_size: int = 256) -> dict:
-    """Return what decides whether a model can be a teacher: what it is, and how it answers the default noise.
+def describe_teacher(
+    source: str | Path | nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    batch_size: int = 256,
+    trust_remote_code: bool = False,
+) -> dict:
+    """Return what decides whether a model can be a teacher: what it is, and what it predicts for the default noise.
 
-    The noise is two batches in full size; `input_size` is by default what the model declares, else a `ValueError`. Of
-    the result `class_names` are the first of them, `batch_norm` is the number of BatchNorm layers by kind, `answers`
-    are as of [`describe_probs`] by kind of statistics, as far as there are any, and `verdict` is a sentence.
+    Args:
+        source: The model, as [`load_teacher`] takes it.
+        input_size: `(channels, height, width)` of the noise. Default: that of [`input_size_of`].
+        checkpoint: File of weights for the timm architecture that `source` names.
+        batch_size: Images in each of the two batches of noise, which has full size.
+        trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
+
+    Returns:
+        Among others `class_names`, the first of them; `batch_norm`, the number of BatchNorm layers by kind;
+        `predictions`, as of [`describe_probs`] by kind of statistics, as far as there are any; `can_teach`; and
+        `verdict`, a sentence.
+
+    Raises:
+        ValueError: There is no such model, or it does not declare its input size and none was given.
     """
+    model = usable_model(source, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
     num_classes = logits_of_blanks(model, noise.input_size, "model").shape[-1]
     layers, obstacle = find_batch_norm(model), ""
@@ -38,17 +59,17 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
     except ValueError as error:
         obstacle = f" by default: {error}"
     if num_classes < 2:
-        obstacle = ": it has one class, and nothing to tell about it."
-    answers = {}
+        obstacle = ": it has one class only."
+    predictions = {}
     if nonfinite := nonfinite_tensor(model):
         obstacle = f": its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
         for statistics in ("running", "batch") if layers else ("running",):
             probs = probs_of_noise(Teacher(model), noise, statistics)
             if probs.isfinite().all():
-                answers[statistics] = describe_probs(probs)
+                predictions[statistics] = describe_probs(probs)
             else:
-                obstacle = f": with {statistics} statistics it answers noise with a NaN."
+                obstacle = f": with {statistics} statistics its logits for noise are NaN."
     return {
         "architecture": architecture_of(model),
         "parameters": count_parameters(model),
@@ -57,9 +78,9 @@ def describe_teacher(model: nn.Module, input_size: Sequence[int] | None = None, 
         "class_names": class_names(model, num_classes)[:5],
         "batch_norm": dict(Counter(type(layer).__name__ for layer in layers.values())),
         "noise_images": NUM_BATCHES * batch_size,
-        "answers": answers,
+        "predictions": predictions,
         "can_teach": not obstacle,
-        "verdict": f"cannot be a teacher{obstacle}" if obstacle else _verdict(answers, num_classes),
+        "verdict": f"cannot be a teacher{obstacle}" if obstacle else _verdict(predictions, num_classes),
     }
 
 
@@ -95,21 +116,24 @@ def describe_probs(probs: torch.Tensor) -> dict[str, float]:
         "class_balance": probs.mean(0).xlogy(probs.mean(0)).sum().neg().item() / most,
         "flatness": probs.xlogy(probs).sum(-1).mean().neg().item() / most,
         "top_class_share": 100 * counts.max().item() / len(probs),
-        "classes_answered": counts.count_nonzero().item(),
+        "classes_predicted": counts.count_nonzero().item(),
     }
 
 
-def _verdict(answers_by: Mapping[str, Mapping[str, float]], num_classes: int) -> str:
-    """Return what to say of a teacher that answers noise with `answers_by` kind of statistics."""
-    way = "with batch statistics it answers" if "batch" in answers_by else "it has no BatchNorm, and as it is answers"
-    answers = answers_by.get("batch") or answers_by["running"]
-    verdict = f"can be a teacher: {way} noise with {answers['classes_answered']:,} of its {num_classes:,} classes."
+def _verdict(predictions_by: Mapping[str, Mapping[str, float]], num_classes: int) -> str:
+    """Return a sentence on a teacher by its predictions for noise with each kind of statistics."""
+    way = "with batch statistics" if "batch" in predictions_by else "as it is, without BatchNorm,"
+    predictions = predictions_by.get("batch") or predictions_by["running"]
+    verdict = (
+        f"can be a teacher: {way} it predicts {predictions['classes_predicted']:,} of its {num_classes:,} classes for "
+        "noise."
+    )
     # Rules of thumb; a CIFAR-10 ResNet has a class balance of 1.00 and a flatness of 0.39, an ImageNet EfficientNet
     # 1.00 and 0.91.
-    if answers["class_balance"] < 0.5:
-        verdict += " But noise hardly reaches most of them: expect a poor student."
-    elif answers["flatness"] > 0.9:
+    if predictions["class_balance"] < 0.5:
+        verdict += " But most of them are hardly ever predicted: expect a poor student."
+    elif predictions["flatness"] > 0.9:
         verdict += (
-            " But each answer is nearly flat, and the default softens it further: a --temperature below 1 may help."
+            " But each prediction is nearly flat, and the default softens it further: a --temperature below 1 may help."
         )
     return verdict

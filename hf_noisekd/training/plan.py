@@ -1,0 +1,222 @@
+"""What a distillation is to be, settled before its first step: models, arguments and data that fit each other."""
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+from transformers import set_seed
+from transformers.trainer_utils import has_length
+
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
+from hf_noisekd.models.classifier import format_size, logits_of_blanks
+from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
+from hf_noisekd.models.input_size import input_size_of
+from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.training.checks import (
+    check_batch_norm_is_local,
+    check_eval_datasets,
+    check_last_batch,
+    check_metric,
+    check_models,
+    check_train_noise,
+)
+from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd.training.initial_student import InitialWeights, initial_student
+from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+RANDOM_LEARNING_RATE = 1e-2
+# A cut teacher has something to lose, and knows already what small images teach. A teacher that is not on the batch
+# knows images of full size alone: small ones have other features.
+CUT_LEARNING_RATE = 3e-3
+FULL_SIZE = "1"
+
+
+@dataclasses.dataclass
+class Plan:
+    """What [`plan_training`] settled."""
+
+    model: nn.Module  # the student
+    initial: InitialWeights | None  # what it was initialised with, if from its teacher
+    teacher: Teacher
+    args: NoiseKDConfig
+    train_dataset: Any
+    eval_dataset: Any
+    counts_steps: bool  # whether the noise is to be told the number of all steps, which its sizes are shares of
+
+
+def plan_training(
+    model: str | Path | nn.Module | None,
+    teacher_model: str | Path | nn.Module | None,
+    args: NoiseKDConfig,
+    train_dataset: Dataset | IterableDataset | None,
+    eval_dataset: Dataset | dict[str, Dataset] | None,
+    collate_fn: Callable,
+) -> Plan:
+    """Return what [`NoiseKDTrainer`], whose arguments these are, is to do; the given ones do not change.
+
+    Raises:
+        ValueError: The models or a data set do not fit each other or the method.
+    """
+    if teacher_model is None:
+        raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
+    teacher_model = load_teacher(teacher_model)
+    teacher = Teacher(
+        teacher_model,
+        input_size=_training_input_size(args, teacher_model, train_dataset, collate_fn),
+        statistics=args.teacher_statistics,
+        batch_norm_fraction=args.batch_norm_fraction,
+        seed=args.seed,
+    )
+    if args.teacher_statistics != 0:
+        check_leaves_stored_statistics(teacher_model, teacher.input_size)
+    check_batch_norm_is_local(teacher_model, args.world_size)
+    set_seed(args.seed)  # before a student given by name gets its random weights
+    model, initial = initial_student(model, teacher, args)
+    check_models(model, teacher, explicit_size=args.input_size is not None)
+    check_train_noise(train_dataset, args, teacher)
+    args = _with_defaults(args, teacher, initial, train_dataset)
+    noise = _train_noise(args, teacher, train_dataset, (model, teacher_model))
+    train_dataset = train_dataset if noise is None else noise
+    if _breaks_bfloat16(args, model, noise, teacher.input_size):
+        args.bf16, args.mixed_precision = False, "no"
+    check_last_batch(train_dataset, args)
+    eval_dataset = _eval_noise(args, teacher, noise) if eval_dataset is None else eval_dataset
+    check_eval_datasets(eval_dataset, teacher, collate_fn)
+    check_metric(args, eval_dataset, teacher.num_classes, has_teacher=True, collate_fn=collate_fn)
+    memory_format = training_memory_format(model, args.device)
+    return Plan(
+        model=model,
+        initial=initial,
+        teacher=teacher,
+        args=args,
+        train_dataset=_on_device(train_dataset, args, memory_format, rank=args.process_index),
+        eval_dataset=_on_device(eval_dataset, args, memory_format, rank=0),
+        counts_steps=noise is not None and noise.total_steps is None,
+    )
+
+
+def _training_input_size(
+    args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Any, collate_fn: Callable
+) -> tuple[int, int, int]:
+    """Return the size of the training images: the arguments', the training data's, or the teacher's own."""
+    given = None if args.input_size is None else tuple(args.input_size)
+    if isinstance(train_dataset, NoiseDataset):
+        if given not in (None, train_dataset.input_size):
+            raise ValueError(
+                f"The NoiseDataset has images of {format_size(train_dataset.input_size)}, and input_size is "
+                f"{format_size(given)}: leave input_size out."
+            )
+        given = train_dataset.input_size
+    elif not given and has_length(train_dataset) and not isinstance(train_dataset, IterableDataset):
+        given = tuple(collate_fn([train_dataset[0]])["pixel_values"].shape[1:])
+    return input_size_of(teacher_model, given)
+
+
+def _with_defaults(
+    args: NoiseKDConfig, teacher: Teacher, initial: InitialWeights | None, train_dataset: Any
+) -> NoiseKDConfig:
+    """Return a copy of the arguments in which the student's initialisation and the teacher decide what nobody did."""
+    args = copy.copy(args)
+    if args.metric_is_default and not teacher.weight_of_batch:
+        args.metric_for_best_model = "running_agreement"
+    if args.learning_rate is None:
+        args.learning_rate = RANDOM_LEARNING_RATE if initial is None else CUT_LEARNING_RATE
+    # A data set of the user's own has sizes of its own.
+    if (initial or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
+        args.resolutions = FULL_SIZE
+    return args
+
+
+def _train_noise(
+    args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, models: Sequence[nn.Module]
+) -> NoiseDataset | None:
+    """Return the training noise in sizes that all models take; None for a data set of real images.
+
+    Many networks take multiples of 2, 4, ... or 32 pixels alone, and nothing but a trial tells which.
+    """
+    if train_dataset is None:
+        train_dataset = NoiseDataset.for_model(
+            teacher.model,
+            resolutions=args.resolutions,
+            batch_size=args.per_device_train_batch_size,
+            num_steps=args.steps_per_epoch,
+            **_noise_arguments(args, teacher),
+        )
+    if not isinstance(train_dataset, NoiseDataset):
+        return None
+    noise = copy.copy(train_dataset)
+    channels, *full_size = noise.input_size
+    refused: list | None = None
+    while (smaller := [size for size, _ in noise.image_sizes() if [*size] != full_size]) == refused or not all(
+        _takes(model, (channels, *size)) for size in smaller for model in models
+    ):
+        refused = smaller
+        noise.size_multiple *= 2
+    if noise.size_multiple > 1:
+        found = ", ".join(format_size(size) for size, _ in noise.image_sizes())
+        logger.warning("The noise has images of %s pixels: the models do not take its own smaller sizes.", found)
+    return noise
+
+
+def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    try:
+        logits_of_blanks(model, input_size, "model")
+    except ValueError:
+        return False
+    return True
+
+
+def _eval_noise(args: NoiseKDConfig, teacher: Teacher, train_noise: NoiseDataset | None) -> NoiseDataset:
+    """Return held-out noise, of the kind of the training noise if there is any."""
+    noise = _noise_arguments(args, teacher)
+    if train_noise is not None:
+        noise |= {key: getattr(train_noise, key) for key in ("distribution", "mean", "std")}
+    batches = {"batch_size": args.per_device_eval_batch_size, "num_steps": args.eval_noise_batches}
+    return NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
+
+
+def _noise_arguments(args: NoiseKDConfig, teacher: Teacher) -> dict[str, Any]:
+    std = {} if args.noise_std is None else {"std": args.noise_std}
+    return {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise, **std}
+
+
+def _breaks_bfloat16(
+    args: NoiseKDConfig, model: nn.Module, noise: NoiseDataset | None, input_size: tuple[int, int, int]
+) -> bool:
+    """Return whether a CPU would train the student in bfloat16 wrongly on images so small; a warning says so."""
+    if args.mixed_precision != "bf16" or args.device.type != "cpu":
+        return False
+    sizes = {input_size[1:]} if noise is None else {size for size, _ in noise.image_sizes()}
+    for size in sorted(sizes):
+        if layer := layer_that_bfloat16_breaks(model, (input_size[0], *size)):
+            logger.warning(
+                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
+                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
+                "(resolutions='1'), may spare it that.",
+                layer,
+                format_size((input_size[0], *size)),
+            )
+            return True
+    return False
+
+
+def _on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
+    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
+    if isinstance(dataset, dict):
+        return {name: _on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
+    if not isinstance(dataset, NoiseDataset):
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.device, dataset.rank = args.device, rank
+    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dataset.memory_format = memory_format
+    return dataset

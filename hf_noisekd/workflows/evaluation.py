@@ -1,0 +1,99 @@
+"""Measure a model on labelled images, and put the result into its card."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Dataset
+
+from hf_noisekd.image_datasets import load_images
+from hf_noisekd.record.schema import read_record
+from hf_noisekd.release.card import write_model_card
+from hf_noisekd.training.evaluation import measured
+from hf_noisekd.workflows.inputs import UsageError, usable_model
+
+
+class Scores(dict[str, dict[str, float]]):
+    """What [`evaluate`] measured, by kind of statistics, and on how many images."""
+
+    images: int
+
+
+def evaluate(
+    model: str | Path | nn.Module,
+    dataset: str | Path | Dataset,
+    *,
+    split: str = "test",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_images: int | None = None,
+    teacher_model: str | Path | nn.Module | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    update_card: bool = False,
+    trust_remote_code: bool = False,
+) -> Scores:
+    """Evaluate a classifier with running and with batch statistics.
+
+    Batches are of equal size, since with batch statistics the logits depend on the other images of a batch: the last
+    one is filled up with images from the start of the data set, which are not counted again.
+
+    Args:
+        model: The classifier: a module, which is evaluated where it is and comes back unchanged, or the name of one as
+            [`load_teacher`] takes it.
+        dataset: Images with labels, in the forms of [`collate_images`], preprocessed as for the model; the name of a
+            data set as [`load_images`] takes it; or noise, a [`NoiseDataset`] with a length, on which only the
+            agreement can be measured.
+        split: Split of a data set given by name, and what the card says of one that is given.
+        image_column: Its column of images, where it has several.
+        label_column: Its column of classes, likewise.
+        num_images: Number of its images to draw at random. Default: all.
+        teacher_model: Teacher to compare with, likewise. Its logits are those with running statistics for images and
+            with batch statistics for noise.
+        batch_size: Images in a batch. A `NoiseDataset` brings its own.
+        num_workers: Processes that load the images.
+        update_card: Put the result into record and card of the student in the folder `model`.
+        trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
+
+    Returns:
+        One mapping for `"running"` and one for `"batch"` statistics; the attribute `images` is the number of images.
+        With labels each holds `accuracy`, `top5_accuracy` (where there are more than five classes), both in percent,
+        and `loss`, the cross-entropy in nats; with a teacher `agreement`, the share of equal top-1 predictions in
+        percent, and `kl`, `KL(teacher || model)` in nats.
+
+    Raises:
+        ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
+            nor a teacher, or an image or a logit is a NaN or an infinity; or a model or a data set cannot be loaded.
+    """
+    if update_card and (isinstance(model, nn.Module) or not Path(model).is_dir()):
+        raise UsageError(
+            f"The card of a student in a folder can be updated, and the model is {model}: give its folder."
+        )
+    record: Any = read_record(str(model)) if update_card else None
+    classifier = usable_model(model, trust_remote_code=trust_remote_code)
+    if teacher_model is not None:
+        teacher_model = usable_model(teacher_model, trust_remote_code=trust_remote_code)
+    if isinstance(dataset, str | Path):
+        dataset = load_images(
+            str(dataset),
+            classifier,
+            split=split,
+            num_images=num_images,
+            image_column=image_column,
+            label_column=label_column,
+        )
+    found = measured(
+        classifier,
+        dataset,
+        name=getattr(dataset, "name", None) or "evaluation images",
+        split=split,
+        step=record.steps if record else 0,
+        teacher_model=teacher_model,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+    if record:
+        write_model_card(record.measured(found), str(model))
+    scores = Scores(running=found.running, batch=found.batch)
+    scores.images = found.images
+    return scores

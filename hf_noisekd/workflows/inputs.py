@@ -1,0 +1,50 @@
+"""What the functions of this folder are given: models and data sets by name, and folders to write to."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
+from hf_noisekd.models.loading import load_teacher
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done, and nothing was written."""
+
+
+def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
+    """Return a trained model in evaluation mode; one given by name is loaded to the accelerator if there is one.
+
+    `kwargs` are those of [`load_teacher`].
+    """
+    model = load_teacher(source, **kwargs).eval()
+    if isinstance(source, nn.Module) or not torch.accelerator.is_available():
+        return model
+    return model.to(torch.accelerator.current_accelerator())
+
+
+def check_unused(output_dir: str | Path, advice: str = "") -> None:
+    """Raise a [`UsageError`] for an output folder that holds something, before anything is loaded."""
+    # Other processes may be late, and find what the first one has written.
+    if os.environ.get("RANK", "0") != "0":
+        return
+    folder = Path(output_dir).expanduser()
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"The output folder {folder} is not empty: choose another output_dir.{advice}")
+    if folder.is_file():
+        raise UsageError(f"The output folder {folder} is a file: choose another output_dir.")
+
+
+def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise a `ValueError` if what the models declare of their inputs and classes differs."""
+    for what, found in (
+        ("images of {}", [size and format_size(size) for size in map(declared_input_size, (student, teacher))]),
+        ("{} classes", [declared_num_classes(student), declared_num_classes(teacher)]),
+    ):
+        if None not in found and found[0] != found[1]:
+            student_has, teacher_has = map(what.format, found)
+            raise ValueError(
+                f"The student has {student_has} and the teacher {teacher_has}: give the student's teacher."
+            )
