@@ -15,7 +15,6 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.files import is_odd
 from hf_noisekd.models.classifier import class_names, declared_input_size, declared_num_classes, pretrained_cfg_of
 from hf_noisekd.models.preprocessing import image_processor_of, unknown_preprocessing
 
@@ -148,8 +147,6 @@ def naming_the_image(index: int, name: str) -> Iterator[None]:
 def load_splits(name: str, required: str, config: str | None = None) -> datasets.DatasetDict:
     """Load a data set that must have the split `required`, for which a single parquet file is taken."""
     path = Path(name).expanduser()
-    if is_odd(path):
-        raise ValueError(f"The data set {name!r} is neither a folder nor an ordinary file.")
     try:
         if path.is_file():
             splits = datasets.load_dataset("parquet", data_files={required: str(path)})

@@ -1,6 +1,5 @@
 import argparse
 import json
-import os
 import pickle
 
 import pytest
@@ -165,17 +164,6 @@ def test_a_file_that_holds_no_weights_of_the_architecture(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"checkpoint .*w\.pth' cannot be loaded: "):
         load_teacher("resnet18", checkpoint=tmp_path / "w.pth")
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "preprocessor_config.json"])
-@pytest.mark.parametrize("odd", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"])
-def test_what_has_no_end_is_not_read(saved, tmp_path, name, odd):
-    (saved / name).unlink(missing_ok=True)
-    odd(saved / name)
-    with pytest.raises(ValueError, match="no ordinary file"):
-        load_teacher(saved)
-    with pytest.raises(ValueError, match="no ordinary"):
-        load_teacher("resnet18", checkpoint=saved / name)
 
 
 @pytest.mark.parametrize(

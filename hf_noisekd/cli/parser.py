@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from yaml import YAMLError
+
 from .config_file import read_options, words
 
 
@@ -32,21 +34,21 @@ class CommandParser(argparse.ArgumentParser):
     def _read_config(self, path: str) -> list[str]:
         try:
             options = read_options(path)
-        except ValueError as error:
-            self.error(str(error))
+        except (OSError, ValueError, YAMLError) as error:
+            self.error(f"cannot read the configuration file {path}: {in_one_line(error)}")
         tokens = []
-        for key, node in options.items():
+        for key, value in options.items():
             option = f"--{key}".replace("_", "-")
             action = self._option_string_actions.get(option)
             # `no_...` and `help` take no value: there is `...: false`, and a file asks for no help.
             if action is None or action.nargs == 0 or action.dest == "config":
                 self.error(f"the configuration file {path} has an unknown option {key!r}.{self._nearest(option)}")
             several = action.nargs == "+"
-            values = words(node, several=several)
+            values = words(value, several=several)
             if several and values:
                 tokens += [option, *values]
             else:
-                tokens += [f"{option}={value}" for value in values]
+                tokens += [f"{option}={word}" for word in values]
         return tokens
 
     def in_options(self, message: str) -> str:

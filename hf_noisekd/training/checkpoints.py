@@ -67,7 +67,7 @@ def is_cut_off(folder: Path) -> bool:
 
 
 def check_checkpoint(folder: str, model: nn.Module) -> None:
-    """Raise a `ValueError` if `folder` holds no whole and undamaged checkpoint of `model`."""
+    """Raise a `ValueError` if `folder` holds no whole checkpoint of `model`."""
     path = Path(folder)
     advice = "Resume from another checkpoint, or train without resume_from_checkpoint."
     if not path.is_dir():
@@ -75,21 +75,16 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
     needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
     if missing := [name for name in needed if not (path / name).is_file()]:
         raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
-    file = path / "trainer_state.json"
+    # An archive of torch's that was cut off lacks its end, and weights lack some of what their header tells of.
+    cut_off = [file.name for file in path.glob("*.pt*") if not zipfile.is_zipfile(file)]
+    cut_off += ["trainer_state.json"] if is_cut_off(path) else []
     try:
-        json.loads(file.read_text())
-        for file in [*path.glob("*.pt"), *path.glob("*.pth")]:
-            with zipfile.ZipFile(file) as archive:  # torch's format; reading it this way unpickles nothing
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("wrong check sum")
-        file = path / WEIGHTS_NAME
-        with safetensors.safe_open(file, framework="pt") as weights:
+        with safetensors.safe_open(path / WEIGHTS_NAME, framework="pt") as weights:
             shapes = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-            for name in shapes:
-                if not weights.get_tensor(name).isfinite().all():
-                    raise ValueError(f"{name!r} holds a NaN or an infinity")
-    except (safetensors.SafetensorError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{file.name} of the checkpoint {folder!r} is damaged ({error}). {advice}") from error
+    except safetensors.SafetensorError:
+        cut_off.append(WEIGHTS_NAME)
+    if cut_off:
+        raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(cut_off)} cut off. {advice}")
     model = bare_model(model)  # as which it is saved
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if names := differing(expected, shapes):

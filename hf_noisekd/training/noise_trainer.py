@@ -137,7 +137,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         checkpoint, and starts anew if a kill fell into the first one.
 
         Raises:
-            ValueError: The checkpoint is missing, damaged or, for noise of several sizes, of another number of steps.
+            ValueError: The checkpoint is missing, cut off or, for noise of several sizes, of another number of steps.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, self.model)
