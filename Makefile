@@ -5,13 +5,6 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-gpu test-network quality format cards tables
 
-# The students whose cards are released: name of the card, results file, and run.
-define RELEASED
-digits_cpu:digits_cpu:noise, batch-statistics teacher
-cifar10_cpu:noise_speed_cpu-long:structured, the default, time of 5,400
-endef
-export RELEASED
-
 demo: $(VENV)/.installed
 	$(BIN)/python recipes/digits.py --output-dir runs/digits
 
@@ -39,9 +32,7 @@ format: $(VENV)/.installed
 
 # The cards of the released students, out of the results files of their recipes.
 cards: $(VENV)/.installed
-	echo "$$RELEASED" | while IFS=: read -r name results run; do \
-		$(BIN)/noisekd card "recipes/results/$$results.json" --run "$$run" --output-dir "model_cards/$$name" || exit 1; \
-	done
+	PYTHONPATH=recipes $(BIN)/python -m harness.cards
 
 # The page of all recipes, and the tables and the figure of README and docs, out of the results files.
 tables: $(VENV)/.installed

@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 from harness.activations import HIDDEN_EDGES, hidden_activations, pooled_features
 from harness.experiment import Experiment, experiment_parser
+from harness.figures import Panel, plot_panels
 from harness.presets import CIFAR10
 from harness.results import Results
 
 from hf_noisekd import NoiseDataset
 from hf_noisekd.models.classifier import device_of
-from hf_noisekd.release.figures import Panel, plot_panels
 
 BATCHES, BATCH_SIZE = 8, 256
 # By the name of its line: whether it is noise, and the statistics of the teacher.

@@ -13,10 +13,10 @@ import math
 import timm
 import torch
 from harness.datasets import digit_datasets
+from harness.figures import plot_curves
 from harness.results import Results, recipe_parser
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 

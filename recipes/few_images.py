@@ -12,12 +12,12 @@ its few images, as someone who has them would.
 
 from accelerate import PartialState
 from harness.experiment import Experiment, experiment_parser
+from harness.figures import plot_curves
 from harness.presets import with_cpu_steps
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
 from hf_noisekd.cli.options import at_least
-from hf_noisekd.release.figures import plot_curves
 
 PRESETS = with_cpu_steps(750)
 

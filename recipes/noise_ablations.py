@@ -15,6 +15,7 @@ bent images and was not kept.
 
 from harness.equal_seconds import distill_twice, step_cost
 from harness.experiment import Experiment, experiment_parser
+from harness.noises import CentredLogitsTrainer, noise_of
 from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
 
 from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
@@ -36,10 +37,10 @@ RUNS = {"white": {"noise": "white"}} | {
         "two sizes, half size longer": {"resolutions": "0.5:0.8,1:0.2"},
         "half size only": {"resolutions": "0.5"},
         "cut and paste": {"noise": "dead_leaves|cutmix:0.5", "resolutions": STRUCTURED_SIZES},
-        "mixed images": {"noise": "dead_leaves|mixup:0.5", "resolutions": STRUCTURED_SIZES},
+        "mixed images": {"noise": noise_of("dead_leaves|mixup:0.5"), "resolutions": STRUCTURED_SIZES},
         "mirrored": {"noise": "dead_leaves|mirror:0.5", "resolutions": STRUCTURED_SIZES},
         "temperature 1": {"temperature": 1.0},
-        "centred logits": {"loss_type": "centered_mse"},
+        "centred logits": {},
         "learning rate 3e-3": {"learning_rate": 3e-3},
         "learning rate 2e-2": {"learning_rate": 2e-2},
         "cosine decay": {"lr_scheduler_type": "cosine"},
@@ -48,6 +49,8 @@ RUNS = {"white": {"noise": "white"}} | {
     }.items()
 }
 FIRST, DEFAULT, *CHANGED = RUNS
+# Runs that are not trained by the package's own trainer.
+TRAINERS = {"centred logits": {"trainer_class": CentredLogitsTrainer}}
 
 
 def main() -> None:
@@ -59,6 +62,7 @@ def main() -> None:
     preset = PRESETS[options.preset]
     experiment = Experiment("noise_ablations", options, preset | {"arguments": runs})
     experiment.prepare_teacher()
+    runs = {name: arguments | TRAINERS.get(name, {}) for name, arguments in runs.items()}
     costs = step_cost(experiment, runs)
     steps = round(preset["white_steps"] / costs[DEFAULT])
     rows = []

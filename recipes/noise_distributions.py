@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from harness.equal_seconds import distill_twice, step_cost
 from harness.experiment import Experiment, experiment_parser
-from harness.figures import plot_contact_sheet
+from harness.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
 from harness.noise_fit import noise_fit
+from harness.noises import noise_of
 from harness.presets import NOISE_PAIRS
 from scipy.stats import spearmanr
 
 from hf_noisekd.noise.spec import parse_noise
-from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 NOISES = (
     "white",
@@ -47,9 +47,9 @@ def main() -> None:
     options = parser.parse_args()
     experiment = Experiment("noise_distributions", options, NOISE_PAIRS[options.preset])
     results, teacher = experiment.results, experiment.prepare_teacher()
-    fits = [noise_fit(teacher, noise, seed=options.seed) for noise in options.noises]
+    fits = [noise_fit(teacher, noise_of(row), seed=options.seed) | {"noise": row} for row in options.noises]
     results.measure("what the teacher says", sorted(fits, key=lambda fit: fit["distance"]))
-    arguments = {noise: {"noise": noise, "resolutions": "1"} for noise in options.noises}
+    arguments = {row: {"noise": noise_of(row), "resolutions": "1"} for row in options.noises}
     costs = step_cost(experiment, arguments)
     rows = []
     for noise, changed in arguments.items():
@@ -70,7 +70,9 @@ def main() -> None:
     panel = Panel(points, xlabel="distance from the teacher's running statistics", ylabel=ACCURACY_LABEL)
     results.plot("distance.png", lambda runs, path: plot_panels([panel], path))
     size = (48, *experiment.train_dataset.pretrained_cfg["input_size"])
-    sheet = {noise: parse_noise(noise)(torch.Generator().manual_seed(options.seed), size) for noise in options.noises}
+    sheet = {
+        row: parse_noise(noise_of(row))(torch.Generator().manual_seed(options.seed), size) for row in options.noises
+    }
     results.plot("noises.png", lambda runs, path: plot_contact_sheet(sheet, path))
     results.print_table()
 

@@ -14,9 +14,8 @@ the ResNet-18 of `cpu` and the WRN-16-2 of `--preset cpu-wrn`, and all else with
 
 from harness.equal_seconds import step_cost
 from harness.experiment import Experiment, experiment_parser
+from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
-
-from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 WHITE_STEPS = {"white_steps": [500, 600, 1800]}
 PRESETS = {name: pair | WHITE_STEPS for name, pair in NOISE_PAIRS.items()} | {

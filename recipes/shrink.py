@@ -18,6 +18,7 @@ from typing import Any
 
 from harness.equal_seconds import step_cost
 from harness.experiment import Experiment, experiment_parser
+from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
 from torch import nn
 
@@ -25,7 +26,6 @@ from hf_noisekd import NoiseKDTrainer, calibration_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.classifier import count_parameters
 from hf_noisekd.models.cost import count_macs
-from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40

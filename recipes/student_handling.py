@@ -12,10 +12,10 @@ import statistics
 
 from accelerate import PartialState
 from harness.experiment import Experiment, experiment_parser
+from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.presets import CIFAR10
 
 from hf_noisekd import evaluate
-from hf_noisekd.release.figures import ACCURACY_LABEL, Panel, plot_panels
 
 BATCH_SIZES = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NUM_IMAGES = (4, 16, 64, 256, 1024, 4096)

@@ -673,16 +673,6 @@ def test_card_and_push(student, hub, tmp_path, capsys):
     assert main(["card", student[0], "--output-dir", str(tmp_path / "card"), "--repo-id", "alice/other"]) == 0
     assert "alice/other" in (tmp_path / "card" / "README.md").read_text()
     assert capsys.readouterr().out.strip() == str(tmp_path / "card" / "README.md")
-    results = str(Path(__file__).parents[1] / "recipes" / "results" / "digits_cpu.json")
-    for name, said in (
-        ("noise, running-statistics teacher", "as it is"),
-        ("noise, batch-statistics teacher", "with all"),
-    ):
-        assert main(["card", results, "--output-dir", str(tmp_path / "run"), "--run", name]) == 0
-        assert said in (tmp_path / "run" / "README.md").read_text()
-    capsys.readouterr()
-    error = run_error(capsys, "card", results, "--output-dir", tmp_path / "run", "--run", "noise")
-    assert "it has no run 'noise', only 'teacher'" in error
 
     assert main(["push", "--model", student[0], "--repo-id", "alice/student", "--commit-message", "A student"]) == 0
     assert "model.safetensors" in hub.repo("alice/student").head["files"]

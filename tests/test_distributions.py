@@ -1,3 +1,4 @@
+import harness.noises  # noqa: F401 - registers those of the recipes
 import pytest
 import torch
 from conftest import DEVICES

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from conftest import made_by_noise
-from harness.figures import plot_accuracy, plot_contact_sheet, plot_embeddings
+from harness.figures import Panel, plot_accuracy, plot_contact_sheet, plot_embeddings, plot_panels
 from matplotlib.image import imread
 
 from hf_noisekd.record.schema import Evaluation, ModelFacts, Record
-from hf_noisekd.release.figures import Panel, plot_panels
+from hf_noisekd.release.figures import curve_points
 
 POINTS = [(4, 50.0), (1, 20.0), (16, 80.0)]
 
@@ -54,6 +54,17 @@ def test_accuracy_is_drawn_for_students_only(tmp_path):
     assert drawn(axis) == [[(0.1, 10), (1, 40)], [(0.1, 20), (1, 80)]]
     assert axis.get_xlabel() == "temperature of the softmax"
     assert (tmp_path / "accuracy.png").is_file()
+
+
+def test_a_curve_has_what_was_logged_and_the_last_evaluation():
+    scores = {"running": {"accuracy": 50.0}, "batch": {"accuracy": 60.0}}
+    measured = Evaluation(
+        dataset="d", images=9, batch_size=9, step=8, precision="float32", log_prefix="eval_d", **scores
+    )
+    model = ModelFacts(architecture="resnet", library="timm", parameters=1)
+    curve = [{"step": 4, "eval_d_batch_accuracy": 20.0}, {"step": 6, "loss": 1.0}]
+    run = Record(model=model, steps=8, evaluations=[measured], curve=curve)
+    assert curve_points(run, measured, "batch", "accuracy") == [(4, 20.0), (8, 60.0)]
 
 
 @pytest.mark.parametrize("classes", [1, 3])

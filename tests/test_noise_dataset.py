@@ -113,7 +113,7 @@ def test_another_distribution_plugs_in():
     assert torch.equal(noise.draw(0), torch.full((3, 1, 2, 2), 3.0))
 
 
-@pytest.mark.parametrize("distribution", ["fractal", "dead_leaves", "pyramid|mixup:0.5"])
+@pytest.mark.parametrize("distribution", ["fractal", "dead_leaves", "low_resolution|cutmix:0.5"])
 def test_the_callers_autocast_does_not_change_the_noise(distribution):
     noise = NoiseDataset((3, 16, 16), 4, distribution=distribution)
     with torch.autocast("cpu", torch.bfloat16):

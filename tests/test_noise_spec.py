@@ -106,7 +106,7 @@ POSITIVE = st.floats(0, 1e300, exclude_min=True)
 
 @given(st.dictionaries(st.sampled_from(BUILT_IN), POSITIVE, min_size=1))
 def test_any_weights_read_back(weights):
-    assert parse_noise(str(Mixture("any", weights, {"mixup": 1 / 3}))).weights == weights
+    assert parse_noise(str(Mixture("any", weights, {"mirror": 1 / 3}))).weights == weights
 
 
 @given(st.dictionaries(st.floats(0, 1, exclude_min=True), POSITIVE, min_size=1))
@@ -117,7 +117,7 @@ def test_any_resolutions_read_back_and_are_within_the_full_size(resolutions):
     assert all(16 <= height <= 24 and 16 <= width <= 40 for (height, width), _ in sizes)
 
 
-@given(st.text("white,spectrum|mixup:(0.5)", max_size=20) | st.text())
+@given(st.text("white,spectrum|mirror:(0.5)", max_size=20) | st.text())
 @example("white:nan")
 @example("spectrum(1e3)")
 def test_any_text_is_a_mixture_or_refused(text):
@@ -128,7 +128,7 @@ def test_any_text_is_a_mixture_or_refused(text):
 
 
 def test_text_of_a_mixture_reads_back():
-    text = "dead_leaves:3,spectrum|cutmix:0.5,mixup"
+    text = "dead_leaves:3,spectrum|cutmix:0.5,mirror"
     assert str(parse_noise(text)) == text
     assert parse_noise(str(parse_noise("structured"))).weights == parse_noise("structured").weights
     assert noise_name(parse_noise("white:1")) == "white"
@@ -161,7 +161,7 @@ def test_text_of_a_mixture_reads_back():
         ("spectrum(-1)", "plain number, such as"),
         ("spectrum(1.2.3)", "plain number, such as"),
         ("wite(x)", "none of"),
-        ("white|mixup|cutmix", "one '|'"),
+        ("white|mirror|cutmix", "one '|'"),
         ("structured,white", "stands alone"),
         ("structured|cutmix", "stands alone"),
     ],

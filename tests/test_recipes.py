@@ -209,7 +209,7 @@ def test_tables_3_and_figures_5_and_6_and_few_images(cifar10, small_teacher, tmp
 def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatch):
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2)
     folder = tmp_path / "noises"
-    noises = ("white", "spectrum", "fractal", "low_resolution", "spectrum(1)", "dead_leaves")
+    noises = ("white", "spectrum", "pyramid", "low_resolution", "spectrum(1)", "dead_leaves|mixup:0.5")
     record = run_here("noise_distributions", monkeypatch, *options, "--output-dir", folder, "--noises", *noises)
     accuracies, fits, correlations = (
         record["measurements"][name]
@@ -222,7 +222,7 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert [row["of"] for row in correlations] == [f"all {len(accuracies)}", "the 5 without dead leaves"]
     assert all(row["distance"] is None or -1 <= row["distance"] <= 1 for row in correlations)
     assert all((folder / name).stat().st_size > 1000 for name in ("distance.png", "noises.png"))
-    chosen = ("temperature 1", "teacher on running statistics")
+    chosen = ("temperature 1", "centred logits", "teacher on running statistics")
     record = run_here(
         "noise_ablations", monkeypatch, *options, "--output-dir", tmp_path / "ablations", "--runs", *chosen
     )
@@ -235,6 +235,7 @@ def test_noises_and_their_ablations(cifar10, small_teacher, tmp_path, monkeypatc
     assert runs["the default, equal steps"]["temperature"] == 4
     assert runs["temperature 1, equal steps"]["temperature"] == 1
     assert runs["temperature 1, equal steps"]["learning_rate"] == 1e-2
+    assert runs["centred logits, equal steps"]["loss_type"] == "centered_mse"
     assert runs["teacher on running statistics, equal steps"]["teacher_batch_norm_fraction"] == 0
     assert all(row["steps, equal steps"] == row["steps, equal seconds"] == 2 for row in rows)
     options_of_preset = (*options, "--output-dir", tmp_path / "speed", "--preset", "cpu-long")

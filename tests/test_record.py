@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TinyCNN, made_by_noise
+from harness.cards import read_runs
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer
@@ -23,7 +24,6 @@ from hf_noisekd.record.schema import (
     better_statistics,
     current_evaluations,
     read_record,
-    read_runs,
     write_record,
 )
 from hf_noisekd.release.card import render_model_card
@@ -83,7 +83,7 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
     ):
         broken = data | {name: {key: value for key, value in data[name].items() if key != part}}
         (tmp_path / "noisekd.json").write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=f"neither a record nor a file of several: .*{missing}"):
+        with pytest.raises(ValueError, match=f"is no record: .*{missing}"):
             read_record(tmp_path)
     (tmp_path / "noisekd.json").write_text(json.dumps(data | {"model": 3}))
     with pytest.raises(ValueError, match="ModelFacts must be a mapping, found int"):
@@ -116,20 +116,13 @@ def test_a_record_that_holds_anything_is_read_or_refused(tmp_path):
     assert refused > 50
 
 
-def test_of_several_records_each_has_what_they_share(tmp_path):
+def test_each_run_of_a_results_file_has_what_they_share(tmp_path):
     shared = {"commit": "abc", "versions": {"torch": "2"}, "machine": {"processor": "P", "cores": 1}, "seed": 3}
     runs = [to_dict(record(name="a")), to_dict(record(name="b", noisekd=None))]
-    (tmp_path / "several.json").write_text(json.dumps(shared | {"runs": runs}))
-    first, second = read_runs(tmp_path / "several.json")
+    (tmp_path / "results.json").write_text(json.dumps(shared | {"runs": runs}))
+    first, second = read_runs(tmp_path / "results.json")
     assert first == record(name="a", commit="abc", versions={"torch": "2"}, machine=Machine(processor="P", cores=1))
     assert (second.name, second.noisekd) == ("b", None)
-    (tmp_path / "one.json").write_text(json.dumps(to_dict(record())))
-    assert read_runs(tmp_path / "one.json") == []
-    assert read_record(tmp_path / "one.json") == record()
-    for text in ("[", "[]", '{"runs": [1]}'):
-        (tmp_path / "several.json").write_text(text)
-        with pytest.raises(ValueError, match="neither a record nor a file of several"):
-            read_runs(tmp_path / "several.json")
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])

@@ -3,11 +3,11 @@ import json
 import pytest
 import torch
 from conftest import TinyCNN
+from harness.figures import plot_curves
 from harness.results import Results, recipe_parser
 from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.release.hub import HubError
 
 

@@ -29,10 +29,9 @@ def push(args: argparse.Namespace) -> int:
 
 def card_options(parser: CommandParser) -> None:
     add = parser.add_argument
-    add("source", type=path, metavar="SOURCE", help="folder of a student, or a JSON file of the records of several")
-    add("--output-dir", type=path, metavar="FOLDER", help="where the card goes (default: SOURCE, if it is a folder)")
+    add("source", type=path, metavar="SOURCE", help="folder of a student; with --output-dir a Hub id, too")
+    add("--output-dir", type=path, metavar="FOLDER", help="where the card goes (default: SOURCE)")
     add("--repo-id", metavar="ORGANISATION/NAME", help="where the student is on the Hub (default: as recorded)")
-    add("--run", dest="run_name", metavar="NAME", help="which record of a file of several (default: the last one)")
 
 
 def card(args: argparse.Namespace) -> int:
@@ -49,5 +48,5 @@ def card(args: argparse.Namespace) -> int:
     source = args.source
     if not source.exists() and args.output_dir is not None:
         source = model_folder(str(source))[0]  # of the Hub
-    print(write_model_card(source, args.output_dir, repo_id=args.repo_id, run=args.run_name))
+    print(write_model_card(source, args.output_dir, repo_id=args.repo_id))
     return 0

@@ -62,19 +62,6 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     return torch.fft.irfft2(field * amplitude, s=(height, width), norm="ortho")
 
 
-def pyramid(generator: torch.Generator, shape: Shape) -> torch.Tensor:
-    """Sums of octaves: white noise of each size from 2x2 up, enlarged to the image, with random weights."""
-    batch, channels, height, width = shape
-    octaves = max(1, math.ceil(math.log2(max(height, width))))
-    decay = uniform(generator, (batch, 1, 1, 1), 0.0, 2.0)
-    x = torch.zeros((), device=generator.device)
-    for octave in range(1, octaves + 1):
-        size = (batch, channels, min(height, 2**octave), min(width, 2**octave))
-        weight = torch.exp(-decay * octave / 2 + normal(generator, (batch, 1, 1, 1)) * 0.7)
-        x = x + weight * F.interpolate(normal(generator, size), (height, width), mode="bilinear")
-    return _standardise(x, dims=(1, 2, 3))
-
-
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
     """Patterns of an iterated sine map: the coordinates of a pixel go through `z <- sin(W z + b)` with random `W`, `b`.
 

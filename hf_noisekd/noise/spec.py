@@ -1,8 +1,8 @@
 """Noise by name: mixtures of distributions with weights, and augmentations of their images.
 
-In `"dead_leaves:3,spectrum(1.5)|cutmix:0.5,mixup"` three quarters of the images of a batch are dead leaves, and a
+In `"dead_leaves:3,spectrum(1.5)|cutmix:0.5,mirror"` three quarters of the images of a batch are dead leaves, and a
 quarter has a power spectrum of the exponent 1.5, its parameter; see [`hf_noisekd.noise.distributions`]. Then each image
-is cut and pasted into with probability 0.5, and mixed with another one. A weight or probability left out is 1.
+is cut and pasted into with probability 0.5, and made symmetric. A weight or probability left out is 1.
 """
 
 import difflib
@@ -24,7 +24,7 @@ Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 STRUCTURED = "dead_leaves"
 STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
 
-BUILT_IN = ("white", "low_resolution", "spectrum", "pyramid", "fractal", "dead_leaves")
+BUILT_IN = ("white", "low_resolution", "spectrum", "fractal", "dead_leaves")
 DISTRIBUTIONS: dict[str, Distribution] = {name: getattr(distributions, name) for name in BUILT_IN}
 
 
@@ -39,13 +39,6 @@ def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float)
     return torch.where(inside[:, None], _others(generator, images), images)
 
 
-def mixup(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Mix with another image, by `cos(t)` and `sin(t)` with uniform `t`, which keep the variance of a batch."""
-    angle = uniform(generator, (len(images),)) * (math.pi / 2)
-    angle = torch.where(uniform(generator, (len(images),)) < probability, angle, 0.0).view(-1, 1, 1, 1)
-    return images * angle.cos() + _others(generator, images) * angle.sin()
-
-
 def mirror(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
     """Make the right half the mirror image of the left one, as of things that are symmetric."""
     half = images.shape[-1] // 2
@@ -53,7 +46,7 @@ def mirror(generator: torch.Generator, images: torch.Tensor, probability: float)
     return torch.where(uniform(generator, (len(images), 1, 1, 1)) < probability, symmetric, images)
 
 
-AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mixup": mixup, "mirror": mirror}
+AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mirror": mirror}
 
 
 def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,7 @@ class Evaluation:
 class Record:
     """All that is known of a model that was trained here."""
 
-    name: str | None = None  # among others in a file of several
+    name: str | None = None  # among others
     model: ModelFacts
     steps: int
     seconds: float | None = None  # from the first step to the last, with the evaluations; none if resumed
@@ -259,42 +259,24 @@ def current_evaluations(made: Sequence[tuple[Evaluation, bool]], step: int) -> l
     return list(current.values())
 
 
-def read_record(source: str | Path) -> Record:
-    """Return the record of a student, in its folder or in a file.
+def read_record(folder: str | Path) -> Record:
+    """Return the record of the student in a folder.
 
     Raises:
         ValueError: There is none; the message says what was found.
     """
-    path = Path(source).expanduser()
-    path = path if path.is_file() else path / RECORD_NAME
+    path = Path(folder).expanduser() / RECORD_NAME
     if not path.is_file():
         raise ValueError(
-            f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student, or "
-            "from a file of the records of several."
+            f"There is no {path}: a card is made from the {RECORD_NAME} that the trainer writes beside a student."
         )
     try:
         record = read_json(path)
         if isinstance(record, dict) and "noisekd" in record:
             return from_dict(Record, record)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is neither a record nor a file of several: {error}") from error
+        raise ValueError(f"{path} is no record: {error}") from error
     raise ValueError(f"{path} tells of no distilled student: it has no section 'noisekd'.")
-
-
-def read_runs(path: str | Path) -> list[Record]:
-    """Return the records of a file of several: a mapping with the list `runs`, and beside it what they share.
-
-    None for the file of a single record.
-
-    Raises:
-        ValueError: It is no such file; the message says what was found.
-    """
-    try:
-        content = read_json(Path(path).expanduser())
-        shared = {key: content.get(key) for key in ("machine", "versions", "commit")}
-        return [from_dict(Record, shared | run) for run in content.get("runs", ())]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is neither a record nor a file of several: {error}") from error
 
 
 def write_record(record: Record, folder: Path) -> None:

@@ -17,7 +17,6 @@ from hf_noisekd.record.schema import (
     Provenance,
     Record,
     read_record,
-    read_runs,
     write_record,
 )
 from hf_noisekd.release.card_code import CardCode
@@ -28,11 +27,7 @@ from hf_noisekd.shrinking import shrunk
 
 TAGS = ("image-classification", "noisekd", "knowledge-distillation")
 SHOWN_AS_CODE = ("revision", "sha256", "commit", "command")
-LOSS_NAMES = {
-    "soft_cross_entropy": "soft cross-entropy",
-    "kl": "Kullback-Leibler divergence",
-    "centered_mse": "mean squared error of centred logits",
-}
+LOSS_NAMES = {"soft_cross_entropy": "soft cross-entropy", "kl": "Kullback-Leibler divergence"}
 
 
 def write_model_card(
@@ -40,52 +35,34 @@ def write_model_card(
     output_dir: str | Path | None = None,
     *,
     repo_id: str | None = None,
-    run: str | None = None,
 ) -> Path:
     """Write the card of a student, `README.md` with figures, and its record `noisekd.json`; return the card's path.
 
     Args:
-        source: The record of a student; the folder of one; or a file of the records of several, of which one counts,
-            the others are drawn beside it, and no record is written.
+        source: The record of a student, or the folder of one.
         output_dir: Where to write. Default: the folder, if `source` is one.
         repo_id: Where the card's code finds the student on the Hub. Default: what the record says, else its own folder.
-        run: Name of the record in a file of several; the first of that name counts. Default: the last one.
 
     Raises:
         ValueError: `source` tells of no distilled student, or there is nowhere to write.
     """
-    runs: Sequence[Record] = ()
     if isinstance(source, Record):
         record = source
     else:
-        is_file = Path(source).expanduser().is_file()
-        runs = read_runs(source) if is_file else ()
-        record = _student_among(runs, source, run) if runs else read_record(source)
-        output_dir = source if output_dir is None and not is_file else output_dir
+        record = read_record(source)
+        output_dir = source if output_dir is None else output_dir
     if output_dir is None:
         raise ValueError("There is nowhere to write the card: pass output_dir.")
     if repo_id is not None:
         record = replace(record, repo_id=repo_id)
     output_dir = Path(output_dir).expanduser()
     with replacing_files(output_dir) as staging:
-        figures = _draw_figures(record, runs, staging)
+        figures = _draw_figures(record, staging)
         render_model_card(record, figures).save(staging / CARD_NAME)
-        if not runs:
-            write_record(record, staging)
+        write_record(record, staging)
     for name in {CURVES_NAME, CLASS_BALANCE_NAME} - figures.keys():
         (output_dir / name).unlink(missing_ok=True)
     return output_dir / CARD_NAME
-
-
-def _student_among(runs: Sequence[Record], source: str | Path, name: str | None) -> Record:
-    named = [run for run in runs if name in (None, run.name)]
-    if not named:
-        names = ", ".join(repr(run.name) for run in runs)
-        raise ValueError(f"{source} cannot be used: it has no run {name!r}, only {names}.")
-    record = named[-1] if name is None else named[0]
-    if record.noisekd is None:
-        raise ValueError(f"{source} tells of no distilled student in {record.name!r}: it has no section 'noisekd'.")
-    return record
 
 
 def render_model_card(record: Record, figures: Mapping[str, str] | None = None) -> ModelCard:
@@ -320,13 +297,13 @@ def _way_of_asking(made: Provenance) -> str:
     return f"with {layers} on statistics that are {weight:.0%} those of the batch at hand and else the stored ones"
 
 
-def _draw_figures(record: Record, runs: Sequence[Record], folder: Path) -> dict[str, str]:
+def _draw_figures(record: Record, folder: Path) -> dict[str, str]:
     """Draw the figures that the record has the data for, and return their captions by file name."""
     figures: dict[str, str] = {}
     for metric, what in (("accuracy", "Accuracy on"), ("agreement", "Agreement with the teacher on")):
         evaluation = charted_evaluation(record, metric)
         if evaluation and record.curve and not figures:
-            plot_curves(runs or [replace(record, name="this student")], folder / CURVES_NAME, metric)
+            plot_curves(record, evaluation, folder / CURVES_NAME, metric)
             figures[CURVES_NAME] = f"{what} {evaluation.dataset} against training steps"
     if record.class_frequencies:
         plot_class_balance(record.class_frequencies, folder / CLASS_BALANCE_NAME, record.model.label_names)

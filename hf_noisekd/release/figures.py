@@ -1,89 +1,36 @@
-"""Figures of trainings. matplotlib is imported when one is drawn."""
+"""Figures of a card. matplotlib is imported when one is drawn."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from hf_noisekd.record.plain import figure_text
 from hf_noisekd.record.schema import STATISTICS, Evaluation, Record
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-ACCURACY_LABEL = "test accuracy (%)"
-
-
-@dataclass
-class Panel:
-    """One coordinate system of a figure; a logarithmic horizontal axis is marked at the points.
-
-    `lines` holds points by the name of their line: `(x, y)`, or `(x, y, spread)` for an error bar.
-    """
-
-    lines: dict[str, Sequence[tuple[float, ...]]]
-    title: str = ""
-    xlabel: str = ""
-    ylabel: str = ""
-    log_x: bool = False
-    log_y: bool = False
-    marker: bool = True
-
-
-def plot_panels(panels: Sequence[Panel], path: str | Path, *, share_y: bool = False) -> "Figure":
-    """Plot lines in panels side by side, with one legend for all, save them as a PNG, and return the figure."""
-    from matplotlib import color_sequences
+def plot_curves(record: Record, evaluation: Evaluation, path: str | Path, metric: str) -> None:
+    """Plot `accuracy` or `agreement` in percent against training steps, by either statistics, and save it as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.5 * max(len(panels), 1.4), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=share_y, squeeze=False)[0]
-    handles: dict[str, Any] = {}
-    palette = color_sequences["tab20" if len({name for panel in panels for name in panel.lines}) > 10 else "tab10"]
-    for axis, panel in zip(axes, panels, strict=True):
-        for name, points in panel.lines.items():
-            if not points:
-                continue
-            x, y, *spread = zip(*sorted(points), strict=True)
-            color = handles[name].lines[0].get_color() if name in handles else palette[len(handles) % len(palette)]
-            marker = "o" if panel.marker else None
-            handles[name] = axis.errorbar(x, y, *spread, color=color, marker=marker, markersize=3, capsize=3)
-        if panel.log_x:
-            marks = sorted({point[0] for points in panel.lines.values() for point in points})
-            axis.set_xscale("log")
-            axis.set_xticks(marks, [f"{mark:,}" for mark in marks], rotation=90 if len(marks) > 8 else 0)
-            axis.minorticks_off()
-        elif all(isinstance(point[0], int) for points in panel.lines.values() for point in points):
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if panel.log_y:
-            axis.set_yscale("log")
-        axis.set(title=figure_text(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, statistics in zip(axes, STATISTICS, strict=True):
+        line = axis.plot(*zip(*curve_points(record, evaluation, statistics, metric), strict=True), "-o", markersize=3)
+        axis.set(title=f"read with {statistics} statistics", xlabel="training steps")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    columns = max(1, min(len(handles), int(130 / (8 + max(map(len, handles), default=1)))))
-    figure.legend(
-        handles.values(), map(figure_text, handles), loc="outside lower center", ncols=columns, fontsize="small"
-    )
+    axes[0].set_ylabel("test accuracy (%)" if metric == "accuracy" else "agreement with the teacher (%)")
+    figure.legend(line, ["this student"], loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=120)
-    return figure
 
 
-def plot_curves(runs: Sequence[Record], path: str | Path, metric: str = "accuracy") -> None:
-    """Plot `accuracy` or `agreement` in percent against training steps, a line for each run, and save it as a PNG."""
-    names = [run.name for run in runs]
-    panels = []
-    for statistics in STATISTICS:
-        panel = Panel({}, f"read with {statistics} statistics", "training steps")
-        for run in runs:
-            if evaluation := charted_evaluation(run, metric):
-                key = f"{evaluation.log_prefix}_{statistics}_{metric}"
-                points = {entry["step"]: entry[key] for entry in run.curve if {"step", key} <= entry.keys()}
-                points[evaluation.step] = evaluation.scores(statistics)[metric]
-                label = f"{run.name}: {run.model.architecture}" if names.count(run.name) > 1 else str(run.name)
-                panel.lines[label] = list(points.items())
-        panels.append(panel)
-    panels[0].ylabel = ACCURACY_LABEL if metric == "accuracy" else "agreement with the teacher (%)"
-    plot_panels(panels, path, share_y=True)
+def curve_points(record: Record, evaluation: Evaluation, statistics: str, metric: str) -> list[tuple[int, float]]:
+    """Return the steps at which an evaluation was made in the training, and at the end, with what it measured."""
+    key = f"{evaluation.log_prefix}_{statistics}_{metric}"
+    points = {entry["step"]: entry[key] for entry in record.curve if {"step", key} <= entry.keys()}
+    points[evaluation.step] = evaluation.scores(statistics)[metric]
+    return sorted(points.items())
 
 
 def charted_evaluation(run: Record, metric: str) -> Evaluation | None:

@@ -190,8 +190,8 @@ class NoiseKDConfig(ClassifierConfig):
     )
     loss_type: str = HfArg(
         default="kl",
-        help="Distance between the student's and the teacher's answers: 'kl' (times the squared temperature), "
-        "'soft_cross_entropy' (the paper's) or 'centered_mse' (of logits without their mean over the classes).",
+        help="Distance between the student's and the teacher's answers: 'kl' (times the squared temperature) or "
+        "'soft_cross_entropy' (the paper's).",
         metadata={"choices": sorted(LOSSES)},
     )
     temperature: float = HfArg(
@@ -201,8 +201,8 @@ class NoiseKDConfig(ClassifierConfig):
         default="structured",
         help="What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
         "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
-        "Noises: white, low_resolution, spectrum, pyramid, fractal and dead_leaves; augmentations: cutmix, "
-        "mixup and mirror. 'structured' stands alone: dead_leaves, with sizes that begin small.",
+        "Noises: white, low_resolution, spectrum, fractal and dead_leaves; augmentations: cutmix and mirror. "
+        "'structured' stands alone: dead_leaves, with sizes that begin small.",
     )
     noise_std: float | None = HfArg(
         default=None,

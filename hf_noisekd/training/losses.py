@@ -31,19 +31,4 @@ def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, te
     return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def centered_mse(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Mean squared error between logits from which the mean over the classes, which softmax ignores, was taken away.
-
-    It is the limit of [`kl_divergence`] for high temperatures up to a factor (Hinton, Vinyals & Dean, 2015, section
-    2.1), so `temperature` has no effect here. In squared logits, >= 0.
-    """
-    student, teacher = student_logits.float(), teacher_logits.float()
-    difference = (student - student.mean(-1, keepdim=True)) - (teacher - teacher.mean(-1, keepdim=True))
-    return difference.square().mean()
-
-
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "soft_cross_entropy": soft_cross_entropy,
-    "kl": kl_divergence,
-    "centered_mse": centered_mse,
-}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"soft_cross_entropy": soft_cross_entropy, "kl": kl_divergence}

@@ -215,9 +215,13 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         with self.accelerator.autocast():
             teacher_logits = self.teacher.training_logits(pixel_values)
         student_logits = compute_logits(model, pixel_values)
-        loss = LOSSES[self.args.loss_type](student_logits, teacher_logits, self.args.temperature)
+        loss = self.distillation_loss(student_logits, teacher_logits)
         self._agreement_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
+
+    def distillation_loss(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Return how far logits `[B, num_classes]` are from the teacher's; a subclass may have a loss of its own."""
+        return LOSSES[self.args.loss_type](student_logits, teacher_logits, self.args.temperature)
 
     def reference_logits(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the function to the teacher's logits: for noise as in training, for images as it is deployed."""

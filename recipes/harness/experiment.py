@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from harness.datasets import load_image_datasets, load_photo_datasets
+from harness.figures import plot_curves
 from harness.presets import RELEASED_ROW, ROWS, SUPERVISED
 from harness.results import Results, recipe_parser
 from hf_noisekd.batches import collate_images
@@ -25,7 +26,6 @@ from hf_noisekd.models.loading import load_teacher, nearest_architecture
 from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.record.environment import usable_cores
 from hf_noisekd.record.schema import Record
-from hf_noisekd.release.figures import plot_curves
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.evaluation import evaluate
@@ -239,7 +239,13 @@ class Experiment:
         return self.results.find(name) or self.distill(name, eval_strategy="no", **arguments).record()
 
     def distillation_trainer(
-        self, name: str, student: str | None = None, *, train_dataset: Dataset | None = None, **arguments
+        self,
+        name: str,
+        student: str | None = None,
+        *,
+        train_dataset: Dataset | None = None,
+        trainer_class: type[NoiseKDTrainer] = NoiseKDTrainer,
+        **arguments,
     ) -> NoiseKDTrainer:
         """Return the trainer of a new student, ready to train; see [`distill`].
 
@@ -248,6 +254,7 @@ class Experiment:
             student: timm name of the student, which the recipe builds, or the trainer if `arguments` have
                 `student_args`. Default: the preset's first, or none if they have `keep`.
             train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
+            trainer_class: The trainer's class, which may have a loss of its own.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
         """
         model: str | nn.Module | None = None
@@ -259,7 +266,7 @@ class Experiment:
         folder = self._folder(name, student)
         input_size = list(self.train_dataset.pretrained_cfg["input_size"])
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
-        return NoiseKDTrainer(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
+        return trainer_class(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
 
     def real_images(self, number: int, seed: int | None = None) -> DataLoader:
         """Return batches of up to `number` training images, drawn with a seed, by default the recipe's, as they are."""
