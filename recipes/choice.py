@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from hf_noisekd import NoiseKDTrainer
 from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.training.teacher_report import describe_probs, full_size_noise, probs_of_noise
+from hf_noisekd.workflows.teacher_report import describe_probs, full_size_noise, probs_of_noise
 
 REAL_IMAGES = 2560
 STUDENT = {"student": "resnet10_cifar", "init_student": "random"}
@@ -42,12 +42,12 @@ AS_IT_IS = {
     "Gaussian fields": {"noise": "spectrum"},
     "white noise": {"noise": "white"},
 }
-CIFAR10_STUDENT = {"student_args": {"width": 16, "stem_stride": 2}}
+CIFAR10_STUDENT = {"model_init_kwargs": {"width": 16, "stem_stride": 2}}
 GRAY: dict[str, Any] = CIFAR10["cpu"] | {
     "dataset": DIGITS,
     "teacher": "resnet10_cifar",
     "teacher_args": {"width": 32},
-    "student_args": {"width": 16},
+    "model_init_kwargs": {"width": 16},
     "supervised": {"num_train_epochs": 60},
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,9 @@ def main() -> None:
     teacher = experiment.prepare_teacher()
     rows: list[dict] = []
     for name, setting in (ON_BATCH if has_batch_norm(teacher) else AS_IT_IS).items():
-        arguments = DISTILL_DEFAULTS | STUDENT | STEPS | {"student_args": experiment.preset["student_args"]} | setting
+        arguments = (
+            DISTILL_DEFAULTS | STUDENT | STEPS | {"model_init_kwargs": experiment.preset["model_init_kwargs"]} | setting
+        )
         trainer = experiment.distill(name, **arguments | {"eval_strategy": "no"})
         images = experiment.real_images(REAL_IMAGES)
         read = {

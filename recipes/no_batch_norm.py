@@ -21,7 +21,7 @@ REAL_IMAGES = 2560
 # A student of its teacher's kind begins as that, and is compared with what it began as.
 KIN = {"init_student": "teacher", "num_calibration_images": 256}
 RESNET10 = {"width": 32, "stem_stride": 2}
-RESNET10_RUN = {"student": "resnet10_cifar", "student_args": RESNET10, "max_steps": 3000}
+RESNET10_RUN = {"student": "resnet10_cifar", "model_init_kwargs": RESNET10, "max_steps": 3000}
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu-convnext": NO_BATCH_NORM["cpu-convnext"]
     | {
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "ResNet-10": RESNET10_RUN,
             "ConvNeXt of half the blocks": {
                 "student": "convnext_atto",
-                "student_args": {"patch_size": 2, "kernel_sizes": 3, "depths": [1, 1, 3, 1]},
+                "model_init_kwargs": {"patch_size": 2, "kernel_sizes": 3, "depths": [1, 1, 3, 1]},
                 "max_steps": 1000,
             },
         },
@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "runs": {
             "ResNet-10 with BatchNorm": RESNET10_RUN,
             "ResNet-10 with GroupNorm": RESNET10_RUN
-            | {"student_args": RESNET10 | {"norm_groups": 8}, "max_steps": 300},
+            | {"model_init_kwargs": RESNET10 | {"norm_groups": 8}, "max_steps": 300},
         },
     },
 }

@@ -30,10 +30,10 @@ from hf_noisekd.models.cost import count_macs
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40
 RANDOM, KIN = {"init_student": "random"}, {"init_student": "teacher"}
-RESNET10 = {"student": "resnet10_cifar", "student_args": {"width": 32, "stem_stride": 2}}
-HALF_WIDTH = {"student": "resnet18_cifar", "student_args": {"width": 16, "stem_stride": 2}}
-RESNET18 = {"student": "resnet18_cifar", "student_args": {}}
-SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "student_args": {"blocks": 1}}
+RESNET10 = {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "stem_stride": 2}}
+HALF_WIDTH = {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}}
+RESNET18 = {"student": "resnet18_cifar", "model_init_kwargs": {}}
+SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}
 SMALL_FIRST = {"resolutions": "0.5:0.6,0.75:0.25,1:0.15"}  # as students that begin at random have it
 KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student begins, and the times that it is trained for, in steps of the first one.

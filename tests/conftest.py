@@ -21,8 +21,9 @@ from hub_server import HubServer
 from hypothesis import HealthCheck, settings
 from PIL import Image
 from torch import nn
+from torch.utils.data import IterableDataset, TensorDataset
 
-import hf_noisekd  # noqa: F401 - registers the CIFAR-size models
+from hf_noisekd import NoiseKDConfig  # which registers the CIFAR-size models, too
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.hub import _api
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
@@ -59,6 +60,39 @@ class TinyCNN(nn.Module):
         x = self.bn1(self.conv1(x)).relu()
         x = self.bn2(self.conv2(x)).relu()
         return self.fc(self.drop(self.bn3(x.mean((2, 3)))))
+
+
+def config(tmp_path, **options):
+    defaults = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 16,
+        "steps_per_epoch": 4,
+        "eval_noise_batches": 2,
+        "num_calibration_images": 0,
+        "logging_steps": 2,
+        "input_size": [1, 8, 8],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    return NoiseKDConfig(str(tmp_path / "out"), **defaults | options)
+
+
+def student(seed=1, **kwargs):
+    torch.manual_seed(seed)
+    return TinyCNN(**kwargs)
+
+
+def images(count=12, num_classes=3):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) % num_classes)
+
+
+class SizedStream(IterableDataset):
+    def __iter__(self):
+        return iter(images())
+
+    def __len__(self):
+        return 12
 
 
 def made_by_noise(**facts) -> Provenance:

@@ -257,11 +257,11 @@ def test_no_other_card_is_kept():
     assert {folder.name for folder in (ROOT / "model_cards").iterdir()} == RELEASED.keys()
 
 
-@pytest.mark.parametrize("healed", [True, False])
-def test_a_student_that_began_as_its_teacher_says_so(tmp_path, healed):
+@pytest.mark.parametrize("training_helped", [True, False])
+def test_a_student_that_began_as_its_teacher_says_so(tmp_path, training_helped):
     trainer = run(tmp_path, None, keep=0.5)
     record = trainer.record()
-    record.noisekd.start.healed = healed
+    record.noisekd.start.training_helped = training_helped
     record.model.architecture = "shrunk"
     card = str(render_model_card(record))
     share = f"{record.noisekd.start.macs:.0%}"
@@ -269,7 +269,7 @@ def test_a_student_that_began_as_its_teacher_says_so(tmp_path, healed):
     assert f"It began as its teacher, cut down to {share[:-1]} % of the multiply-adds." in card
     assert "- Start: the teacher, cut down; " in card
     assert "needs the package hf_noisekd" in card
-    assert ("did not help" in card) != healed
+    assert ("did not help" in card) != training_helped
 
 
 NASTY = "a|b `c` <img src=x onerror=alert(1)> $x^{2$ [l](javascript:1) **z**\n# y"

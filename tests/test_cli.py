@@ -28,7 +28,7 @@ import hf_noisekd
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.cli import __main__ as cli
 from hf_noisekd.cli.__main__ import main
-from hf_noisekd.cli.distill import noise_config
+from hf_noisekd.cli.distill import config_options
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import ImagesFacts, Provenance
@@ -38,7 +38,7 @@ THREE = ["--teacher", "t", "--student", "s", "--output-dir", "out"]
 
 def config_of(*options: str) -> NoiseKDConfig:
     """The configuration of a distillation with these options beside the three that are required."""
-    return noise_config(cli.parse_args(["distill", *THREE, "--use-cpu", *options]))
+    return NoiseKDConfig("out", **config_options(cli.parse_args(["distill", *THREE, "--use-cpu", *options])))
 
 
 def usage_error(capsys, *argv: str) -> str:
@@ -146,7 +146,7 @@ def test_arguments_of_the_student(file):
     expected = {"width": 32, "drop_path_rate": 0.1, "act_layer": "silu", "layers": [1, 1]}
     typed = config_of("--student-args", "width=32", "drop_path_rate=0.1", "act_layer=silu", "layers=[1, 1]")
     path = file("student_args: {width: 32, drop_path_rate: 0.1, act_layer: silu, layers: [1, 1]}")
-    assert typed.student_args == config_of("--config", path).student_args == expected
+    assert typed.model_init_kwargs == config_of("--config", path).model_init_kwargs == expected
 
 
 def test_defaults_are_those_of_the_configuration():
@@ -645,7 +645,7 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     assert main(["info", "--teacher", teacher, "--batch-size", "64"]) == 0
     text = capsys.readouterr().out
     assert facts["verdict"] in text
-    for statistics, answers in facts["answers"].items():
+    for statistics, answers in facts["predictions"].items():
         assert re.search(rf"on {statistics} statistics +{answers['class_balance']:.3f}", text)
 
 

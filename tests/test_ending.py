@@ -10,7 +10,7 @@ from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, recalibrate_batch_norm
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Provenance
 from hf_noisekd.shrinking.cutting import shrink
-from hf_noisekd.training import ending
+from hf_noisekd.training import ending as ending_module
 from hf_noisekd.training.ending import end_without_data
 from hf_noisekd.training.teacher import Teacher
 
@@ -30,15 +30,15 @@ def cut(digits_teacher):
     return student, spoilt
 
 
-def end(student, teacher, start):
-    return end_without_data(student, teacher, 64, start=start, seed=0, step=1, show_progress=False)
+def end(student, teacher, initial):
+    return end_without_data(student, teacher, 64, initial=initial, seed=0, step=1, show_progress=False)
 
 
 def test_a_student_that_training_spoilt_becomes_the_cut_again(cut, teacher, caplog):
     student, spoilt = cut
     with caplog.at_level(logging.WARNING):
         ending = end(spoilt, teacher, snapshot(student))
-    assert not ending.healed
+    assert not ending.is_trained
     assert "Training did not help" in caplog.text
     assert torch.equal(spoilt.fc.weight, student.fc.weight)
     if ending.images:
@@ -50,7 +50,7 @@ def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
     student, spoilt = cut
     weight = student.fc.weight.detach().clone()
     ending = end(student, teacher, snapshot(spoilt))
-    assert ending.healed
+    assert ending.is_trained
     assert torch.equal(student.fc.weight, weight)
     assert ending.agreement.running["agreement"] > 50
 
@@ -58,7 +58,7 @@ def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
 @pytest.mark.parametrize("helped", [True, False])
 def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(cut, teacher, helped, monkeypatch):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(ending, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
+    monkeypatch.setattr(ending_module, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
     trained, before = copy.deepcopy(trained), snapshot(trained)
     ending = end(trained, teacher, snapshot(start))
@@ -66,7 +66,7 @@ def test_images_that_are_no_good_for_statistics_still_tell_whether_training_help
         assert ending is None
         assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
     else:
-        assert (ending.healed, ending.images) == (False, None)
+        assert (ending.is_trained, ending.images) == (False, None)
         assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 
@@ -77,10 +77,10 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
     def spoil(model, images=None):
         torch.nn.init.normal_(model.layer4[0].bn1.running_mean, std=10)
 
-    monkeypatch.setattr(ending, "calibration_images", few_steps)
+    monkeypatch.setattr(ending_module, "calibration_images", few_steps)
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0)
     student = copy.deepcopy(digits_teacher)
-    spoil(student) if worse == "old" else monkeypatch.setattr(ending, "recalibrate_batch_norm", spoil)
+    spoil(student) if worse == "old" else monkeypatch.setattr(ending_module, "store_statistics", spoil)
     mean = student.layer4[0].bn1.running_mean.clone()
     ending = end(student, Teacher(digits_teacher, statistics=weight), None)
     assert (ending.images is None) == keeps
@@ -93,7 +93,7 @@ def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
     digits_teacher, weight, batch_is_better, monkeypatch, caplog
 ):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(ending, "calibration_images", few_steps)
+    monkeypatch.setattr(ending_module, "calibration_images", few_steps)
     student = copy.deepcopy(digits_teacher)
     if batch_is_better:
         torch.nn.init.normal_(student.layer4[0].bn1.running_mean, std=10)
@@ -128,7 +128,7 @@ def test_the_trainer_tells_that_its_training_did_not_help(digits_teacher, tmp_pa
     trainer.save_model()
     assert torch.equal(trainer.model.conv1.weight, before["conv1.weight"])
     made = Provenance.of(load_teacher(tmp_path))
-    assert (made.start.healed, made.batch_norm) == (False, "running")
+    assert (made.start.training_helped, made.batch_norm) == (False, "running")
     assert trainer.record().evaluations[-1].running["agreement"] > 20
 
 
@@ -140,6 +140,6 @@ def test_a_network_without_batch_norm_is_compared_too(digits_teacher):
             parent = student.get_submodule(name.rpartition(".")[0]) if "." in name else student
             setattr(parent, name.rpartition(".")[2], torch.nn.GroupNorm(2, module.num_features))
     ending = end(student, Teacher(digits_teacher), snapshot(student))
-    assert ending.healed  # the trained one, where both are the same
+    assert ending.is_trained  # the trained one, where both are the same
     ending = end(student, Teacher(student), snapshot(student))
-    assert (ending.healed, ending.agreement.dataset) == (True, "held-out noise images")
+    assert (ending.is_trained, ending.agreement.dataset) == (True, "held-out noise images")

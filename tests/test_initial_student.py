@@ -26,7 +26,7 @@ def start(teacher, tmp_path, student="resnet10_cifar", **options):
 
 
 def test_a_student_given_by_name_begins_as_its_teacher(digits_teacher, tmp_path):
-    model, begun = start(digits_teacher, tmp_path, student_args=KIN)
+    model, begun = start(digits_teacher, tmp_path, model_init_kwargs=KIN)
     assert begun.facts.from_teacher == begun.facts.tensors > begun.facts.cut > 0
     assert 0.2 < begun.facts.macs < 0.4
     assert all(torch.equal(tensor, begun.state[name]) for name, tensor in model.state_dict().items())
@@ -35,7 +35,7 @@ def test_a_student_given_by_name_begins_as_its_teacher(digits_teacher, tmp_path)
 
 
 def test_a_student_that_begins_at_random_and_one_that_is_trained_already(digits_teacher, tmp_path):
-    assert start(digits_teacher, tmp_path, student_args=KIN, init_student="random")[1] is None
+    assert start(digits_teacher, tmp_path, model_init_kwargs=KIN, init_student="random")[1] is None
     assert start(digits_teacher, tmp_path, student="mobilenetv2_050")[1] is None
     trained = timm.create_model("resnet10_cifar", in_chans=1, **KIN)
     before = snapshot(trained)
@@ -57,10 +57,10 @@ def test_without_a_student_the_teacher_is_cut(digits_teacher, tmp_path):
     ("student", "options", "message"),
     [
         (None, {}, "There is no student"),
-        (None, {"keep": 0.5, "student_args": {"width": 4}}, "student_args are for a student"),
+        (None, {"keep": 0.5, "model_init_kwargs": {"width": 4}}, "model_init_kwargs are for a student"),
         ("resnet10_cifar", {"keep": 0.5}, "There is a student, and keep to cut the teacher"),
-        ("resnet10_cifar", {"student_args": {"wdith": 4}}, "timm does not build 'resnet10_cifar' with wdith=4"),
-        (nn.Linear(2, 2), {"student_args": {"width": 4}}, "is built already"),
+        ("resnet10_cifar", {"model_init_kwargs": {"wdith": 4}}, "timm does not build 'resnet10_cifar' with wdith=4"),
+        (nn.Linear(2, 2), {"model_init_kwargs": {"width": 4}}, "is built already"),
     ],
 )
 def test_what_does_not_go_together(digits_teacher, tmp_path, student, options, message):
@@ -71,7 +71,7 @@ def test_what_does_not_go_together(digits_teacher, tmp_path, student, options, m
 def test_the_learning_rate_follows_the_start(digits_teacher, tmp_path):
     rates = [
         NoiseKDTrainer(
-            "resnet10_cifar", digits_teacher, config(tmp_path, student_args=KIN, **options)
+            "resnet10_cifar", digits_teacher, config(tmp_path, model_init_kwargs=KIN, **options)
         ).args.learning_rate
         for options in ({}, {"init_student": "random"}, {"learning_rate": 5e-4})
     ]
@@ -79,7 +79,7 @@ def test_the_learning_rate_follows_the_start(digits_teacher, tmp_path):
 
 
 def test_arguments_of_the_student_are_saved_with_it(digits_teacher, tmp_path):
-    args = config(tmp_path / "out", student_args=KIN | {"drop_path_rate": 0.1})
+    args = config(tmp_path / "out", model_init_kwargs=KIN | {"drop_path_rate": 0.1})
     trainer = NoiseKDTrainer("resnet10_cifar", digits_teacher, args)
     trainer.train()
     trainer.save_model()

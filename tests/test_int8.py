@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hf_noisekd import NoiseDataset, calibration_images
-from hf_noisekd.onnx import int8
 from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.onnx import int8
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx, onnx_accuracy, onnx_latency, onnx_logits, onnx_session
 from hf_noisekd.onnx.int8 import quantize_onnx
 

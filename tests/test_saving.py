@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from hf_noisekd.models.classifier import class_names, teacher_identity
+from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import load_student, load_teacher
-from hf_noisekd.models.preprocessing import known_input_size, unknown_preprocessing
+from hf_noisekd.models.preprocessing import unknown_preprocessing
 from hf_noisekd.models.saving import check_can_be_saved, save_model, warn_of_lost_activations
 from hf_noisekd.noise.dataset import NoiseDataset
 
@@ -354,19 +355,21 @@ def test_a_conversion_that_dropped_activations_is_told(architecture, convert, wa
     assert ("drops activations" in caplog.text) == warned
 
 
-def test_the_input_size_is_known_from_what_a_student_was_taught_with(tmp_path):
+def test_the_input_size_is_known_from_what_a_student_was_trained_with(tmp_path):
     student = copy.deepcopy(FAMILIES[0])
-    assert known_input_size(student) is None
+    with pytest.raises(ValueError, match="input_size"):
+        input_size_of(student)
+    assert input_size_of(student, [3, 8, 8]) == (3, 8, 8)
     student.noisekd = {"noise": {"input_size": [3, 24, 32]}}
     save_model(student, tmp_path)
-    assert known_input_size(load_teacher(tmp_path)) == (3, 24, 32)
+    assert input_size_of(load_teacher(tmp_path)) == (3, 24, 32)
     BitImageProcessor(**SHORTEST).save_pretrained(tmp_path)
-    assert known_input_size(load_teacher(tmp_path)) == (3, 32, 32)
+    assert input_size_of(load_teacher(tmp_path)) == (3, 32, 32)
 
 
 def test_two_input_sizes_are_both_told(tmp_path, caplog):
     config = ConvNextConfig(num_stages=1, hidden_sizes=[8], depths=[1], patch_size=2, image_size=24)
     save_model(ConvNextForImageClassification(config), tmp_path)
     BitImageProcessor(**SHORTEST).save_pretrained(tmp_path)
-    assert known_input_size(load_teacher(tmp_path)) == (3, 24, 24)
+    assert input_size_of(load_teacher(tmp_path)) == (3, 24, 24)
     assert "declares images of 3x24x24, and its image processor makes 3x32x32" in caplog.text

@@ -5,7 +5,7 @@ from conftest import TinyCNN
 from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseDataset, batch_statistics
-from hf_noisekd.training.teacher_report import describe_teacher
+from hf_noisekd.workflows.teacher_report import describe_teacher
 
 
 def test_measures_what_the_teacher_logits_of_under_either_statistics(digits_teacher):
@@ -16,20 +16,20 @@ def test_measures_what_the_teacher_logits_of_under_either_statistics(digits_teac
         with batch_statistics(digits_teacher):
             expected["batch"] = torch.cat([digits_teacher(batch) for batch in noise]).softmax(1)
     for statistics, probs in expected.items():
-        answers = facts["answers"][statistics]
+        answers = facts["predictions"][statistics]
         mean, most = probs.mean(0), torch.tensor(10.0).log()
         assert answers["class_balance"] == pytest.approx((-(mean * mean.log()).sum() / most).item(), rel=1e-3)
         assert answers["flatness"] == pytest.approx((-(probs * probs.log()).sum(1).mean() / most).item(), rel=1e-3)
         counts = probs.argmax(1).bincount()
         assert answers["top_class_share"] == pytest.approx(100 * counts.max().item() / 64)
-        assert answers["classes_answered"] == (counts > 0).sum()
-    assert facts["answers"]["batch"] != facts["answers"]["running"]
+        assert answers["classes_predicted"] == (counts > 0).sum()
+    assert facts["predictions"]["batch"] != facts["predictions"]["running"]
 
 
 def test_a_teacher_without_batch_norm_answers_as_it_is():
     facts = describe_teacher(timm.create_model("test_vit", num_classes=7), batch_size=4)
     assert facts["can_teach"]
-    assert (facts["batch_norm"], list(facts["answers"])) == ({}, ["running"])
+    assert (facts["batch_norm"], list(facts["predictions"])) == ({}, ["running"])
     assert "has no BatchNorm" in facts["verdict"]
 
 
@@ -40,7 +40,7 @@ def test_says_what_stands_in_the_way(tiny_cnn):
     damaged = TinyCNN()
     damaged.fc.bias.data[0] = torch.nan
     facts = describe_teacher(damaged, (1, 8, 8), batch_size=4)
-    assert (facts["can_teach"], facts["answers"]) == (False, {})
+    assert (facts["can_teach"], facts["predictions"]) == (False, {})
     assert "'fc.bias' holds a NaN" in facts["verdict"]
     assert "one class" in describe_teacher(TinyCNN(num_classes=1), (1, 8, 8), batch_size=4)["verdict"]
 

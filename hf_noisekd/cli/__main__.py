@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of some words, by default those of this process after `noisekd`, and return its exit code."""
-    prog, debug = "noisekd", False
+    prog, debug, args = "noisekd", False, None
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         prog, debug = args.parser.prog, args.debug
@@ -101,14 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        message = args.parser.in_options(in_one_line(error))
-        if type(error).__name__ == "UsageError":
-            print(f"{prog}: error: {message}", file=sys.stderr)
-            return 2
-        if not _says_all(error):
+        message = args.parser.in_options(in_one_line(error)) if args else in_one_line(error)
+        is_usage = type(error).__name__ == "UsageError"
+        if args and is_usage:
+            args.parser.print_usage(sys.stderr)
+        elif not _says_all(error):
             message = f"{type(error).__name__}: {message} (--debug shows where it comes from)"
         print(f"{prog}: error: {message}", file=sys.stderr)
-        return 1
+        return 2 if is_usage else 1
 
 
 def _says_all(error: Exception) -> bool:

@@ -5,7 +5,7 @@ import ast
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from . import options
 from .parser import CommandParser, as_text
@@ -76,16 +76,23 @@ def _argument(text: str) -> tuple[str, object]:
         return name, value
 
 
-def distill(args: argparse.Namespace) -> int:
-    """Train a student; see [`hf_noisekd.distill`]."""
-    from hf_noisekd import NoiseKDConfig, distill
-    from hf_noisekd.workflows.distillation import how_to_go_on
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of [`NoiseKDConfig`] among those of the command."""
+    from hf_noisekd import NoiseKDConfig
 
-    _show_initialisation()
     names = NoiseKDConfig.__dataclass_fields__.keys() - {"debug", "output_dir", "resume_from_checkpoint"}
     values = {name: value for name, value in vars(args).items() if name in names}
     if args.model_init_kwargs is not None:
         values["model_init_kwargs"] = dict(args.model_init_kwargs)
+    return values
+
+
+def distill(args: argparse.Namespace) -> int:
+    """Train a student; see [`hf_noisekd.distill`]."""
+    from hf_noisekd import distill
+    from hf_noisekd.workflows.distillation import how_to_go_on
+
+    _show_initialisation()
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
     trainer = distill(
         args.teacher,
@@ -97,7 +104,7 @@ def distill(args: argparse.Namespace) -> int:
         eval_label_column=args.eval_label_column,
         resume_from_checkpoint=resume,
         trust_remote_code=args.trust_remote_code,
-        **values,
+        **config_options(args),
     )
     if trainer.stopped_by_signal:
         raise Terminated(how_to_go_on(trainer))

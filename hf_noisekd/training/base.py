@@ -37,8 +37,8 @@ class BaseTrainer(Trainer):
 
     It reports accuracy under running and under batch statistics at each evaluation (`eval_running_accuracy`,
     `eval_batch_accuracy`, ..., see [`hf_noisekd.evaluate`]), saves checkpoints that timm and transformers read, and
-    keeps a [`Record`]. Children say what the loss is. It takes what transformers' Trainer takes, apart from what replaces the
-    model, the loss or the metrics.
+    keeps a [`Record`]. Children define the loss. It takes what transformers' Trainer takes, apart from what replaces
+    the model, the loss or the metrics.
     """
 
     # What transformers' Trainer keeps, for the type checker.

@@ -247,12 +247,15 @@ class NoiseKDConfig(ClassifierConfig):
         help="Peak learning rate. Default: 1e-2, or 3e-3 for a student that begins as its teacher.",
     )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
+    hub_strategy: str = HfArg(default="end", help="When to push with `push_to_hub`: at the end alone.")
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or a share of all steps if below 1.")
 
     _default_metric = "batch_agreement"
 
     def __post_init__(self):
         super().__post_init__()
+        if self.hub_strategy != "end":
+            raise ValueError(f"hub_strategy is {str(self.hub_strategy)!r}: a student is pushed at the end, use 'end'.")
         if self.init_student not in ("random", "teacher"):
             raise ValueError(f"init_student is {self.init_student!r}: use 'teacher' or 'random'.")
         if self.keep is not None and not 0 < self.keep < 1:

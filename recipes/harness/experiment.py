@@ -28,8 +28,8 @@ from hf_noisekd.record.environment import usable_cores
 from hf_noisekd.record.schema import Record
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
-from hf_noisekd.training.evaluation import evaluate
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
+from hf_noisekd.workflows.evaluation import evaluate
 
 
 def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
@@ -252,7 +252,7 @@ class Experiment:
         Args:
             name: Name of the run.
             student: timm name of the student, which the recipe builds, or the trainer if `arguments` have
-                `student_args`. Default: the preset's first, or none if they have `keep`.
+                `model_init_kwargs`. Default: the preset's first, or none if they have `keep`.
             train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
             trainer_class: The trainer's class, which may have a loss of its own.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
@@ -260,7 +260,7 @@ class Experiment:
         model: str | nn.Module | None = None
         if "keep" not in arguments:
             student = student or self.preset["students"][0]
-            model = student if "student_args" in arguments else self.build(student)
+            model = student if "model_init_kwargs" in arguments else self.build(student)
         arguments = self.preset["distillation"] | arguments
         arguments["max_steps"] = min(arguments["max_steps"], self.options.max_steps or arguments["max_steps"])
         folder = self._folder(name, student)

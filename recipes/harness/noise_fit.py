@@ -16,7 +16,7 @@ from hf_noisekd.calibration.moments import gaussian_kl
 from hf_noisekd.models.batch_norm import channel_moments, stored_statistics
 from hf_noisekd.models.classifier import check_finite, logits_of_blanks
 from hf_noisekd.training.teacher import Teacher
-from hf_noisekd.training.teacher_report import describe_probs, full_size_noise, probs_of_noise
+from hf_noisekd.workflows.teacher_report import describe_probs, full_size_noise, probs_of_noise
 
 
 @torch.no_grad()
@@ -32,10 +32,10 @@ def noise_fit(
         seed: Seed of the noise.
 
     Returns:
-        `noise` and its `std`; `distance`, the [`gaussian_kl`] of a layer's input from what it stores, averaged over two batches of 256 and
-        geometrically over the layers, the lower the better; and of the answers with batch statistics `class_balance`,
-        `flatness` and `information`, the mutual information of image and class relative to that of all classes told
-        apart with certainty, which is the difference of the two; see [`describe_teacher`].
+        `noise` and its `std`; `distance`, the [`gaussian_kl`] of a layer's input from what it stores, averaged over two
+        batches of 256 and geometrically over the layers, the lower the better; and of the predictions with batch
+        statistics `class_balance`, `flatness` and `information`, the mutual information of image and class relative to
+        that of all classes told apart with certainty, which is the difference of the two; see [`describe_teacher`].
 
     Raises:
         ValueError: The model has no BatchNorm layer with running statistics, or a weight that is not finite; the noise

@@ -1,0 +1,285 @@
+"""Which models and data a training takes, and which it refuses."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import timm
+import torch
+from conftest import SizedStream, TinyCNN, config, digest, images, student
+from timm.layers import BatchNormAct2d, freeze_batch_norm_2d
+from torch import nn
+from torch.fx import symbolic_trace
+from torch.utils.data import TensorDataset
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
+from hf_noisekd.training.teacher import Teacher
+
+
+def test_transformers_models_on_both_sides(tmp_path):
+    torch.manual_seed(0)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "num_labels": 4, "layer_type": "basic"}
+    teacher = ResNetForImageClassification(ResNetConfig(**shape))
+    model = ResNetForImageClassification(ResNetConfig(**shape))
+    args = config(tmp_path, input_size=[3, 32, 32], max_steps=2, save_strategy="steps", save_steps=2)
+    trainer = NoiseKDTrainer(model, teacher, args)
+    assert trainer.train().global_step == 2
+    again = ResNetForImageClassification.from_pretrained(tmp_path / "out" / "checkpoint-2").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(again(pixels).logits, model.eval()(pixels).logits)
+
+
+# Teachers that do not answer by the statistics of the batch.
+
+
+class NoBatchNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+        self.fc = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.fc(self.norm(x.flatten(1)))
+
+
+def traced():
+    """A network with the statistics of two of its three BatchNorm layers in its code."""
+    layers = [nn.Conv2d(1, 8, 3), BatchNormAct2d(8), BatchNormAct2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return symbolic_trace(nn.Sequential(*layers, nn.Linear(8, 3), nn.BatchNorm1d(3)).eval())
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "expected"),
+    [
+        (NoBatchNorm, {}, 0.0),
+        (TinyCNN, {"teacher_statistics": 0.0}, 0.0),
+        (traced, {"teacher_statistics": 0.0}, 0.0),
+        (TinyCNN, {"teacher_statistics": 0.5}, 0.5),
+        (TinyCNN, {}, 1.0),
+    ],
+)
+def test_a_teacher_logits_of_noise_by_the_statistics_asked_for(make, options, expected, tmp_path, caplog):
+    torch.manual_seed(0)
+    teacher = make().eval()
+    for name, buffer in teacher.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    before = digest(teacher)
+    trainer = NoiseKDTrainer(student(), teacher, config(tmp_path, noise="white", bf16=False, **options))
+    assert ("White noise tells a student little" in caplog.text) == (expected == 0)
+    pixels = torch.randn(16, 1, 8, 8)
+    has_layers = any(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
+    with torch.no_grad(), batch_statistics(teacher, weight=expected) if has_layers else nullcontext():
+        torch.testing.assert_close(trainer.teacher.training_logits(pixels), teacher(pixels))
+    trainer.train()
+    assert digest(teacher) == before
+    made = trainer.provenance()
+    assert (made.teacher_statistics, made.batch_norm) == (expected, "batch" if expected else "running")
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.95, 1.0), (0.6, 2 / 3), (0.1, 0.0)])
+def test_what_hangs_on_the_batch_are_whole_layers(fraction, expected):
+    assert Teacher(TinyCNN(), batch_norm_fraction=fraction, statistics=0.5).weight_of_batch == expected / 2
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_traced_teacher_as_it_is(tmp_path):
+    teacher = torch.jit.trace(TinyCNN().eval(), torch.randn(2, 1, 8, 8))
+    options = {"teacher_statistics": 0.0, "input_size": [1, 32, 32], "student_args": {"width": 4}, "max_steps": 1}
+    trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, **options))
+    trainer.train()
+    assert trainer.start is None
+
+
+def test_the_student_of_a_teacher_without_statistics_keeps_those_of_its_training(tmp_path, caplog):
+    torch.manual_seed(0)
+    trainer = NoiseKDTrainer(student(), NoBatchNorm(), config(tmp_path, num_calibration_images=8))
+    assert trainer.train_dataset.resolutions == {1: 1}
+    trainer.train()
+    assert trainer.model.bn1.num_batches_tracked == 6
+    assert (trainer.calibration_images, trainer.provenance().batch_norm) == (None, "running")
+    assert not caplog.text
+
+
+# Bad input. Each is refused before the first step and before anything is written.
+
+
+def frozen():
+    model = TinyCNN()
+    model.bn3 = nn.Identity()
+    return freeze_batch_norm_2d(model)
+
+
+def nan_teacher():
+    model = TinyCNN()
+    with torch.no_grad():
+        model.conv2.weight[0, 0, 0, 0] = float("nan")
+    return model
+
+
+class NanAnswers(TinyCNN):
+    def forward(self, x):
+        return super().forward(x) * torch.nan
+
+
+class NoLogits(TinyCNN):
+    def forward(self, x):
+        return self.conv1(x)
+
+
+class TupleInTraining(TinyCNN):
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+def timm_model(**cfg):
+    return timm.create_model("resnet10_cifar", width=4, pretrained_cfg_overlay=cfg)
+
+
+def with_another_head():
+    model = timm.create_model("resnet10_cifar", width=4, num_classes=100)
+    model.fc = nn.Linear(model.fc.in_features, 10)
+    return model
+
+
+def one_parameter(model, teacher):
+    model.fc.weight = teacher.fc.weight
+
+
+def one_buffer(model, teacher):
+    model.bn1.running_mean = teacher.bn1.running_mean
+
+
+def one_module(model, teacher):
+    model.bn2 = teacher.bn2
+
+
+def a_view(model, teacher):
+    model.fc.bias = nn.Parameter(teacher.fc.bias.data.view(-1))
+
+
+@pytest.mark.parametrize("share", [one_parameter, one_buffer, one_module, a_view])
+def test_a_student_that_shares_weights_with_its_teacher_is_refused(tiny_cnn, tmp_path, share):
+    model = student()
+    share(model, tiny_cnn)
+    with pytest.raises(ValueError, match=r"shares '.*' with the teacher.*deepcopy"):
+        NoiseKDTrainer(model, tiny_cnn, config(tmp_path))
+    with pytest.raises(ValueError, match=r"shares 'conv1\.weight'"):
+        NoiseKDTrainer(tiny_cnn, tiny_cnn, config(tmp_path))
+    NoiseKDTrainer(copy.deepcopy(tiny_cnn), tiny_cnn, config(tmp_path))
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, tmp_path, monkeypatch, which):
+    monkeypatch.setattr(NoiseKDConfig, "world_size", property(lambda self: 2))
+    models = {"student": student(), "teacher": tiny_cnn}
+    models[which] = nn.SyncBatchNorm.convert_sync_batchnorm(models[which])
+    with pytest.raises(ValueError, match=r"TinyCNN has SyncBatchNorm layers, .* over all 2 processes"):
+        NoiseKDTrainer(*models.values(), config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "options", "message"),
+    [
+        (
+            {"teacher_model": NoBatchNorm()},
+            {"teacher_statistics": 0.5},
+            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+        ),
+        (
+            {"teacher_model": NoBatchNorm()},
+            {"batch_norm_fraction": 0.5},
+            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+        ),
+        ({"teacher_model": frozen()}, {}, "TinyCNN has 2 frozen BatchNorm.*replace them .*teacher_statistics=0"),
+        ({"teacher_model": frozen()}, {"teacher_statistics": 0.5}, "no BatchNorm layer .*: set teacher_statistics=0"),
+        ({"model": TinyCNN(num_classes=4)}, {}, "teacher has 3 classes and the student 4.*num_classes=3"),
+        ({"model": TinyCNN(in_chans=3)}, {}, "student does not take images of 1x8x8"),
+        ({"model": timm_model()}, {}, "student takes 3 input channels and the noise has 1: build .*in_chans=1"),
+        ({}, {"input_size": [3, 8, 8]}, "teacher does not take images of 3x8x8"),
+        ({}, {"input_size": None}, "does not say what input size"),
+        (
+            {"teacher_model": timm_model(), "model": timm_model(input_size=(3, 64, 64))},
+            {"input_size": None},
+            "student takes images of 3x64x64 and the noise has 3x32x32",
+        ),
+        ({"model": "resnet19_cifar"}, {}, "Unknown model 'resnet19_cifar'.*Did you mean .*resnet18_cifar"),
+        ({"teacher_model": "resnet19"}, {}, "Unknown model 'resnet19'"),
+        ({"teacher_model": "/no/such/folder"}, {}, "no folder"),
+        ({"teacher_model": 3}, {}, "a name, a folder or an nn.Module, got int"),
+        ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' holds a NaN"),
+        ({"model": nan_teacher()}, {}, "student's 'conv2.weight' holds a NaN"),
+        ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[2, 8, 8, 8\]"),
+        (
+            {"train_dataset": NoiseDataset((1, 8, 8), 1)},
+            {},
+            "has 1 and the argument per_device_train_batch_size says 16",
+        ),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "has white and the argument noise says"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "has 1.0 and the argument noise_std"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "the argument resolutions says"),
+        (
+            {"train_dataset": NoiseDataset((1, 8, 8), 16, resolutions={0.5: 0.6, 1: 0.4})},
+            {"resolutions": "1:0.4,0.5:0.6"},
+            "has 0.5:0.6,1:0.4 and the argument resolutions says 1:0.4,0.5:0.6",
+        ),
+        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
+        (
+            {"eval_dataset": NoiseDataset((1, 32, 32), 16, 2, distribution="structured")},
+            {"input_size": [1, 32, 32]},
+            "pass total_steps, or resolutions",
+        ),
+        ({"eval_dataset": NoiseDataset((3, 8, 8), 16, 2)}, {}, "have 3 channels"),
+        ({"train_dataset": SizedStream()}, {"input_size": None}, "does not say what input size"),
+        ({"teacher_model": TinyCNN().half()}, {}, r"teacher's weights are of type torch.float16: .*teacher.float\(\)"),
+        ({"teacher_model": TinyCNN(num_classes=1), "model": TinyCNN(num_classes=1)}, {}, "teacher has one class"),
+        (
+            {"teacher_model": timm_model(), "model": with_another_head()},
+            {"input_size": None},
+            "answers with 10 classes and says that it has 100.*build it with num_classes=10",
+        ),
+        (
+            {"teacher_model": timm_model(), "model": timm.create_model("resnet18", num_classes=10, act_layer=nn.SiLU)},
+            {"input_size": [3, 32, 32]},
+            "student could not be saved: .*act_layer.* arguments that a config.json can hold",
+        ),
+        ({"teacher_model": NanAnswers()}, {}, "teacher answers blank images with a NaN"),
+        ({"model": NanAnswers()}, {}, "student answers blank images with a NaN"),
+        ({"teacher_model": traced()}, {}, "2 of 3 normalisations use stored ones"),
+        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True, and TinyCNN has none"),
+        ({}, {"metric_for_best_model": "loss"}, "is 'loss', .* use one of running_agreement, running_kl, batch_"),
+        ({"eval_dataset": images()}, {"metric_for_best_model": "batch_top5_accuracy"}, "use one of running_accuracy, "),
+        (
+            {"eval_dataset": {"a": images(), "b": images()}},
+            {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
+            "is 'batch_agreement', .* use one of a_running_accuracy, .*b_batch_kl",
+        ),
+        ({"train_dataset": images(33)}, {}, "last batch of an epoch has one image.*dataloader_drop_last=True"),
+        ({"train_dataset": images(1)}, {}, "last batch of an epoch has one image"),
+        ({"train_dataset": images(9)}, {"dataloader_drop_last": True}, "9 training images, less than a batch"),
+        ({"model": TupleInTraining()}, {}, "In training mode TupleInTraining gives a tuple"),
+        ({"model": torch.compile(TinyCNN())}, {}, "student is wrapped in OptimizedModule.*torch_compile=True"),
+        ({"model": nn.DataParallel(TinyCNN())}, {}, "student is wrapped in DataParallel"),
+        ({"teacher_model": torch.compile(TinyCNN().eval())}, {}, "teacher is wrapped in OptimizedModule"),
+        ({"model": TinyCNN().requires_grad_(False)}, {}, "no weight to train"),
+        ({"eval_dataset": images(0)}, {}, "0 images"),
+        ({"eval_dataset": {}}, {}, "empty mapping"),
+        ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
+        ({"eval_dataset": {"a": images(), "b": images(1)}}, {}, "1 image"),
+        ({"eval_dataset": images(12, num_classes=5)}, {}, "label 3, but the model has 3 classes"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tiny_cnn, tmp_path, kwargs, options, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseKDTrainer(**{"model": TinyCNN(), "teacher_model": tiny_cnn, "args": config(tmp_path, **options)} | kwargs)
+    assert not (tmp_path / "out").exists()
+
+
+def test_checking_a_student_in_training_mode_does_not_change_it(tiny_cnn, tmp_path):
+    model = student()
+    before = digest(model)
+    trainer = NoiseKDTrainer(model, tiny_cnn, config(tmp_path), train_dataset=images(32))
+    assert digest(trainer.model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
