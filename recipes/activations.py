@@ -18,7 +18,6 @@ from harness.presets import CIFAR10
 from harness.results import Results
 
 from hf_noisekd import NoiseDataset
-from hf_noisekd.models.classifier import device_of
 
 BATCHES, BATCH_SIZE = 8, 256
 # By the name of its line: whether it is noise, and the statistics of the teacher.
@@ -34,7 +33,7 @@ def main() -> None:
     options = experiment_parser(__doc__, "activations", CIFAR10).parse_args()
     experiment = Experiment("activations", options, CIFAR10[options.preset])
     teacher = experiment.prepare_teacher()
-    device = device_of(teacher)
+    device = next(teacher.parameters()).device
     size = min(BATCH_SIZE, len(experiment.test_dataset))
     count = min(BATCHES, len(experiment.test_dataset) // size)
     images = experiment.test_dataset.subset(count * size, options.seed)

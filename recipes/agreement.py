@@ -22,7 +22,6 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from hf_noisekd import NoiseDataset, calibration_images, evaluate, recalibrate_batch_norm
-from hf_noisekd.models.classifier import to_device_of
 
 PRESETS = NOISE_PAIRS | {
     "cpu-weak": CIFAR10["cpu"] | {"teacher": "resnet10_cifar", "supervised": {"num_train_epochs": 3}}
@@ -66,7 +65,7 @@ def by_class(student: nn.Module, teacher: nn.Module, images: torch.Tensor, test_
     """Return the rank correlation over the classes of agreement on images and accuracy on test images."""
     expected, found = teacher(images).argmax(-1), student(images).argmax(-1)
     batch = test_dataset.__getitems__(range(len(test_dataset)))
-    pixel_values = to_device_of(student, batch["pixel_values"])
+    pixel_values = batch["pixel_values"].to(next(student.parameters()).device)
     answers = torch.cat([student(pixels).argmax(-1) for pixels in pixel_values.split(256)]).cpu()
     classes = [index for index in range(len(test_dataset.label_names)) if (expected == index).any()]
     agreements = [(found == index)[expected == index].float().mean().item() for index in classes]

@@ -16,12 +16,10 @@ from typing import Any
 
 from harness.datasets import DIGITS
 from harness.experiment import Experiment, experiment_parser
+from harness.noise_fit import answers_of
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NO_BATCH_NORM, NOISE_PAIRS
 from scipy.stats import spearmanr
-
-from hf_noisekd import NoiseKDTrainer
-from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.workflows.teacher_report import describe_probs, full_size_noise, probs_of_noise
+from torch.nn.modules.batchnorm import _BatchNorm
 
 REAL_IMAGES = 2560
 STUDENT = {"student": "resnet10_cifar", "init_student": "random"}
@@ -63,7 +61,8 @@ def main() -> None:
     experiment = Experiment("choice", options, PRESETS[options.preset])
     teacher = experiment.prepare_teacher()
     rows: list[dict] = []
-    for name, setting in (ON_BATCH if has_batch_norm(teacher) else AS_IT_IS).items():
+    has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in teacher.modules())
+    for name, setting in (ON_BATCH if has_batch_norm else AS_IT_IS).items():
         arguments = (
             DISTILL_DEFAULTS | STUDENT | STEPS | {"model_init_kwargs": experiment.preset["model_init_kwargs"]} | setting
         )
@@ -79,20 +78,6 @@ def main() -> None:
     told = spearmanr([float(f"{row['information']:.3g}") for row in rows], [row["accuracy"] for row in rows]).statistic
     experiment.results.measure("what it tells", [{"rank correlation with accuracy": float(told)}])
     experiment.results.print_table()
-
-
-def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
-    """Return what the teacher's answers to two batches of a training's noise tell."""
-    noise, args = trainer.train_dataset, trainer.args
-    probs = probs_of_noise(
-        trainer.teacher,
-        full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
-        "batch",
-    )
-    found = describe_probs(probs)
-    return {key: found[key] for key in ("class_balance", "flatness")} | {
-        "information": found["class_balance"] - found["flatness"]
-    }
 
 
 if __name__ == "__main__":

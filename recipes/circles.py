@@ -20,10 +20,14 @@ from sklearn.datasets import make_circles
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
-from hf_noisekd.models.classifier import device_of
-from hf_noisekd.training.classifier_trainer import ClassifierTrainer
-from hf_noisekd.training.config import ClassifierConfig
+from hf_noisekd import (
+    ClassifierConfig,
+    ClassifierTrainer,
+    NoiseDataset,
+    NoiseKDConfig,
+    NoiseKDTrainer,
+    batch_statistics,
+)
 
 PRESETS = {"cpu": {"width": 64, "layers": 3, "noise": 0.05, "factor": 0.5, "teacher_steps": 500, "noise_steps": 2000}}
 
@@ -87,7 +91,7 @@ def report_embeddings(results: Results, teacher: nn.Sequential, data: torch.Tens
         ("noise, batch statistics", noise, True),
     ):
         with torch.no_grad(), batch_statistics(teacher, fraction=float(on_batch)):
-            embedding = teacher[:-1](points.to(device_of(teacher)))
+            embedding = teacher[:-1](points.to(next(teacher.parameters()).device))
             answers = teacher[-1](embedding).argmax(1)
         embeddings[name] = (embedding.cpu().numpy(), answers.cpu().numpy())
         rows.append(

@@ -20,17 +20,13 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import torch
 from harness.experiment import Experiment, experiment_parser
+from harness.onnx_files import read_in_turns, write_files
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
 from torch import nn
 from transformers import pipeline
 
-from hf_noisekd import NoiseDataset, calibration_images, recalibrate_batch_norm
-from hf_noisekd.models.saving import save_model
-from hf_noisekd.onnx.floats import export_onnx, halve_onnx, onnx_logits, onnx_session
-from hf_noisekd.onnx.int8 import quantize_onnx
-from hf_noisekd.record.schema import Record
+from hf_noisekd import NoiseDataset, calibration_images, recalibrate_batch_norm, save_model
 
 # With the steps of each student; one of a MobileNetV2 takes a CPU ten times as long as one of a ResNet-10.
 PRESETS = {name: pair | {"steps": {"resnet10_cifar": 2400}} for name, pair in NOISE_PAIRS.items()}
@@ -71,14 +67,14 @@ def main() -> None:
     experiment.results.print_table()
 
 
-def train_student(experiment: Experiment, student: str, steps: int) -> tuple[Record, nn.Module, Path]:
+def train_student(experiment: Experiment, student: str, steps: int) -> tuple[Any, nn.Module, Path]:
     """Return the record of a student with the statistics of its noise, the student, and where it is saved."""
     arguments = DISTILL_DEFAULTS | {"max_steps": steps, "eval_strategy": "no"}  # without calibration, as in the paper
     trainer = experiment.distill(f"structured noise, {student}", student, **arguments)
     return experiment.results.runs[-1], trainer.model, Path(trainer.args.output_dir)
 
 
-def accuracies(experiment: Experiment, record: Record, model: nn.Module, calibration) -> dict[str, float]:
+def accuracies(experiment: Experiment, record, model: nn.Module, calibration) -> dict[str, float]:
     """Return test accuracies in percent, with running statistics of several kinds of images."""
     noises = {
         f"{kind}, {CALIBRATION_IMAGES} images": NoiseDataset.for_model(
@@ -103,13 +99,8 @@ def onnx_rows(experiment: Experiment, model: nn.Module, calibration) -> list[dic
         "real images": experiment.real_images(CALIBRATION_IMAGES),
     }
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{name}.onnx" for name in ("float32", "float16")}
-        export_onnx(model, paths["float32"])
-        halve_onnx(paths["float32"], paths["float16"])
-        for name, images in ranges.items():
-            paths[f"int8, ranges of {name}"] = path = Path(folder) / f"{name}.onnx"
-            quantize_onnx(paths["float32"], path, images)
-        answers, seconds = read_in_turns(paths, experiment)
+        paths = write_files(model, Path(folder), ranges)
+        answers, seconds = read_in_turns(paths, experiment.test_dataset)
         labels = experiment.test_dataset.labels
         return [
             {
@@ -120,22 +111,6 @@ def onnx_rows(experiment: Experiment, model: nn.Module, calibration) -> list[dic
             }
             for name, path in paths.items()
         ]
-
-
-def read_in_turns(paths: dict[str, Path], experiment: Experiment) -> tuple[dict, dict]:
-    """Return the first answers of ONNX files to the test images, and the seconds of each image."""
-    sessions = {name: onnx_session(path, num_threads=1) for name, path in paths.items()}
-    answers: dict[str, list] = {name: [] for name in paths}
-    seconds: dict[str, list] = {name: [] for name in paths}
-    images = experiment.test_dataset
-    for index in range(len(images)):
-        pixel_values = images[index]["pixel_values"][None].contiguous()
-        for name, session in sessions.items():
-            start = time.perf_counter()
-            logits = onnx_logits(session, pixel_values)
-            seconds[name].append(time.perf_counter() - start)
-            answers[name].append(logits.argmax().item())
-    return {name: torch.tensor(values) for name, values in answers.items()}, seconds
 
 
 def pipeline_accuracy(experiment: Experiment, folder: Path) -> float:

@@ -16,9 +16,7 @@ from harness.datasets import digit_datasets
 from harness.figures import plot_curves
 from harness.results import Results, recipe_parser
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.training.classifier_trainer import ClassifierTrainer
-from hf_noisekd.training.config import ClassifierConfig
+from hf_noisekd import ClassifierConfig, ClassifierTrainer, NoiseKDConfig, NoiseKDTrainer
 
 PRESETS = {"cpu": {"teacher_width": 32, "student_width": 16, "supervised_steps": 400, "noise_steps": 1500}}
 

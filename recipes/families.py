@@ -14,14 +14,13 @@ from pathlib import Path
 
 import timm
 import torch
+from harness.onnx_files import exported_logits
 from harness.results import Results, recipe_parser
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import AutoModelForImageClassification
 
-from hf_noisekd.models.saving import save_model
-from hf_noisekd.onnx.floats import export_onnx, onnx_logits, onnx_session
-from hf_noisekd.shrinking.cutting import shrink
+from hf_noisekd import save_model, shrink
 
 PRESETS = {
     "cpu": {
@@ -94,9 +93,8 @@ def readers(student: nn.Module, images: torch.Tensor) -> list[str]:
         logits = AutoModelForImageClassification.from_pretrained(folder).eval()(images).logits
         if torch.allclose(logits, expected, rtol=1e-4, atol=1e-4):
             found.append("transformers")
-        path = Path(folder) / "student.onnx"
-        export_onnx(student, path)
-        if torch.allclose(onnx_logits(onnx_session(path), images), expected, rtol=1e-2, atol=1e-3):
+        logits = exported_logits(student, Path(folder) / "student.onnx", images)
+        if torch.allclose(logits, expected, rtol=1e-2, atol=1e-3):
             found.append("onnxruntime")
     return found
 

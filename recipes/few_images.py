@@ -14,10 +14,10 @@ from accelerate import PartialState
 from harness.experiment import Experiment, experiment_parser
 from harness.figures import plot_curves
 from harness.presets import with_cpu_steps
+from harness.results import at_least
 from torch.utils.data import Subset
 
 from hf_noisekd import MixedDataset
-from hf_noisekd.cli.options import at_least
 
 PRESETS = with_cpu_steps(750)
 

@@ -13,9 +13,7 @@ from typing import Any
 
 from harness.experiment import Experiment, experiment_parser
 from harness.presets import DISTILL_DEFAULTS, NO_BATCH_NORM
-
-from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import count_parameters
+from torch.nn.modules.batchnorm import _BatchNorm
 
 REAL_IMAGES = 2560
 # A student of its teacher's kind begins as that, and is compared with what it began as.
@@ -66,12 +64,12 @@ def described(experiment: Experiment, name: str, trainer) -> dict:
     row = {
         "student": name,
         "begins": "as its teacher" if trainer.start else "at random",
-        "parameters (M)": count_parameters(trainer.model) / 1e6,
+        "parameters (M)": sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6,
         "steps": trainer.state.global_step,
         "accuracy": accuracy,
         "of its teacher's (%)": 100 * accuracy / of_teacher.running["accuracy"],
     }
-    if has_batch_norm(trainer.model):
+    if any(isinstance(layer, _BatchNorm) for layer in trainer.model.modules()):
         row["with batch statistics"] = of_student.batch["accuracy"]
         images = experiment.real_images(REAL_IMAGES)
         row[f"with statistics of {REAL_IMAGES:,} real images"] = experiment.recalibrated_accuracy(trainer.model, images)

@@ -16,16 +16,13 @@ bent images and was not kept.
 from harness.equal_seconds import distill_twice, step_cost
 from harness.experiment import Experiment, experiment_parser
 from harness.noises import CentredLogitsTrainer, noise_of
-from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
-
-from hf_noisekd.noise.spec import STRUCTURED_RESOLUTIONS, resolutions_text
+from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS, STRUCTURED_SIZES
 
 PRESETS = {name: pair | {"white_steps": 500} for name, pair in NOISE_PAIRS.items()} | {
     "cpu-long": NOISE_PAIRS["cpu"] | {"white_steps": 1800},
     "cpu-augmentations": NOISE_PAIRS["cpu"] | {"white_steps": 500},
     "cpu-augmentations-short": NOISE_PAIRS["cpu"] | {"white_steps": 250},
 }
-STRUCTURED_SIZES = resolutions_text(STRUCTURED_RESOLUTIONS)
 RUNS = {"white": {"noise": "white"}} | {
     name: DISTILL_DEFAULTS | change
     for name, change in {

@@ -11,7 +11,6 @@ seconds, for all noises and for those without dead leaves. `--preset cpu-wrn` ha
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from harness.equal_seconds import distill_twice, step_cost
 from harness.experiment import Experiment, experiment_parser
 from harness.figures import ACCURACY_LABEL, Panel, plot_contact_sheet, plot_panels
@@ -20,7 +19,7 @@ from harness.noises import noise_of
 from harness.presets import NOISE_PAIRS
 from scipy.stats import spearmanr
 
-from hf_noisekd.noise.spec import parse_noise
+from hf_noisekd import NoiseDataset
 
 NOISES = (
     "white",
@@ -69,10 +68,9 @@ def main() -> None:
     points = {noise: [(fit_of[noise]["distance"], accuracy)] for noise, accuracy in accuracy_of.items()}
     panel = Panel(points, xlabel="distance from the teacher's running statistics", ylabel=ACCURACY_LABEL)
     results.plot("distance.png", lambda runs, path: plot_panels([panel], path))
-    size = (48, *experiment.train_dataset.pretrained_cfg["input_size"])
-    sheet = {
-        row: parse_noise(noise_of(row))(torch.Generator().manual_seed(options.seed), size) for row in options.noises
-    }
+    size = experiment.train_dataset.pretrained_cfg["input_size"]
+    noises = {row: NoiseDataset(size, 48, distribution=noise_of(row), seed=options.seed) for row in options.noises}
+    sheet = {row: noise.draw(0) for row, noise in noises.items()}
     results.plot("noises.png", lambda runs, path: plot_contact_sheet(sheet, path))
     results.print_table()
 

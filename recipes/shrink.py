@@ -17,15 +17,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from harness.equal_seconds import step_cost
-from harness.experiment import Experiment, experiment_parser
+from harness.experiment import Experiment, experiment_parser, share_of_macs
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
-from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS
+from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, STRUCTURED_SIZES
 from torch import nn
 
-from hf_noisekd import NoiseKDTrainer, calibration_images
-from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.classifier import count_parameters
-from hf_noisekd.models.cost import count_macs
+from hf_noisekd import calibration_images
 
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40
@@ -34,7 +31,7 @@ RESNET10 = {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "ste
 HALF_WIDTH = {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}}
 RESNET18 = {"student": "resnet18_cifar", "model_init_kwargs": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}
-SMALL_FIRST = {"resolutions": "0.5:0.6,0.75:0.25,1:0.15"}  # as students that begin at random have it
+SMALL_FIRST = {"resolutions": STRUCTURED_SIZES}  # as students that begin at random have it
 KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student begins, and the times that it is trained for, in steps of the first one.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -107,7 +104,10 @@ def main() -> None:
     rows: list[dict] = []
     for name, (_, times) in preset["starts"].items():
         trainer, cutting = timed(experiment.distillation_trainer, name, **runs[name] | {"max_steps": 1})
-        facts = {"student": name, "parameters (M)": count_parameters(trainer.model) / 1e6}
+        facts = {
+            "student": name,
+            "parameters (M)": sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6,
+        }
         facts["multiply-adds (%)"] = 100 * share_of_macs(trainer)
         if trainer.start:
             rows.append(facts | {"time": 0, "steps": 0} | accuracies(experiment, trainer.model, calibration))
@@ -144,13 +144,7 @@ def seconds_of_a_step(experiment: Experiment, arguments: Mapping) -> float:
     return experiment.distillation_trainer("a step", **arguments).train().metrics["train_runtime"] / steps
 
 
-def share_of_macs(trainer: NoiseKDTrainer) -> float:
-    """Return the multiply-adds of a student for an image, relative to those of its teacher."""
-    size = trainer.teacher.input_size
-    return count_macs(trainer.model, size)[""] / count_macs(trainer.teacher_model, size)[""]
-
-
-def accuracies(experiment: Experiment, model: nn.Module, calibration: CalibrationImages) -> dict[str, float]:
+def accuracies(experiment: Experiment, model: nn.Module, calibration) -> dict[str, float]:
     """Return test accuracies in percent in evaluation mode, without data, and with statistics of real images."""
     return {
         "accuracy": experiment.recalibrated_accuracy(model, calibration),

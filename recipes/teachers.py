@@ -21,12 +21,9 @@ import torch
 import transformers
 from harness.results import Results, recipe_parser
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import count_parameters, declared_input_size
-from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.models.saving import save_model
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, load_teacher, save_model
 
 # Small members of transformers' CNNs, by the name of the kind, and the side of their images.
 SMALL = {"num_labels": 10}
@@ -77,7 +74,7 @@ def main() -> None:
 def candidates(
     files: Collection[str] | None, members: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, str, Callable[[], nn.Module], list[int] | None]]:
-    """Yield the file or kind of each network, its name, how it is built, and what input size it does not say.
+    """Yield the file or kind of each network, its name, how it is built, and its input size, unless timm says it.
 
     Args:
         files: Those that are wanted; None for all.
@@ -111,10 +108,11 @@ def smallest_members(files: Collection[str] | None) -> dict[str, list[str]]:
                 model = timm.create_model(name)
         except (RuntimeError, NotImplementedError):  # what reads its own weights cannot be built without any
             continue
-        size = (count_parameters(model), name)
+        size = (sum(parameter.numel() for parameter in model.parameters()), name)
         if size[0] > MOST_PARAMETERS:
             continue
-        sizes[has_batch_norm(model)] = min(size, sizes.get(has_batch_norm(model), size))
+        has_batch_norm = any(isinstance(layer, _BatchNorm) for layer in model.modules())
+        sizes[has_batch_norm] = min(size, sizes.get(has_batch_norm, size))
     return {file: [name for _, name in sorted(sizes.values())] for file, sizes in sorted(found.items())}
 
 
@@ -136,7 +134,7 @@ def teach_once(build: Callable[[], nn.Module], input_size: list[int] | None) -> 
                 num_calibration_images=0,
                 resolutions="1",
                 init_student="random",
-                input_size=None if declared_input_size(teacher) else input_size,
+                input_size=input_size,
                 disable_tqdm=True,
             )
             trainer = NoiseKDTrainer("test_resnet", teacher, args)

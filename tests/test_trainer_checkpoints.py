@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SizedStream, TinyCNN, config, digest, images, student
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -121,7 +120,7 @@ def test_a_full_disk_is_named_with_the_last_whole_checkpoint(tiny_cnn, tmp_path,
     args = config(tmp_path, save_strategy="steps", save_steps=2, logging_strategy="no")
     trainer = NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[FillDisk()])
     try:
-        with pytest.raises(OSError, match=r"File too large while writing .*checkpoint-4\. .* is .*checkpoint-2\.$"):
+        with pytest.raises(OSError, match=r"(large|device) while writing .*checkpoint-4\. .* is .*checkpoint-2\.$"):
             trainer.train()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -144,21 +143,14 @@ def damage(name, size):
     return apply
 
 
-def spoil_weights(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["fc.bias"][1] = float("inf")
-    save_file(weights, folder / "model.safetensors")
-
-
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (damage("model.safetensors", 100), "model.safetensors of the checkpoint .* is damaged"),
-        (damage("optimizer.pt", 100), "optimizer.pt of the checkpoint .* is damaged"),
-        (damage("scheduler.pt", 100), "scheduler.pt of the checkpoint .* is damaged"),
-        (damage("rng_state.pth", 1000), "rng_state.pth of the checkpoint .* is damaged"),
-        (damage("trainer_state.json", 10), "trainer_state.json of the checkpoint .* is damaged"),
-        (spoil_weights, "is damaged .*'fc.bias' holds a NaN"),
+        (damage("model.safetensors", 100), "not whole: model.safetensors cut off"),
+        (damage("optimizer.pt", 100), "not whole: optimizer.pt cut off"),
+        (damage("scheduler.pt", 100), "not whole: scheduler.pt cut off"),
+        (damage("rng_state.pth", 1000), "not whole: rng_state.pth cut off"),
+        (damage("trainer_state.json", 10), "not whole: trainer_state.json cut off"),
         (lambda folder: os.remove(folder / "optimizer.pt"), "not whole: optimizer.pt missing"),
         (lambda folder: os.remove(folder / "model.safetensors"), "not whole: model.safetensors missing"),
     ],

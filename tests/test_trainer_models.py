@@ -86,7 +86,7 @@ def test_what_hangs_on_the_batch_are_whole_layers(fraction, expected):
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
 def test_a_traced_teacher_as_it_is(tmp_path):
     teacher = torch.jit.trace(TinyCNN().eval(), torch.randn(2, 1, 8, 8))
-    options = {"teacher_statistics": 0.0, "input_size": [1, 32, 32], "student_args": {"width": 4}, "max_steps": 1}
+    options = {"teacher_statistics": 0.0, "input_size": [1, 32, 32], "model_init_kwargs": {"width": 4}, "max_steps": 1}
     trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, **options))
     trainer.train()
     assert trainer.start is None

@@ -3,10 +3,10 @@
 A card has the curves of all runs of the results file. The student's own record is not beside it, as the file has it.
 """
 
-import json
 from pathlib import Path
 
 from harness.figures import plot_curves
+from harness.results import read_json
 from hf_noisekd.files import CURVES_NAME, RECORD_NAME
 from hf_noisekd.record.plain import from_dict
 from hf_noisekd.record.schema import Record
@@ -38,7 +38,7 @@ def write_card(results: Path, name: str, folder: Path) -> Path:
 
 def read_runs(results: Path) -> list[Record]:
     """Return the runs of a results file, each with what the file says of all of them."""
-    content = json.loads(results.read_text())
+    content = read_json(results)
     shared = {key: content[key] for key in ("machine", "versions", "commit")}
     return [from_dict(Record, shared | run) for run in content["runs"]]
 

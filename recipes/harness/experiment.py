@@ -4,7 +4,7 @@ import argparse
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import timm
@@ -17,19 +17,22 @@ from harness.datasets import load_image_datasets, load_photo_datasets
 from harness.figures import plot_curves
 from harness.presets import RELEASED_ROW, ROWS, SUPERVISED
 from harness.results import Results, recipe_parser
+from hf_noisekd import (
+    ClassifierConfig,
+    ClassifierTrainer,
+    NoiseKDConfig,
+    NoiseKDTrainer,
+    evaluate,
+    load_teacher,
+    recalibrate_batch_norm,
+)
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.calibration.moments import Batches
-from hf_noisekd.calibration.recalibration import recalibrate_batch_norm
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, teacher_identity
-from hf_noisekd.models.loading import load_teacher, nearest_architecture
+from hf_noisekd.models.cost import count_macs
+from hf_noisekd.models.loading import nearest_architecture
 from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.record.environment import usable_cores
 from hf_noisekd.record.schema import Record
-from hf_noisekd.training.classifier_trainer import ClassifierTrainer
-from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
-from hf_noisekd.training.noise_trainer import NoiseKDTrainer
-from hf_noisekd.workflows.evaluation import evaluate
 
 
 def run_table(recipe: str, doc: str, presets: Mapping[str, Mapping]) -> None:
@@ -274,7 +277,7 @@ class Experiment:
         images = self.train_dataset.subset(number, self.options.seed if seed is None else seed)
         return DataLoader(images, batch_size=256, collate_fn=collate_images)
 
-    def recalibrated_accuracy(self, model: nn.Module, images: CalibrationImages | Batches) -> float:
+    def recalibrated_accuracy(self, model: nn.Module, images: Iterable) -> float:
         """Return the test accuracy in percent under running statistics re-estimated from images.
 
         Args:
@@ -311,3 +314,9 @@ class Experiment:
         if name == "teacher":
             return self.options.output_dir / name
         return self.options.output_dir / re.sub(r"[^a-z0-9]+", "-", f"{name} {architecture or 'cut'}".lower())
+
+
+def share_of_macs(trainer: NoiseKDTrainer) -> float:
+    """Return the multiply-adds of a student for an image, relative to those of its teacher."""
+    size = trainer.teacher.input_size
+    return count_macs(trainer.model, size)[""] / count_macs(trainer.teacher_model, size)[""]

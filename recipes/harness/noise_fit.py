@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from hf_noisekd import NoiseKDTrainer
 from hf_noisekd.calibration.moments import gaussian_kl
 from hf_noisekd.models.batch_norm import channel_moments, stored_statistics
 from hf_noisekd.models.classifier import check_finite, logits_of_blanks
@@ -67,4 +68,18 @@ def noise_fit(
         "class_balance": answers["class_balance"],
         "flatness": answers["flatness"],
         "information": answers["class_balance"] - answers["flatness"],
+    }
+
+
+def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
+    """Return what the teacher's answers to two batches of a training's noise tell."""
+    noise, args = trainer.train_dataset, trainer.args
+    probs = probs_of_noise(
+        trainer.teacher,
+        full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
+        "batch",
+    )
+    found = describe_probs(probs)
+    return {key: found[key] for key in ("class_balance", "flatness")} | {
+        "information": found["class_balance"] - found["flatness"]
     }

@@ -15,8 +15,7 @@ import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from harness.results import mean_and_spread, measurements_table, model_cell, table_row
-from hf_noisekd.files import read_json
+from harness.results import mean_and_spread, measurements_table, model_cell, read_json, table_row
 from hf_noisekd.record.environment import Machine
 from hf_noisekd.record.plain import from_dict
 

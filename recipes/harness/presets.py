@@ -1,6 +1,6 @@
 """Networks, steps and arguments that the recipes share."""
 
-from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd import NoiseKDConfig
 
 # The five rows of the paper's Table 1: how the student is taught, the most telling first.
 ROWS = {
@@ -71,6 +71,9 @@ DISTILL_DEFAULTS = {
         "max_grad_norm",
     )
 }
+
+# Sizes that structured noise has by default, for runs in which the trainer would choose others.
+STRUCTURED_SIZES = "0.5:0.6,0.75:0.25,1:0.15"
 
 
 def with_cpu_steps(max_steps: int) -> dict[str, dict]:

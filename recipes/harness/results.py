@@ -20,20 +20,20 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
 from torch.utils.data import Dataset
 
 from harness.threads import IdleCores
+from hf_noisekd import ClassifierConfig, ClassifierTrainer
 from hf_noisekd.cli.options import at_least
-from hf_noisekd.files import json_text, read_json, replacing_files
+from hf_noisekd.files import json_text, replacing_files
 from hf_noisekd.record.environment import Machine, versions, without_path
 from hf_noisekd.record.plain import from_dict, to_dict
 from hf_noisekd.record.schema import STATISTICS, Record
 from hf_noisekd.release.hub import check_hub_access
-from hf_noisekd.training.classifier_trainer import ClassifierTrainer
-from hf_noisekd.training.config import ClassifierConfig
 
 
 def recipe_parser(
@@ -186,6 +186,11 @@ class Results:
         if PartialState().is_main_process:
             tables = [results_table(self.record)] if self.record["runs"] else []
             print("\n\n".join([*tables, *map(measurements_table, self.record["measurements"].values())]))
+
+
+def read_json(path: Path) -> Any:
+    """Return what a results file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def results_table(record: Mapping) -> str:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
-from harness.results import mean_and_spread, results_table, table_row
-from hf_noisekd.files import read_json
+from harness.results import mean_and_spread, read_json, results_table, table_row
 
 Table = list[list[str]]
 
