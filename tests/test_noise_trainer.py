@@ -102,9 +102,8 @@ def test_the_student_computes_in_float32_after_training(tiny_cnn, tmp_path):
             assert torch.equal(trainer.model.eval()(pixels), again.eval()(pixels))
 
 
-@pytest.mark.parametrize("loss_type", ["kl", "centered_mse"])
-def test_other_losses_train(tiny_cnn, tmp_path, loss_type):
-    args = config(tmp_path, loss_type=loss_type, temperature=4.0, max_steps=40, learning_rate=1e-2)
+def test_another_loss_trains(tiny_cnn, tmp_path):
+    args = config(tmp_path, loss_type="kl", temperature=4.0, max_steps=40, learning_rate=1e-2)
     trainer = NoiseKDTrainer(student(), tiny_cnn, args)
     start = trainer.evaluate()["eval_batch_kl"]
     trainer.train()

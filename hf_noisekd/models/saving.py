@@ -127,24 +127,6 @@ def check_can_be_saved(
         )
 
 
-def warn_of_lost_activations(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Warn if a timm model answers otherwise since its BatchNorm layers were converted to SyncBatchNorm.
-
-    torch's conversion drops the activation that timm keeps in some of these layers.
-    """
-    bare = bare_model(model)
-    converted = any(type(layer) is nn.SyncBatchNorm for layer in bare.modules())
-    if not converted or not timm.is_model(architecture_of(bare)):
-        return
-    if _difference(bare, _built_anew(bare, model), input_size):
-        logger.warning(
-            "The teacher %s answers otherwise than timm builds it: its BatchNorm layers were converted to "
-            "SyncBatchNorm, and torch's conversion drops activations. Load it again, or use "
-            "timm.layers.convert_sync_batchnorm.",
-            architecture_of(bare),
-        )
-
-
 def _built_anew(model: nn.Module, like: nn.Module) -> nn.Module:
     """Return what is built from the configuration of `model`, with random weights, as when it is loaded again."""
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the training's numbers stay

@@ -1,6 +1,6 @@
 """What all trainers here share: they train classifiers, read them in two ways, save and record them."""
 
-import logging
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainerControl
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
@@ -25,11 +25,9 @@ from hf_noisekd.record.schema import Evaluation, Provenance, Record, current_eva
 from hf_noisekd.training.checkpoints import is_cut_off, name_last_checkpoint
 from hf_noisekd.training.checks import check_batch_norm_is_local
 from hf_noisekd.training.config import ClassifierConfig
-from hf_noisekd.training.diverging import check_loss, check_weights
+from hf_noisekd.training.diverging import check_weights, diverged
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
 from hf_noisekd.training.provenance import describe_model
-
-logger = logging.getLogger(__name__)
 
 
 class BaseTrainer(Trainer):
@@ -50,14 +48,6 @@ class BaseTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: ClassifierConfig, *others, **kwargs):
         check_batch_norm_is_local(model, args.world_size)
-        wanted = args.gradient_checkpointing or getattr(
-            args, "activation_checkpointing", False
-        )  # its name from 5.24 on
-        if wanted and not getattr(model, "supports_gradient_checkpointing", False):
-            raise ValueError(
-                f"gradient_checkpointing is True, and {type(model).__name__} has none that transformers can switch on: "
-                "leave it out. timm's networks have set_grad_checkpointing(), to be called before the training."
-            )
         super().__init__(model, args, *others, **kwargs)
         # The loss is a mean over the batch; without these the Trainer takes models with keyword arguments to have
         # divided it by the number of accumulation steps already.
@@ -82,12 +72,6 @@ class BaseTrainer(Trainer):
         self.model.__dict__.pop("origin", None)
         self._evaluations = []
         self._resumed = bool(resume_from_checkpoint)
-        is_stream = isinstance(self.train_dataset, IterableDataset) and not isinstance(self.train_dataset, DrawnDataset)
-        if self._resumed and is_stream:
-            logger.warning(
-                "The training data are a stream, which is read anew from its first image, past those of the steps "
-                "before: the resumption is exact only if it gives the same images in the same order each time."
-            )
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -102,7 +86,10 @@ class BaseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log an entry, unless its loss ends the training."""
-        check_loss(logs, self.model, self.args, self.state.global_step, self._cause_of_divergence(logs))
+        loss = logs.get("loss", logs.get("train_loss", 0.0))  # of a step, or the mean of all
+        if not math.isfinite(loss):
+            cause = self._cause_of_divergence(logs)
+            raise diverged(f"The loss is {loss}", self.model, self.args, self.state.global_step, cause)
         super().log(logs, start_time)
 
     def _cause_of_divergence(self, logs: dict[str, float]) -> str:

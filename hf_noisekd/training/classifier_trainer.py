@@ -4,7 +4,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import collate_images
 from hf_noisekd.models.batch_norm import has_batch_norm
@@ -12,7 +11,7 @@ from hf_noisekd.models.classifier import compute_logits, declared_input_size, lo
 from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
-from hf_noisekd.training.checks import check_bare, check_last_batch, check_metric, check_trainable
+from hf_noisekd.training.checks import check_last_batch, check_metric, check_trainable
 from hf_noisekd.training.config import ClassifierConfig
 
 
@@ -50,9 +49,8 @@ class ClassifierTrainer(BaseTrainer):
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
         model = load_student(model)
-        check_bare(model, "model")
-        if train_dataset is not None and hasattr(train_dataset, "__getitem__") and has_length(train_dataset):
-            check_trainable(model, data_collator([train_dataset[0]])["pixel_values"].shape[1:])
+        if train_dataset is not None:
+            check_trainable(model)
             if has_batch_norm(model):
                 check_last_batch(train_dataset, args)
         check_can_be_saved(model, declared_input_size(model))
