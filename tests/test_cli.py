@@ -693,7 +693,7 @@ def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
         assert main([*command, *(["--num-images", "64"] if precision == "int8" else []), *labelled]) == 0
         printed = capsys.readouterr().out
         for name in ("float32", {"fp16": "float16"}.get(precision, precision)):
-            assert re.search(rf"{name} +\d\.\d\d +\d\.\d\d +\d\d\.\d\d\n", printed), printed
+            assert re.search(rf"{name} +\d\.\d\d +\d\d\.\d\d\n", printed), printed
         assert ("of 32 other images" in printed) == (precision == "int8")
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
     command = ["export", "--model", "m", "--output", "o"]

@@ -1,7 +1,7 @@
 """The command line: `noisekd COMMAND`, a thin cover of the package's functions.
 
 Python imports a package before what is in it, and `hf_noisekd` imports torch, timm and transformers, which takes
-seconds. Help and misspelt options are to be answered at once, so `noisekd.py` loads this folder without the package,
+seconds. Help and misspelt options are to take no time, so `noisekd.py` loads this folder without the package,
 and what is in it imports its neighbours relatively, and the package only where a command runs. The one exception is
 `distill`, whose options are those of a configuration class.
 

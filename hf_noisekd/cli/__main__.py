@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description = f"{command.help[0].upper()}{command.help[1:]}."
         subparser = subparsers.add_parser(command.name, help=command.help, description=description)
         if tokens[place : place + 1] != [command.name]:
-            continue  # not asked for: `distill` would import transformers
+            continue  # another command: `distill` would import transformers
         subparser.set_defaults(run=command.run, parser=subparser)
         help = "YAML file of options, such as `output_dir: student`; those of the command line go over it"
         subparser.add_argument("--config", metavar="FILE", help=help)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         if not isinstance(stop.code, int):
             raise
-        return stop.code  # of argparse, which has said why
+        return stop.code  # of argparse, which has printed why
     except Exception as error:
         if debug:
             raise
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _says_all(error: Exception) -> bool:
-    """Whether the message of an error tells the user enough: of the system, of the Hub, or raised by this package."""
+    """Whether the message of an error is enough for the user: of the system, of the Hub, or of this package."""
     if isinstance(error, OSError) or type(error).__module__.startswith(("huggingface_hub", "httpx")):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

@@ -60,7 +60,6 @@ def export_options(parser: CommandParser) -> None:
     help = "for --int8: images to make, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
-    options.add_eval_dataset(parser, "to measure the file on")
     options.add_trust_remote_code(parser, "model")
 
 
@@ -78,13 +77,10 @@ def export(args: argparse.Namespace) -> int:
         teacher_model=args.teacher,
         num_images=args.num_images,
         calibration_steps=args.calibration_steps,
-        eval_dataset=args.eval_dataset,
-        eval_split=args.eval_split,
-        eval_label_column=args.eval_label_column,
         trust_remote_code=args.trust_remote_code,
     )
-    accuracy = "" if file.accuracy is None else f", accuracy {file.accuracy:.2f} % on {args.eval_dataset}"
-    print(f"{file.path}: {file.precision}, {file.megabytes:.2f} MB{accuracy}")
+    print(f"{file.path}: {file.precision}, {file.megabytes:.2f} MB")
     if file.agreement is not None:
         print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} other made images.")
+    print(f"Next:\n  noisekd evaluate --model {file.path} --dataset FOLDER_OR_HUB_ID --split test")
     return 0

@@ -28,7 +28,10 @@ def distill_options(parser: CommandParser) -> None:
     options.add_model(group, help, "--student", required=False)
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
-    options.add_eval_dataset(group, "to evaluate on (default: held-out noise)")
+    help = f"{options.DATASET}, to evaluate on (default: held-out noise)"
+    group.add_argument("--eval-dataset", metavar="DATASET", help=help)
+    group.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
+    group.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
     own = parser.add_argument_group("noise distillation", "Options of this package, or with a default of its own.")
     other = parser.add_argument_group("training", "Options of transformers' TrainingArguments.")
     declared, inherited = NoiseKDConfig.__dataclass_fields__, TrainingArguments.__dataclass_fields__

@@ -66,12 +66,6 @@ def add_teacher(parser, use: str) -> None:
     add_trust_remote_code(parser, "teacher")
 
 
-def add_eval_dataset(parser, use: str) -> None:
-    parser.add_argument("--eval-dataset", metavar="DATASET", help=f"{DATASET}, {use}")
-    parser.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
-    parser.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
-
-
 def add_dataset(parser, *, split: str, required: bool = True) -> None:
     parser.add_argument("--dataset", required=required, metavar="DATASET", help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")

@@ -125,11 +125,14 @@ def onnx_logits(session: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class OnnxClassifier(nn.Module):
-    """An ONNX file as a module from pixels `[B, C, H, W]` to logits `[B, num_classes]`, on the CPU."""
+    """A file of [`export_onnx`] as a module from pixels `[B, C, H, W]` to logits `[B, num_classes]`, on the CPU."""
 
     def __init__(self, path: str | Path):
         super().__init__()
         self._session = onnx_session(path)
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.pretrained_cfg = {key: json.loads(value) for key, value in metadata.items()}
+        self.num_classes = len(self.pretrained_cfg["label_names"])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the logits of onnxruntime."""

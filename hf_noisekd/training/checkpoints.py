@@ -75,7 +75,7 @@ def check_checkpoint(folder: str, model: nn.Module) -> None:
     needed = (WEIGHTS_NAME, "optimizer.pt", "scheduler.pt", "trainer_state.json")
     if missing := [name for name in needed if not (path / name).is_file()]:
         raise ValueError(f"The checkpoint {folder!r} is not whole: {', '.join(missing)} missing. {advice}")
-    # An archive of torch's that was cut off lacks its end, and weights lack some of what their header tells of.
+    # An archive of torch's that was cut off lacks its end, and weights lack some of what their header lists.
     cut_off = [file.name for file in path.glob("*.pt*") if not zipfile.is_zipfile(file)]
     cut_off += ["trainer_state.json"] if is_cut_off(path) else []
     try:

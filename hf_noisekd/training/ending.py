@@ -68,33 +68,32 @@ def end_without_data(
 ) -> Candidate | None:
     """Make of a trained student the best candidate of the table of this module, and return that.
 
-    Images that are not good enough for statistics are good enough to compare on. For a teacher that stores no
-    statistics there are no such images, and the two are compared on noise.
+    Images that are not good enough for statistics are good enough to compare on. A teacher that stores no statistics
+    is compared with on noise.
 
     Args:
         student: The student, after its training. It is changed in place.
-        teacher: Its teacher.
+        teacher: The teacher.
         num_images: Number of [`calibration_images`].
         initial: The weights that it was initialised with from its teacher, or None.
         seed: Seed of the images.
-        step: The step that its weights are of, for the evaluation.
-        show_progress: Whether to show a progress bar.
+        step: The training step that its weights are of.
+        show_progress: Show a progress bar.
 
     Returns:
-        None if the student keeps the statistics of its training noise, to be evaluated in batches. A warning says why:
-        the images are not good enough, or something failed or was interrupted, for a trained student must not be lost
-        to what comes after.
+        None if the student keeps the statistics of its training noise. A warning names the reason: the images are not
+        good enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
     """
     trained = _copy(student)
-    why = "Its teacher stores no statistics that images could be matched to."
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
-        images = None
         if stored_statistics(teacher.model):
             images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
-            why = images.problem or why
-        held_out = images.held_out if images else noise_images(teacher.model, default_held_out(num_images), **common)
-        name = HELD_OUT if images else HELD_OUT_NOISE
+            held_out, name, why = images.held_out, HELD_OUT, images.problem
+        else:
+            images, name = None, HELD_OUT_NOISE
+            held_out = noise_images(teacher.model, default_held_out(num_images), **common)
+            why = "Its teacher stores no statistics that images could be matched to."
         tried = [
             candidate._replace(agreement=_agreement(student, candidate, teacher, held_out, name, step))
             for candidate in _candidates(student, trained, initial, images, teacher.weight_of_batch)
@@ -108,6 +107,7 @@ def end_without_data(
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
     _become(student, best)
+    best = best._replace(weights={})  # which it has now
     if not best.is_trained:
         logger.warning(
             "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "

@@ -87,11 +87,11 @@ def evaluate_loader(
             labels = batch["labels"][:count].to(pixel_values.device) if "labels" in batch else None
             teacher_logits = None if teacher_logits_of is None else teacher_logits_of(pixel_values)[:count].float()
             if teacher_logits is not None:
-                _check_finite(teacher_logits, "The teacher's answers hold")
+                _check_finite(teacher_logits, "The teacher's logits hold")
             for row, context in enumerate(contexts):
                 with context:
                     logits = compute_logits(model, pixel_values)[:count].float()
-                _check_finite(logits, f"The model's answers under {STATISTICS[row]} statistics hold")
+                _check_finite(logits, f"The model's logits with {STATISTICS[row]} statistics hold")
                 sums = _sums(logits, labels, teacher_logits)
                 for name, total in sums.items():
                     totals[row, METRICS.index(name)] += total.item()

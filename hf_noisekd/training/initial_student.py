@@ -56,7 +56,7 @@ def initial_student(
             logger.info("The student has the weights that it was given with.")
             return student, None
         if args.init_student == "random":
-            logger.info("The student has random weights, as init_student asks for.")
+            logger.info("The student has random weights, by init_student='random'.")
             return student, None
         images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
         facts = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, images)

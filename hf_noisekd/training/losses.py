@@ -21,10 +21,10 @@ def soft_cross_entropy(
 
 
 def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Kullback-Leibler divergence `KL(teacher || student)` of the softened answers, times `temperature ** 2`.
+    """Kullback-Leibler divergence `KL(teacher || student)` of the softened predictions, times `temperature ** 2`.
 
     The factor keeps the size of the gradients independent of the temperature (Hinton, Vinyals & Dean, 2015,
-    section 2). In nats, >= 0, and 0 where both answer the same.
+    section 2). In nats, >= 0, and 0 where both are the same.
     """
     student_log_probs = F.log_softmax(student_logits.float() / temperature, dim=-1)
     teacher_log_probs = F.log_softmax(teacher_logits.float() / temperature, dim=-1)

@@ -48,9 +48,9 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     near 0 only one, and nothing will be learnt.
 
     A training on noise alone ends with running statistics that are re-estimated on images made without data, the
-    attribute `calibration_images`, so that the student classifies single images in evaluation mode. Where such images
-    are not good enough a warning says so, the student keeps the statistics of the noise, and the attribute is None. So
-    it is, without a warning, where the teacher has no BatchNorm: the statistics of the noise hold for images then.
+    attribute `calibration_images`, so that the student classifies single images in evaluation mode. Where these are not
+    good enough there is a warning, the student keeps the statistics of the noise, and the attribute is None, as it is
+    where the teacher has no BatchNorm: the statistics of the noise hold for images then.
 
     Args:
         model: The student: a module from pixels to logits, a transformers image classifier, a timm name, or a Hub id or
@@ -60,24 +60,16 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         teacher_model: The teacher, likewise; a timm name loads its pretrained weights.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
-        train_dataset: What the teacher is given in training. Default: the noise that `args` name, in the teacher's
-            input size. A [`NoiseDataset`] of yours keeps its seed and sizes, not its device and rank. A
-            [`MixedDataset`] adds a few real images. A data set of real images, whose labels are not used, gives
-            ordinary distillation.
-        eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise, on
-            which the agreement with the teacher is measured.
+        train_dataset: Training images. Default: the noise that `args` name, in the teacher's input size. A
+            [`NoiseDataset`] of yours keeps its seed and sizes, not its device and rank. A [`MixedDataset`] adds a few
+            real images. Real images alone, whose labels are not used, give ordinary distillation.
+        eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise.
         processing_class: Image processor to save with the student.
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
 
     Raises:
         ValueError: The models or a data set do not fit each other or the method. Nothing is written then.
-
-    Example:
-        ```python
-        trainer = NoiseKDTrainer(model="resnet18_cifar", teacher_model="path/to/teacher", args=NoiseKDConfig("student"))
-        trainer.train()  # the student is in the folder "student"
-        ```
     """
 
     args: NoiseKDConfig
@@ -115,7 +107,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         self._count_steps()
 
     def _count_steps(self) -> int | None:
-        """Tell the noise the number of all steps, if it is to know it; return the number of updates then."""
+        """Give the noise the number of all steps, if it needs it; return the number of updates then."""
         if not self._counts_steps:
             return None
         updates, self.train_dataset.total_steps = self._training_length()
@@ -132,9 +124,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         The student is saved to the output directory straight after its last step, and again with the statistics that
         it is left with.
 
-        Resuming is exact: step `k` sees the noise it would have seen without the break. The sizes of the noise and the
-        learning rate go by the number of all steps, which must stay the same. True resumes from the last whole
-        checkpoint, and starts anew if a kill fell into the first one.
+        Resuming is exact: step `k` sees the noise it would have seen without the break. The number of all steps must
+        stay the same. True resumes from the last whole checkpoint, and starts anew if a kill fell into the first one.
 
         Raises:
             ValueError: The checkpoint is missing, cut off or, for noise of several sizes, of another number of steps.
@@ -169,14 +160,14 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
 
     @property
     def stopped_by_signal(self) -> bool:
-        """Whether the last training ended before its last step, in a checkpoint that SIGTERM asked for."""
+        """Whether the last training ended before its last step, in a checkpoint after a SIGTERM."""
         return self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps
 
     def _end(self) -> None:
-        """Leave a student that noise alone taught as [`end_without_data`] does, if all processes can.
+        """End a training on noise alone by [`end_without_data`], if all processes can.
 
-        One with random initial weights and whose teacher stores no statistics has the best that can be had already:
-        those of the noise, for which its teacher's logits are those of the function that it applies to images.
+        There is nothing to do for a student with random initial weights and a teacher that stores no statistics: that
+        is one function for noise and for images, so the statistics of the noise hold.
         """
         could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
         if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
@@ -275,9 +266,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         model_name: str | None = None,
         **kwargs,
     ) -> None:
-        """Write the student's card, `README.md` with figures, and its record `noisekd.json` to the output folder.
-
-        Evaluate and save the student before: the card reports the last evaluation.
+        """Write the student's card, with its last evaluation and figures, and its record to the output folder.
 
         Args:
             language: Language of the class names.

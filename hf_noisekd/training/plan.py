@@ -50,7 +50,7 @@ class Plan:
     args: NoiseKDConfig
     train_dataset: Any
     eval_dataset: Any
-    counts_steps: bool  # whether the noise is to be told the number of all steps, which its sizes are shares of
+    counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
 
 
 def plan_training(
@@ -141,7 +141,7 @@ def _train_noise(
 ) -> NoiseDataset | None:
     """Return the training noise in sizes that all models take; None for a data set of real images.
 
-    Many networks take multiples of 2, 4, ... or 32 pixels alone, and nothing but a trial tells which.
+    Many networks take multiples of 2, 4, ... or 32 pixels alone, which only a trial finds out.
     """
     if train_dataset is None:
         train_dataset = NoiseDataset.for_model(
@@ -192,7 +192,7 @@ def _noise_arguments(args: NoiseKDConfig, teacher: Teacher) -> dict[str, Any]:
 def _breaks_bfloat16(
     args: NoiseKDConfig, model: nn.Module, noise: NoiseDataset | None, input_size: tuple[int, int, int]
 ) -> bool:
-    """Return whether a CPU would train the student in bfloat16 wrongly on images so small; a warning says so."""
+    """Return whether a CPU would train the student in bfloat16 wrongly on images so small, and warn of it."""
     if args.mixed_precision != "bf16" or args.device.type != "cpu":
         return False
     sizes = {input_size[1:]} if noise is None else {size for size, _ in noise.image_sizes()}

@@ -47,7 +47,7 @@ def describe_training(
     evaluations: Sequence[Evaluation],
     steps: int,
 ) -> Provenance:
-    """Return how the student `model` was made in `steps` steps, after which `evaluations` say how good it is."""
+    """Return how the student `model` was made in `steps` steps, with the `evaluations` after them."""
     method, noise, images = "distillation on images", None, None
     if isinstance(dataset, NoiseDataset):
         method = "distillation with noise"

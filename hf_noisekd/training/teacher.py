@@ -1,4 +1,4 @@
-"""The teacher: how it is asked, and by which BatchNorm statistics it answers."""
+"""The teacher: its logits, and the BatchNorm statistics that they are computed with."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,13 +19,14 @@ from hf_noisekd.models.input_size import input_size_of
 
 
 class Teacher:
-    """A trained classifier that is asked, and never changed.
+    """A trained classifier that never changes.
 
-    Noise, and whatever takes the place of noise in training, it answers with BatchNorm layers on the statistics of the
-    batch (Raikwar & Mishra 2022, Algorithm 1), or partly so: with a share of the layers, chosen by the seed, and with
-    moments mixed of those of the batch and the stored ones; see [`batch_statistics`]. A teacher without BatchNorm
-    answers noise as it is. Images that a student is measured on it answers as it is deployed, with running statistics.
-    Whoever asks it sees to its device and its evaluation mode; see [`Teacher.settle`].
+    Its logits for noise, and for whatever takes the place of noise in training, are computed with BatchNorm layers on
+    the statistics of the batch (Raikwar & Mishra 2022, Algorithm 1), or partly so: with a share of the layers, chosen
+    by the seed, and with moments mixed of those of the batch and the stored ones; see [`batch_statistics`]. Those for
+    images that a student is evaluated on are computed as it is deployed, with running statistics. A teacher without
+    BatchNorm is used as it is for both. The caller puts it on its device and into evaluation mode; see
+    [`Teacher.settle`].
 
     Args:
         model: The classifier.
@@ -38,7 +39,7 @@ class Teacher:
     Attributes:
         statistics: That weight; 0 for a model without BatchNorm.
         batch_norm_fraction: That share.
-        weight_of_batch: How much its answers to noise hang on the statistics of the batch: 0 not at all, 1 wholly.
+        weight_of_batch: How far its logits for noise depend on the statistics of the batch: 0 not at all, 1 wholly.
 
     Raises:
         ValueError: The model has no BatchNorm layers to choose statistics of, or a number is out of range.
@@ -69,7 +70,7 @@ class Teacher:
         self._forward: nn.Module | Callable = model
 
     def settle(self, args: TrainingArguments, memory_format: torch.memory_format) -> "Teacher":
-        """Bring the model to the device that trains, in evaluation mode, and compile it if asked to."""
+        """Bring the model to the device that trains, in evaluation mode, compiled if the arguments want it."""
         self.model.to(device=args.device, memory_format=memory_format).eval()  # type: ignore[call-overload]
         if args.torch_compile:
             self._forward = torch.compile(self.model, backend=args.torch_compile_backend, mode=args.torch_compile_mode)

@@ -33,11 +33,10 @@ def distill(
 
     Args:
         teacher: The trained classifier: a timm name, a Hub id, a folder or a module; see [`load_teacher`].
-        student: What to train: a timm name, which is built to fit the teacher and initialised from it where the layers
-            of the two correspond, or a model to train further. None cuts the teacher itself down to `keep`, `max_macs`
-            or `max_params`.
-        output_dir: Folder of the student: `config.json`, `model.safetensors`, the card `README.md` and checkpoints. It
-            must be new or empty, unless a run in it is resumed.
+        student: What to train: a timm name, which is built to fit the teacher and initialised from it where their
+            layers correspond, or a model to train further. None cuts the teacher itself to `keep`, `max_macs` or
+            `max_params`.
+        output_dir: Folder of the student, its card and checkpoints; new or empty, unless a run in it is resumed.
         teacher_checkpoint: File of weights for the timm architecture that `teacher` names.
         eval_dataset: Images with labels to evaluate on: a data set, or a name as [`load_images`] takes it. Default:
             held-out noise, on which the agreement with the teacher is measured.
@@ -48,17 +47,11 @@ def distill(
         **options: Those of [`NoiseKDConfig`], such as `keep=0.5, max_steps=2000`.
 
     Returns:
-        The trainer, with the student in `model` and what is known of it in `record()`.
+        The trainer, with the student in `model`.
 
     Raises:
-        UsageError: The options, the models or the data set do not fit each other, or the folder is in use. It is a
-            `ValueError`, and nothing was written.
+        UsageError: Options, models or data set do not fit each other, or the folder is in use. It is a `ValueError`.
         ValueError: There is no such teacher or data set.
-
-    Example:
-        ```python
-        trainer = distill("resnet18.a1_in1k", keep=0.5, output_dir="student", max_steps=2000)
-        ```
     """
     if not resume_from_checkpoint:
         check_unused(output_dir, " Or continue the run in it with resume_from_checkpoint.")
@@ -81,7 +74,7 @@ def distill(
 
 
 def _train(trainer: NoiseKDTrainer, resume_from_checkpoint: str | bool | None) -> None:
-    """Train, evaluate, write the card and push; whatever stops it tells how to go on, or where the student is."""
+    """Train, evaluate, write the card and push; an interruption carries the way to go on in its message."""
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         if trainer.stopped_by_signal:
@@ -111,4 +104,4 @@ def how_to_go_on(trainer: NoiseKDTrainer) -> str:
     if checkpoint := find_whole_checkpoint(folder, trainer.model):
         return f"{text}the same command with --resume-from-checkpoint goes on from {checkpoint}."
     deleting = f" after deleting {folder}" if any(Path(folder).iterdir()) else ""
-    return f"{text}there is no checkpoint yet. Start anew with the same command{deleting}."
+    return f"{text}there is no checkpoint yet. Start again with the same command{deleting}."

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_noisekd.image_datasets import load_images
-from hf_noisekd.record.schema import read_record
+from hf_noisekd.record.schema import Record, read_record
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.evaluation import measured
 from hf_noisekd.workflows.inputs import UsageError, usable_model
@@ -35,21 +35,20 @@ def evaluate(
 ) -> Scores:
     """Evaluate a classifier with running and with batch statistics.
 
-    Batches are of equal size, since with batch statistics the logits depend on the other images of a batch: the last
-    one is filled up with images from the start of the data set, which are not counted again.
+    With batch statistics logits depend on the other images of a batch. So batches are of equal size: the last one is
+    filled up with images from the start of the data set, which are not counted again.
 
     Args:
-        model: The classifier: a module, which is evaluated where it is and comes back unchanged, or the name of one as
-            [`load_teacher`] takes it.
+        model: The classifier: a module, which is evaluated where it is and comes back unchanged; the name of one as
+            [`load_teacher`] takes it; or an ONNX file that [`export`] wrote.
         dataset: Images with labels, in the forms of [`collate_images`], preprocessed as for the model; the name of a
-            data set as [`load_images`] takes it; or noise, a [`NoiseDataset`] with a length, on which only the
-            agreement can be measured.
-        split: Split of a data set given by name, and what the card says of one that is given.
+            data set as [`load_images`] takes it; or noise, a [`NoiseDataset`] with a length.
+        split: Split of a data set given by name, and for the card.
         image_column: Its column of images, where it has several.
         label_column: Its column of classes, likewise.
         num_images: Number of its images to draw at random. Default: all.
-        teacher_model: Teacher to compare with, likewise. Its logits are those with running statistics for images and
-            with batch statistics for noise.
+        teacher_model: Teacher to compare with, likewise; with running statistics for images, and those of the batch
+            for noise.
         batch_size: Images in a batch. A `NoiseDataset` brings its own.
         num_workers: Processes that load the images.
         update_card: Put the result into record and card of the student in the folder `model`.
@@ -63,37 +62,26 @@ def evaluate(
 
     Raises:
         ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
-            nor a teacher, or an image or a logit is a NaN or an infinity; or a model or a data set cannot be loaded.
+            nor a teacher, or an image or a logit is NaN or infinite; or a model or a data set cannot be loaded.
     """
-    if update_card and (isinstance(model, nn.Module) or not Path(model).is_dir()):
-        raise UsageError(
-            f"The card of a student in a folder can be updated, and the model is {model}: give its folder."
-        )
-    record: Any = read_record(str(model)) if update_card else None
+    record = _record_of(model) if update_card else None
     classifier = usable_model(model, trust_remote_code=trust_remote_code)
     if teacher_model is not None:
         teacher_model = usable_model(teacher_model, trust_remote_code=trust_remote_code)
     if isinstance(dataset, str | Path):
-        dataset = load_images(
-            str(dataset),
-            classifier,
-            split=split,
-            num_images=num_images,
-            image_column=image_column,
-            label_column=label_column,
-        )
-    found = measured(
-        classifier,
-        dataset,
-        name=getattr(dataset, "name", None) or "evaluation images",
-        split=split,
-        step=record.steps if record else 0,
-        teacher_model=teacher_model,
-        batch_size=batch_size,
-        num_workers=num_workers,
-    )
+        columns: Any = {"image_column": image_column, "label_column": label_column}
+        dataset = load_images(str(dataset), classifier, split=split, num_images=num_images, **columns)
+    name, step = getattr(dataset, "name", None) or "evaluation images", record.steps if record else 0
+    given: Any = {"teacher_model": teacher_model, "batch_size": batch_size, "num_workers": num_workers}
+    found = measured(classifier, dataset, name=name, split=split, step=step, **given)
     if record:
         write_model_card(record.measured(found), str(model))
     scores = Scores(running=found.running, batch=found.batch)
     scores.images = found.images
     return scores
+
+
+def _record_of(model: str | Path | nn.Module) -> Record:
+    if isinstance(model, nn.Module) or not Path(model).is_dir():
+        raise UsageError(f"update_card is for a student in a local folder, and model is {model}: give its folder.")
+    return read_record(model)

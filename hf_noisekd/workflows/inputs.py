@@ -8,17 +8,20 @@ from torch import nn
 
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
 from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.onnx.floats import OnnxClassifier
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done, and nothing was written."""
+    """Arguments that do not fit each other or what is there; nothing was written."""
 
 
 def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
     """Return a trained model in evaluation mode; one given by name is loaded to the accelerator if there is one.
 
-    `kwargs` are those of [`load_teacher`].
+    The name may be that of an ONNX file that [`export`] wrote. `kwargs` are those of [`load_teacher`].
     """
+    if not isinstance(source, nn.Module) and Path(source).suffix == ".onnx":
+        return OnnxClassifier(Path(source).expanduser())
     model = load_teacher(source, **kwargs).eval()
     if isinstance(source, nn.Module) or not torch.accelerator.is_available():
         return model

@@ -93,9 +93,9 @@ def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDatas
 
 
 def probs_of_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
-    """Return the answers `[N, num_classes]` of a teacher to all batches of `noise`, in float32.
+    """Return the predictions `[N, num_classes]` of a teacher for all batches of `noise`, in float32.
 
-    `statistics` are `"batch"`, by which it answers noise, or `"running"`, by which it answers images.
+    `statistics` are `"batch"`, as in training, or `"running"`, as the teacher is deployed.
     """
     with evaluation_mode(teacher.model):
         logits = [teacher.logits(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
@@ -103,11 +103,11 @@ def probs_of_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> to
 
 
 def describe_probs(probs: torch.Tensor) -> dict[str, float]:
-    """Return how answers `[N, num_classes]` spread over the classes.
+    """Return how predictions `[N, num_classes]` spread over the classes.
 
-    `class_balance` is the entropy of the mean answer, and `flatness` the mean entropy of an answer, both relative to
-    that of all classes equally likely; `top_class_share` is that of the class answered most often, in percent; and
-    `classes_answered` is the number of different answers.
+    `class_balance` is the entropy of the mean prediction, and `flatness` the mean entropy of a prediction, both
+    relative to that of all classes equally likely; `top_class_share` is that of the class predicted most often, in
+    percent; and `classes_predicted` is the number of classes that are ever predicted.
     """
     num_classes = probs.shape[-1]
     most = math.log(max(num_classes, 2))
