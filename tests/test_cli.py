@@ -687,14 +687,15 @@ def test_export(teacher, tmp_path, capsys):
 
 def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
-    labelled = ["--eval-dataset", images, "--eval-label-column", "label"]
     for precision in ("int8", "fp16"):
-        command = ["export", "--model", teacher, "--output", str(tmp_path / f"{precision}.onnx"), f"--{precision}"]
-        assert main([*command, *(["--num-images", "64"] if precision == "int8" else []), *labelled]) == 0
+        path = str(tmp_path / f"{precision}.onnx")
+        command = ["export", "--model", teacher, "--output", path, f"--{precision}"]
+        assert main([*command, *(["--num-images", "64"] if precision == "int8" else [])]) == 0
         printed = capsys.readouterr().out
-        for name in ("float32", {"fp16": "float16"}.get(precision, precision)):
-            assert re.search(rf"{name} +\d\.\d\d +\d\d\.\d\d\n", printed), printed
-        assert ("of 32 other images" in printed) == (precision == "int8")
+        assert re.search(r"(int8|float16), \d\.\d\d MB\n", printed), printed
+        assert ("of 32 other" in printed) == (precision == "int8")
+        assert main(["evaluate", "--model", path, "--dataset", images, "--label-column", "label"]) == 0
+        assert re.search(r"running statistics +\d\d\.\d\d", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
     command = ["export", "--model", "m", "--output", "o"]
     assert "either --int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")

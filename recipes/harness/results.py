@@ -212,6 +212,11 @@ def table_row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(escaped)} |"
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, its first column on the left and all others on the right."""
+    return "\n".join([table_row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(table_row, rows)])
+
+
 def model_cell(run: Mapping) -> str:
     """Return how a table names the model of a run: its architecture and its parameters in millions."""
     return f"{run['model']['architecture']}, {run['model']['parameters'] / 1e6:.2f} M"

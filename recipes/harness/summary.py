@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
-from harness.results import mean_and_spread, read_json, results_table, table_row
-
-Table = list[list[str]]
+from harness.results import markdown_table, mean_and_spread, read_json, results_table
+from harness.shrink_tables import headline_table, shrunk_table
 
 WHITE, DEFAULT = "white", "structured, the default"
 # Of `deploy.py`: the students by preset, and what the README shows of them.
@@ -28,8 +27,6 @@ SHOWN = {
     "onnxruntime, int8, ranges of calibration images": "**without data, as an int8 file in onnxruntime**",
     "real images, 2,560": "the same with the statistics of 2,560 real images",
 }
-# Of `shrink.py`: the teachers of the presets that the README shows.
-SHRUNK = {"gpu": "ResNet-34", "cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
 # Of `no_batch_norm.py` and `choice.py`: the teachers by preset.
 NO_BATCH_NORM = {"cpu-convnext": "ConvNeXt", "cpu-groupnorm": "ResNet-18 with GroupNorm"}
 CHOICE = NO_BATCH_NORM | {
@@ -94,7 +91,7 @@ def _all_speeds_table(results: Path) -> str:
             accuracies = [mean_and_spread([accuracy for accuracy, _ in runs]) for runs in times.values()]
             rows.append([teacher, f"{white_steps:,}", *accuracies])
     header = ["teacher", "in the time of white steps", "white", "white, as the default", "structured, the default"]
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _ablations_table(results: Path) -> str:
@@ -110,7 +107,7 @@ def _ablations_table(results: Path) -> str:
         for run, accuracies in found[0].items()
         if len(accuracies) == 3 or run in CLEAR_CUT
     ]
-    return _markdown(["in the time of white steps", "500, ResNet-18", "500, WRN-16-2", "1,800, ResNet-18"], rows)
+    return markdown_table(["in the time of white steps", "500, ResNet-18", "500, WRN-16-2", "1,800, ResNet-18"], rows)
 
 
 def _augmentations_table(results: Path) -> str:
@@ -120,7 +117,7 @@ def _augmentations_table(results: Path) -> str:
         for preset in ("cpu-augmentations-short", "cpu-augmentations")
     ]
     rows = [[run, *(f"{of[run]:.2f}" for of in columns)] for run in columns[0] if run != "white"]
-    return _markdown(["in the time of white steps", "250", "500"], rows)
+    return markdown_table(["in the time of white steps", "250", "500"], rows)
 
 
 def _step_costs_table(results: Path) -> str:
@@ -132,7 +129,7 @@ def _step_costs_table(results: Path) -> str:
         of_default = {name: cost for name, cost in record["step_costs"].items() if name in ("the default", DEFAULT)}
         costs[record["runs"][0]["model"]["architecture"]] += of_default.values()
     rows = [[names[name], f"{min(values):.2f} to {max(values):.2f}"] for name, values in costs.items()]
-    return _markdown(["teacher", "cost of a step, white noise: 1"], rows)
+    return markdown_table(["teacher", "cost of a step, white noise: 1"], rows)
 
 
 def _deployed_table(results: Path) -> str:
@@ -145,14 +142,14 @@ def _deployed_table(results: Path) -> str:
     ]
     rows = [["the teacher, which was trained on 50,000 images", *(f"{of['accuracy']:.2f}" for of in teachers)]]
     rows += [[name, *(mean_and_spread(of[row]) for of in accuracies)] for row, name in SHOWN.items()]
-    return _markdown(["test accuracy (%), single images", *(DEPLOYED[preset] for preset in shown)], rows)
+    return markdown_table(["test accuracy (%), single images", *(DEPLOYED[preset] for preset in shown)], rows)
 
 
 def _statistics_table(results: Path) -> str:
     """Students by what their running statistics are of."""
     columns = [_column(results, preset, STATISTICS_TABLE, "statistics of") for preset in DEPLOYED]
     rows = [[kind, *(mean_and_spread(column[kind]) for column in columns)] for kind in columns[0]]
-    return _markdown(["running statistics of", *DEPLOYED.values()], rows)
+    return markdown_table(["running statistics of", *DEPLOYED.values()], rows)
 
 
 def _files_table(results: Path) -> str:
@@ -165,7 +162,7 @@ def _files_table(results: Path) -> str:
         for reader, values in accuracies.items():
             cells = [f"{statistics.median(of[reader]):.2f}" if of[reader] else "" for of in (sizes, times)]
             rows.append([DEPLOYED[preset].split()[0], reader, mean_and_spread(values), *cells])
-    return _markdown(["student", "read by", "accuracy (%)", "MB", "ms an image"], rows)
+    return markdown_table(["student", "run by", "accuracy (%)", "MB", "ms an image"], rows)
 
 
 def _agreement_table(results: Path) -> str:
@@ -178,37 +175,25 @@ def _agreement_table(results: Path) -> str:
         for row in record["measurements"]["what it tells"]:
             told = [f"{row[key]:.2f}" for key in ("rank correlation with accuracy", "mean error")]
             rows.append([name, row["agreement"], *told])
-    return _markdown(["teacher", "agreement", "rank correlation with accuracy", "mean error"], rows)
+    return markdown_table(["teacher", "agreement", "rank correlation with accuracy", "mean error"], rows)
 
 
 def _shrunk_table(results: Path) -> str:
-    """Students that begin as their teacher, and others at random, by the time that they had."""
-    rows: dict[tuple[str, ...], list[float]] = {}
-    for preset, teacher in SHRUNK.items():
-        measured = _measured(results, "shrink", preset)
-        if preset == "cpu-leaders":
-            size = f"{next(row for row in measured if row['student'].startswith('ResNet-10'))['multiply-adds (%)']:.0f}"
-            random = _column(results, "cpu", STATISTICS_TABLE, "statistics of")["calibration images, 256"]
-            rows[f"ResNet-10 of {teacher}", "random", size, "2,400 and calibration"] = random
-        for row in measured:
-            student, _, start = row["student"].partition(", ")
-            if not row["time"] and ", " in start:
-                continue  # the same as with other sizes
-            begins = start.replace("from the teacher", "teacher") if row["time"] else "teacher, untrained"
-            key = (f"{student} of {teacher}", begins, f"{row['multiply-adds (%)']:.0f}", f"{row['time']:,}")
-            rows.setdefault(key, []).append(row["accuracy"])
-    header = ["student", "begins", "multiply-adds (%)", "time (steps)", "accuracy (%)"]
-    return _markdown(header, [[*key, mean_and_spread(accuracies)] for key, accuracies in rows.items()])
+    random = _column(results, "cpu", STATISTICS_TABLE, "statistics of")["calibration images, 256"]
+    return shrunk_table(results, random)
 
 
 def _families_table(results: Path) -> str:
-    """What is cut of a member of each family of timm, and what reads it."""
-    rows = read_json(results / "families_cpu.json")["measurements"]["families"]
-    shown = [
-        [row["family"], row["member"], f"{row['multiply-adds (%)'] or 100:.0f}", row["cut"], row["read by"]]
-        for row in rows
-    ]
-    return _markdown(["timm's family", "member", "multiply-adds (%)", "what was cut", "read by"], shown)
+    """How many members of timm's families can be cut and loaded by all, and which cannot."""
+    groups: dict[str, list[str]] = {}
+    for row in read_json(results / "families_cpu.json")["measurements"]["families"]:
+        group = f"cut, and loaded by {row['read by']}" if row["read by"] else f"not cut: {row['cut']}"
+        groups.setdefault(group, []).append(row["member"])
+    most = max(groups.values(), key=len)
+    return markdown_table(
+        ["what came of it", "networks", "which"],
+        [[group, str(len(names)), "" if names is most else ", ".join(names)] for group, names in groups.items()],
+    )
 
 
 def _no_batch_norm_table(results: Path) -> str:
@@ -221,18 +206,26 @@ def _no_batch_norm_table(results: Path) -> str:
         for row in record["measurements"]["students"]:
             share = row["of its teacher's (%)"]
             numbers = [f"{row['steps']:,}", f"{row['accuracy']:.2f}", f"{share:.0f}"]
-            rows.append([f"{teacher}, {accuracy:.2f} %", row["student"], row["begins"], *numbers])
-    return _markdown(["teacher", "student", "begins", "steps", "accuracy (%)", "of the teacher's (%)"], rows)
+            weights = {"as its teacher": "teacher's", "at random": "random"}[row["begins"]]
+            rows.append([f"{teacher}, {accuracy:.2f} %", row["student"], weights, *numbers])
+    header = ["teacher", "student", "initial weights", "steps", "accuracy (%)", "of the teacher's (%)"]
+    return markdown_table(header, rows)
 
 
 def _teachers_table(results: Path) -> str:
-    """How the networks of each model file are asked, and which cannot be."""
-    groups: dict[str, list[str]] = {"on the batch": [], "as it is": []}
+    """How many networks can teach in which way, and which were not tried or refused."""
+    ways = {"on the batch": "BatchNorm on the statistics of the batch", "as it is": "without BatchNorm, as it is"}
+    groups: dict[str, list[str]] = {way: [] for way in ways.values()} | {"refused": []}
     for row in read_json(results / "teachers_cpu.json")["measurements"]["teachers"]:
-        name = row["member"] if row["file"].startswith("transformers ") else f"{row['file']} ({row['member']})"
-        groups.setdefault(row["asked"] or row["refused"], []).append(name if row["member"] else row["file"])
-    rows = [[f"{asked}: {len(names)}", ", ".join(names)] for asked, names in groups.items()]
-    return _markdown(["asked", "networks, of timm by their model file"], rows)
+        group = ways.get(row["asked"]) or ("refused" if row["member"] else "not tried, as no member is small enough")
+        groups.setdefault(group, []).append(row["member"] or row["file"])
+    return markdown_table(
+        ["teacher", "networks", "which"],
+        [
+            [group, str(len(names)), "" if group in ways.values() else ", ".join(names)]
+            for group, names in groups.items()
+        ],
+    )
 
 
 def _choice_table(results: Path) -> str:
@@ -246,7 +239,7 @@ def _choice_table(results: Path) -> str:
         name = f"{CHOICE[record['preset']]}, {teacher['evaluations'][0]['running']['accuracy']:.1f} %"
         cells = [f"{row['setting']}: {row['accuracy']:.1f}" for row in (foretold, best)]
         rows.append([name, f"{told:.2f}", *cells])
-    return _markdown(["teacher", "rank correlation", "most information: accuracy", "best: accuracy"], rows)
+    return markdown_table(["teacher", "rank correlation", "most information: accuracy", "best: accuracy"], rows)
 
 
 def _deploy_records(results: Path, preset: str) -> list[Mapping]:
@@ -271,6 +264,7 @@ TABLES = {
     "statistics": _statistics_table,
     "files": _files_table,
     "agreement": _agreement_table,
+    "headline": headline_table,
     "shrunk": _shrunk_table,
     "families": _families_table,
     "no-batch-norm": _no_batch_norm_table,
@@ -303,10 +297,6 @@ def _measured(results: Path, recipe: str, preset: str) -> list[Mapping]:
 
 def _teacher_accuracy(results: Path) -> float:
     return read_json(results / "noise_speed_cpu.json")["runs"][0]["evaluations"][0]["batch"]["accuracy"]
-
-
-def _markdown(header: list[str], rows: Table) -> str:
-    return "\n".join([table_row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(table_row, rows)])
 
 
 if __name__ == "__main__":
