@@ -25,6 +25,7 @@ quality: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	PYTHONPATH=recipes $(BIN)/lint-imports --no-logo --no-cache
+	$(BIN)/python .ci/limits.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -72,7 +72,7 @@ def end_without_data(
     is compared with on noise.
 
     Args:
-        student: The student, after its training. It is changed in place.
+        student: The student, after its training, to be changed in place.
         teacher: The teacher.
         num_images: Number of [`calibration_images`].
         initial: The weights that it was initialised with from its teacher, or None.
@@ -91,13 +91,11 @@ def end_without_data(
             images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
             held_out, name, why = images.held_out, HELD_OUT, images.problem
         else:
-            images, name = None, HELD_OUT_NOISE
             held_out = noise_images(teacher.model, default_held_out(num_images), **common)
+            images, name = None, HELD_OUT_NOISE
             why = "Its teacher stores no statistics that images could be matched to."
-        tried = [
-            candidate._replace(agreement=_agreement(student, candidate, teacher, held_out, name, step))
-            for candidate in _candidates(student, trained, initial, images, teacher.weight_of_batch)
-        ]
+        table = _candidates(student, trained, initial, images, teacher.weight_of_batch)
+        tried = [one._replace(agreement=_agreement(student, one, teacher, held_out, name, step)) for one in table]
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tried = []
