@@ -213,7 +213,7 @@ def test_a_forward_pass_that_leaves_the_batch_is_found(tiny_cnn):
 def test_a_frozen_layer_among_others_is_found(tiny_cnn):
     tiny_cnn.bn2 = FrozenBatchNormAct2d(8, apply_act=False)
     assert num_frozen(tiny_cnn) == 1
-    with pytest.raises(ValueError, match=r"has 1 frozen BatchNorm layers, .* set teacher_statistics=0"):
+    with pytest.raises(ValueError, match=r"1 frozen .*teacher_statistics=0"):
         check_leaves_stored_statistics(tiny_cnn, (1, 8, 8))
 
 
@@ -239,16 +239,16 @@ def test_drop_path_stays_off():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_refuses_a_fraction_out_of_range(tiny_cnn, fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=f"{fraction}"):
         batch_statistics(tiny_cnn, fraction)
 
 
 def test_says_what_was_found_where_there_is_no_batch_norm():
-    with pytest.raises(ValueError, match=r"\(found 2 LayerNorm\)"):
+    with pytest.raises(ValueError, match="2 LayerNorm"):
         batch_statistics(nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 3), nn.LayerNorm(3)))
-    with pytest.raises(ValueError, match=r"\(found \d LayerNorm2d, \d LayerNorm\)"):
+    with pytest.raises(ValueError, match=r"\d LayerNorm2d, \d LayerNorm"):
         batch_statistics(timm.create_model("test_convnext"))
-    with pytest.raises(ValueError, match=r"FrozenBatchNormAct2d.*replace it by nn.BatchNorm2d"):
+    with pytest.raises(ValueError, match=r"FrozenBatchNormAct2d.*nn\.BatchNorm2d"):
         batch_statistics(nn.Sequential(FrozenBatchNormAct2d(3)))
-    with pytest.raises(ValueError, match="no normalisation layer at all"):
+    with pytest.raises(ValueError, match="no normalisation"):
         batch_statistics(nn.Linear(3, 3))

@@ -21,5 +21,5 @@ def test_collates_mappings_pairs_and_whole_batches():
     assert collate_images([{"pixel_values": pixels}]).keys() == {"pixel_values"}
     whole = {"pixel_values": pixels[None]}
     assert collate_images(whole) is whole
-    with pytest.raises(ValueError, match=r"found \['image', 'label'\].*preprocessing"):
+    with pytest.raises(ValueError, match=r"\['image', 'label'\]"):
         collate_images([{"image": "a PIL image", "label": 1}])

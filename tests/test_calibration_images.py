@@ -1,5 +1,6 @@
 import copy
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_images_that_are_not_good_enough_change_nothing(tiny_cnn, library):
         made_by_noise().attach(student)
     before = digest(student)
     images = made(tiny_cnn, steps=1, max_steps=1)
-    with pytest.raises(ValueError, match=r"after 1 steps .* own answer to \d+ % of others .* 90 % are needed"):
+    with pytest.raises(ValueError, match=r"1 steps .*\d+ % .*90 %"):
         recalibrate_batch_norm(student, images)
     assert digest(student) == before
     assert getattr(student, "noisekd", {}).get("calibration") is None
@@ -116,9 +117,9 @@ def test_images_that_are_not_good_enough_change_nothing(tiny_cnn, library):
 def test_a_teacher_that_stores_nothing_gets_noise_and_a_word(caplog, tiny_cnn):
     with caplog.at_level(logging.WARNING):
         images = made(NoBatchNorm())
-    assert "NoBatchNorm stores no BatchNorm statistics: its calibration images are noise" in caplog.text
+    assert "NoBatchNorm stores no" in caplog.text
     assert (images.steps, images.self_agreement) == (0, None)
-    with pytest.raises(ValueError, match="no stored BatchNorm statistics"):
+    with pytest.raises(ValueError, match="no stored BatchNorm"):
         recalibrate_batch_norm(tiny_cnn, images)
 
 
@@ -167,8 +168,8 @@ def test_nothing_vouches_for_the_images_of_such_a_teacher(tiny_cnn, damage):
         else:
             tiny_cnn.fc.bias[0] = 1e3
     images = made(tiny_cnn, steps=2, max_steps=2)
-    assert "Nothing vouches for the calibration images" in images.problem
-    with pytest.raises(ValueError, match="Nothing vouches"):
+    assert "calibration images" in images.problem
+    with pytest.raises(ValueError, match=re.escape(images.problem)):
         recalibrate_batch_norm(copy.deepcopy(tiny_cnn), images)
 
 
@@ -182,12 +183,12 @@ def test_it_works_within_inference_mode_and_autocast(tiny_cnn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_images": 1}, "num_images is 1: use at least 2"),
+        ({"num_images": 1}, "num_images is 1"),
         ({"num_held_out": 1}, "num_held_out is 1"),
-        ({"steps": 0}, "steps is 0: use at least 1"),
-        ({"max_steps": 0}, "max_steps is 0: use at least 1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
         ({"batch_size": 1}, "batch_size is 1"),
-        ({"input_size": None}, "does not say what input size it takes"),
+        ({"input_size": None}, "input_size"),
     ],
 )
 def test_numbers_out_of_range(tiny_cnn, arguments, message):
@@ -198,7 +199,7 @@ def test_numbers_out_of_range(tiny_cnn, arguments, message):
 def test_a_damaged_teacher(tiny_cnn):
     with torch.no_grad():
         tiny_cnn.conv1.weight[0] = float("nan")
-    with pytest.raises(ValueError, match=r"teacher's 'conv1.weight' holds a NaN"):
+    with pytest.raises(ValueError, match=r"'conv1\.weight' .*NaN"):
         made(tiny_cnn)
 
 
@@ -212,6 +213,6 @@ def test_an_imagenet_teacher_refuses_images_that_have_had_too_few_steps():
     assert images.self_agreement < 50
     student = copy.deepcopy(teacher)
     before = digest(student)
-    with pytest.raises(ValueError, match="do not resemble the teacher's data well enough"):
+    with pytest.raises(ValueError, match="10 steps"):
         recalibrate_batch_norm(student, images)
     assert digest(student) == before

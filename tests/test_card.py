@@ -216,15 +216,15 @@ def test_students_of_other_libraries_get_code_that_fits(tmp_path, monkeypatch):
 
 
 def test_other_sources_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"no .*noisekd\.json"):
+    with pytest.raises(ValueError, match=r"noisekd\.json"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("{}")
-    with pytest.raises(ValueError, match="no distilled student"):
+    with pytest.raises(ValueError, match="distilled"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("[")
     with pytest.raises(ValueError, match="is no record"):
         write_model_card(tmp_path)
-    with pytest.raises(ValueError, match="pass output_dir"):
+    with pytest.raises(ValueError, match="output_dir"):
         write_model_card(read_record(folder))
 
 
@@ -295,7 +295,7 @@ def test_names_from_outside_are_shown_as_they_are(folder, tmp_path):
 @pytest.mark.parametrize("repo_id", ['a/b"); import os #', "a/b/c", "a b", "", "-a/b", "a/b\n"])
 def test_the_id_of_a_card_must_be_one(folder, tmp_path, repo_id):
     record = read_record(folder)
-    with pytest.raises(ValueError, match="cannot be the id of a repository"):
+    with pytest.raises(ValueError, match="repository"):
         write_model_card(record, tmp_path / "new", repo_id=repo_id)
     assert not (tmp_path / "new").exists()
 

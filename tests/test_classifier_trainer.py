@@ -18,7 +18,7 @@ def test_learns_real_digits(digits, digits_teacher, tmp_path):
 
 def test_evaluation_needs_a_data_set(tiny_cnn, tmp_path):
     trainer = ClassifierTrainer(tiny_cnn, ClassifierConfig(tmp_path, disable_tqdm=True))
-    with pytest.raises(ValueError, match="pass an eval_dataset"):
+    with pytest.raises(ValueError, match="eval_dataset"):
         trainer.evaluate()
 
 
@@ -29,7 +29,7 @@ def test_a_metric_that_will_not_be_there_is_refused(tiny_cnn, tmp_path, several)
     names = [f"{'b_' * several}{name}" for name in ("running_accuracy", "running_loss", "batch_accuracy", "batch_loss")]
     for metric in ("accuracy", "batch_kl", "running_top5_accuracy", "eval_loss"):
         args = ClassifierConfig(tmp_path / "out", metric_for_best_model=metric)
-        with pytest.raises(ValueError, match=rf"is '{metric}', .* use one of .*{', '.join(names)}\."):
+        with pytest.raises(ValueError, match=rf"'{metric}', .*{', '.join(names)}\."):
             ClassifierTrainer(tiny_cnn, args, eval_dataset=evaluated)
     assert not (tmp_path / "out").exists()
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
@@ -50,10 +50,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
     data = TensorDataset(torch.randn(33, 1, 8, 8), torch.arange(33) % 3)
     args = ClassifierConfig(tmp_path / "out", per_device_train_batch_size=16, disable_tqdm=True)
     for model, message in (
-        (TinyCNN(), "has one image"),
-        (Pair(), "gives a tuple"),
-        (TinyCNN().requires_grad_(False), "no weight to train"),
-        (torch.compile(TinyCNN()), "wrapped"),
+        (TinyCNN(), "dataloader_drop_last"),
+        (Pair(), "tuple"),
+        (TinyCNN().requires_grad_(False), "requires_grad_"),
+        (torch.compile(TinyCNN()), "torch_compile"),
     ):
         with pytest.raises(ValueError, match=message):
             ClassifierTrainer(model, args, train_dataset=data)

@@ -156,44 +156,44 @@ def test_defaults_are_those_of_the_configuration():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["distill", *THREE, "--learning-rte", "3"], "unknown option --learning-rte. Did you mean --learning-rate?"),
-        (["distill", *THREE, "--max_step=3"], "unknown option --max-step. Did you mean --max-steps?"),
-        (["distill", "--teachr", "x"], "unknown option --teachr. Did you mean --teacher?"),
-        (["distill", *THREE, "--zzzz"], "unknown option --zzzz. `noisekd distill --help` lists all options."),
-        (["evaluate", "--modl", "x"], "unknown option --modl. Did you mean --model?"),
-        (["distill", *THREE, "--learning-rate", "fast"], "invalid float value: 'fast'"),
-        (["distill", *THREE, "--max-steps"], "expected one argument"),
-        (["distill", *THREE, "--loss-type", "mse"], "invalid choice: 'mse'"),
+        (["distill", *THREE, "--learning-rte", "3"], "--learning-rte.*--learning-rate"),
+        (["distill", *THREE, "--max_step=3"], "--max-step.*--max-steps"),
+        (["distill", "--teachr", "x"], "--teachr.*--teacher"),
+        (["distill", *THREE, "--zzzz"], "--zzzz.*distill --help"),
+        (["evaluate", "--modl", "x"], "--modl.*--model"),
+        (["distill", *THREE, "--learning-rate", "fast"], "learning-rate.*'fast'"),
+        (["distill", *THREE, "--max-steps"], "--max-steps"),
+        (["distill", *THREE, "--loss-type", "mse"], "'mse'"),
         (["distill", *THREE, "--fp16", "maybe"], "maybe"),
-        (["distill", *THREE, "--temperature", "-1"], "temperature is -1.0: use a number above 0"),
+        (["distill", *THREE, "--temperature", "-1"], "temperature is -1.0"),
         (["distill", *THREE, "--gradient-accumulation-steps", "-1"], "gradient_accumulation_steps is -1"),
         (["distill", *THREE, "--max-steps", "0"], "max_steps is 0"),
         (["distill", *THREE, "--batch-norm-fraction", "2"], "batch_norm_fraction is 2.0"),
         (["distill", *THREE, "--lr-scheduler-type", "cosin"], "cosin"),
-        (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "Expecting property name"),
-        (["distill", "--teacher", "t"], "required: --output-dir"),
-        (["distill", *THREE, "more"], "unexpected: more"),
-        (["distill", *THREE, "--keep", "0.5"], "give either --student, or --keep"),
-        (["distill", "--teacher", "t", "--output-dir", "o"], "give either --student, or --keep"),
+        (["distill", *THREE, "--lr-scheduler-kwargs", "{broken"], "line 1 column 2"),
+        (["distill", "--teacher", "t"], "--output-dir"),
+        (["distill", *THREE, "more"], r": more\b"),
+        (["distill", *THREE, "--keep", "0.5"], "--student.*--keep"),
+        (["distill", "--teacher", "t", "--output-dir", "o"], "--student.*--keep"),
         (["distill", "--teacher", "t", "--output-dir", "o", "--keep", "2"], "keep is 2.0"),
-        (["distill", *THREE, "--student-args", "width"], "'width' is not of the form name=value"),
-        (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "unexpected: --bogus"),
-        (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1' is no whole number of at least 2"),
+        (["distill", *THREE, "--student-args", "width"], "'width'.*name=value"),
+        (["--bogus", "push", "--model", "m", "--repo-id", "a/b"], "--bogus"),
+        (["evaluate", "--model", "m", "--dataset", "d", "--batch-size", "1"], "'1'.*at least 2"),
         (["info", "--teacher", "t", "--input-size", "3", "32"], "channels, height and width"),
-        (["card", "s", "--repo-id", "a/b'); x"], "cannot be the id of a repository"),
-        (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps' is neither true nor false"),
-        (["export", "--model", "m", "--output", "o", "--format", "tflite"], "invalid choice: 'tflite'"),
+        (["card", "s", "--repo-id", "a/b'); x"], "--repo-id: .*repository"),
+        (["info", "--teacher", "t", "--json", "perhaps"], "'perhaps'"),
+        (["export", "--model", "m", "--output", "o", "--format", "tflite"], "'tflite'"),
     ],
 )
 def test_wrong_usage(capsys, monkeypatch, tmp_path, argv, message):
     monkeypatch.chdir(tmp_path)
-    assert message in usage_error(capsys, *argv)
+    assert re.search(message, usage_error(capsys, *argv))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_command_is_wrong_usage(capsys):
     assert main(["distll"]) == 2
-    assert "invalid choice: 'distll'" in capsys.readouterr().err
+    assert "'distll'" in capsys.readouterr().err
 
 
 # Configuration files
@@ -274,7 +274,7 @@ def test_a_file_has_what_is_required_of_any_command(file):
     ],
 )
 def test_bad_files_are_wrong_usage(capsys, file, text, message):
-    assert message in usage_error(capsys, "distill", *THREE, "--config", file(text))
+    assert re.search(message, usage_error(capsys, "distill", *THREE, "--config", file(text)))
 
 
 def test_a_file_that_is_not_there_is_wrong_usage(capsys, tmp_path):
@@ -299,16 +299,16 @@ def test_an_output_folder_in_use_is_left_alone(capsys, tmp_path, command):
 def test_later_processes_may_find_what_the_first_one_wrote(monkeypatch, capsys, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     monkeypatch.setenv("RANK", "1")
-    assert "There is no folder '/no'" in run_error(
+    assert "'/no'" in run_error(
         capsys, "distill", "--teacher", "/no", "--student", "s", "--output-dir", tmp_path, "--use-cpu"
     )
 
 
 def test_a_run_that_fails_says_so_in_a_line(capsys, tmp_path):
-    assert "Did you mean resnet18?" in run_error(capsys, "info", "--teacher", "resnet_18").replace(",", "?")
-    assert "no such model" in run_error(capsys, "evaluate", "--model", "nobody/nothing", "--dataset", "d")
-    assert "There is no" in run_error(capsys, "card", tmp_path)
-    assert "There is no folder" in run_error(capsys, "push", "--model", tmp_path / "no", "--repo-id", "a/b")
+    assert re.search(r"resnet_18.* resnet18\b", run_error(capsys, "info", "--teacher", "resnet_18"))
+    assert "nobody/nothing" in run_error(capsys, "evaluate", "--model", "nobody/nothing", "--dataset", "d")
+    assert "noisekd.json" in run_error(capsys, "card", tmp_path)
+    assert str(tmp_path / "no") in run_error(capsys, "push", "--model", tmp_path / "no", "--repo-id", "a/b")
 
 
 @pytest.mark.parametrize(
@@ -414,10 +414,9 @@ def test_where_there_are_no_statistics_commands_that_need_them_say_so_first(teac
     out = ["--output-dir", tmp_path / "out"]
     for other in (["--dataset", "no/such"], ["--teacher", teacher]):
         error = run_error(capsys, "recalibrate", "--model", model, *other, *out)
-        assert "nothing to recalibrate" in error
-        assert "answers single images as it is" in error
+        assert "no BatchNorm" in error
     error = run_error(capsys, "export", "--model", model, "--int8", "--output", tmp_path / "int8.onnx")
-    assert "--int8 makes images of stored BatchNorm statistics" in error
+    assert "--int8 " in error
     assert [path.name for path in tmp_path.iterdir()] == ["convnext"]
 
 
@@ -442,7 +441,7 @@ def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
     command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "6"]
     command += ["--learning-rate", "1e20", "--max-grad-norm", "0", "--warmup-steps", "0", "--logging-steps", "2"]
-    assert re.search(r"loss is (nan|inf) at step \d", run_error(capsys, *command))
+    assert re.search(r"(nan|inf) .*step \d", run_error(capsys, *command))
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -502,18 +501,18 @@ def test_an_interrupted_distillation_says_in_a_line_how_to_go_on(teacher, tmp_pa
     command += ["--save-steps", "2", "--num-calibration-images", "0"]
     if "save" in by:
         interrupt("_save_rng_state", 1)
-        words, left = "step 2: there is no checkpoint yet", set()
+        words, left = "step 2: .*no checkpoint", set()
     elif "end" in by:
         interrupt("evaluate", 1)
-        words, left = f"student is whole in {tmp_path / 'out'}", {"config.json", "model.safetensors"}
+        words, left = str(tmp_path / "out"), {"config.json", "model.safetensors"}
     elif "checkpoint" in by:
         monkeypatch.setattr("threading.Timer.start", lambda timer: timer.function())  # transformers waits for seconds
         interrupt("compute_loss", 4)
         command += ["--enable-jit-checkpoint"]
-        words, left = r"step \d: .*--resume-from-checkpoint goes on from .*checkpoint-\d", {"checkpoint-2"}
+        words, left = r"step \d: .*--resume-from-checkpoint .*checkpoint-\d", {"checkpoint-2"}
     else:
         interrupt("compute_loss", 4)
-        words, left = "step 3: .*--resume-from-checkpoint goes on from .*checkpoint-2", {"checkpoint-2"}
+        words, left = "step 3: .*--resume-from-checkpoint .*checkpoint-2", {"checkpoint-2"}
     capsys.readouterr()
     assert main(command) == {"SIGINT": 130, "SIGTERM": 143}[by.split()[0]]
     output, message = capsys.readouterr()
@@ -552,9 +551,9 @@ def test_weights_that_are_not_finite_are_not_measured(student, teacher, images, 
         ["export", "--model", damaged, "--output", tmp_path / "new"],
         ["info", "--teacher", damaged],
     ):
-        assert "'fc.weight' holds a NaN" in run_error(capsys, *command)
+        assert re.search(r"'fc\.weight' .*NaN", run_error(capsys, *command))
     distilling = ["distill", "--student", damaged, "--teacher", teacher, *to]
-    assert "'fc.weight' holds a NaN" in usage_error(capsys, *distilling)
+    assert re.search(r"'fc\.weight' .*NaN", usage_error(capsys, *distilling))
     assert not (tmp_path / "new").exists()
 
 
@@ -570,7 +569,7 @@ def test_evaluate(teacher, student, images, tmp_path, capsys):
     table = capsys.readouterr().out
     for statistics in ("running", "batch"):
         assert re.search(rf"{statistics} statistics +{scores[statistics]['accuracy']:.2f}", table)
-    assert "no validation split" in run_error(capsys, *command, "--split", "validation")
+    assert "validation" in run_error(capsys, *command, "--split", "validation")
 
 
 def test_recalibrate(student, images, tmp_path, capsys):
@@ -613,14 +612,14 @@ def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
     assert "without data, from 64 images" in (tmp_path / "new" / "README.md").read_text()
 
     message = run_error(capsys, *command, "--output-dir", tmp_path / "poor", "--calibration-steps", "1")
-    assert "do not resemble the teacher's data well enough" in message
+    assert "calibration images" in message
     assert not (tmp_path / "poor").exists()
     save_model(timm.create_model("resnet10_cifar", width=8), tmp_path / "rgb")
     other = ["recalibrate", "--model", student[0], "--teacher", tmp_path / "rgb", "--output-dir", tmp_path / "other"]
-    assert "has images of 1x32x32 and the teacher images of 3x32x32" in run_error(capsys, *other)
+    assert re.search("1x32x32 .*3x32x32", run_error(capsys, *other))
     wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
     for options in ([], ["--teacher", "t", "--dataset", "d"]):
-        assert "give either --teacher" in usage_error(capsys, *wrong, *options)
+        assert re.search("--teacher.*--dataset", usage_error(capsys, *wrong, *options))
 
 
 def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
@@ -653,20 +652,20 @@ def test_info_of_a_teacher_without_batch_norm_and_of_what_cannot_be_one(tmp_path
     save_model(timm.create_model("test_convnext", num_classes=7), tmp_path / "convnext")
     assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 0
     text = capsys.readouterr().out
-    assert "it has no BatchNorm, and as it is answers noise" in text
+    assert "no BatchNorm" in text
     assert "7 classes" in text
     save_model(timm.create_model("test_convnext", num_classes=1), tmp_path / "one")
     assert main(["info", "--teacher", str(tmp_path / "one"), "--batch-size", "4"]) == 1
-    assert "cannot be a teacher: it has one class" in capsys.readouterr().out
+    assert "one class" in capsys.readouterr().out
 
 
 def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4, layer_type="basic")
     save_model(ResNetForImageClassification(config), tmp_path)
     command = ["info", "--teacher", str(tmp_path), "--batch-size", "4"]
-    assert "--input-size CHANNELS HEIGHT WIDTH" in usage_error(capsys, *command)
+    assert "--input-size CHANNELS" in usage_error(capsys, *command)
     assert main([*command, "--input-size", "3", "32", "32"]) == 0
-    assert "does not take images of 5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
+    assert "5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
 
 
 def test_card_and_push(student, hub, tmp_path, capsys):
@@ -698,5 +697,5 @@ def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
         assert re.search(r"running statistics +\d\d\.\d\d", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
     command = ["export", "--model", "m", "--output", "o"]
-    assert "either --int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")
-    assert "--teacher is for --int8" in usage_error(capsys, *command, "--teacher", "t")
+    assert "--int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")
+    assert re.search("--teacher .*--int8", usage_error(capsys, *command, "--teacher", "t"))

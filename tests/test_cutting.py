@@ -77,10 +77,10 @@ def test_layers_that_do_not_bear_it_stay_as_they_are():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({}, "There is no budget"),
+        ({}, "max_macs or max_params"),
         ({"keep": 1.5}, "keep is 1.5"),
-        ({"max_params": 10**9}, r"max_params is 1,000,000,000: use a number between 0 and what the teacher has"),
-        ({"max_macs": 100}, "cannot be cut to 100 multiply-adds"),
+        ({"max_params": 10**9}, "max_params is 1,000,000,000"),
+        ({"max_macs": 100}, "100 multiply-adds"),
     ],
 )
 def test_budgets_that_cannot_be_met(kwargs, message):
@@ -94,5 +94,5 @@ def test_without_images_the_answers_to_noise_are_compared():
 
 
 def test_a_teacher_that_could_not_be_built_again_is_refused():
-    with pytest.raises(ValueError, match="TinyCNN is no timm model"):
+    with pytest.raises(ValueError, match=r"TinyCNN .*timm"):
         shrink(TinyCNN(in_chans=3), 0.5, input_size=SIZE)

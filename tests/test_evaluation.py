@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from conftest import TinyCNN
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from hf_noisekd import NoiseDataset, batch_statistics, evaluate
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluation_loader
@@ -60,7 +60,7 @@ def test_what_is_not_finite_is_not_measured(tiny_cnn, images, whose):
     broken = {"images": images.tensors[0], "model": tiny_cnn.fc.bias, "teacher": teacher.fc.bias}[whose]
     with torch.no_grad():
         broken[-1] = float("nan" if whose == "images" else "inf")
-    with pytest.raises(ValueError, match=f"(?i){whose}.* a NaN"):
+    with pytest.raises(ValueError, match=f"(?i){whose}.* NaN"):
         evaluate(tiny_cnn, images, teacher_model=teacher, batch_size=16)
 
 
@@ -134,19 +134,15 @@ def test_refuses_what_it_cannot_evaluate(tiny_cnn, images):
 
     with pytest.raises(ValueError, match="0 images"):
         evaluate(tiny_cnn, TensorDataset(torch.zeros(0, 1, 8, 8), torch.zeros(0)))
-    with pytest.raises(ValueError, match="1 image:"):
+    with pytest.raises(ValueError, match=r"1 image\b"):
         evaluate(tiny_cnn, TensorDataset(torch.zeros(1, 1, 8, 8), torch.zeros(1)))
-    with pytest.raises(ValueError, match="it has no length"):
+    with pytest.raises(ValueError, match="Stream"):
         evaluate(tiny_cnn, Stream())
-    with pytest.raises(ValueError, match="it has no length"):
+    with pytest.raises(ValueError, match="num_steps"):
         evaluate(tiny_cnn, NoiseDataset((1, 8, 8), 4), teacher_model=tiny_cnn)
-    with pytest.raises(ValueError, match=r"label 3, but the model has 3 classes"):
+    with pytest.raises(ValueError, match=r"label 3.* 3 classes"):
         evaluate(tiny_cnn, TensorDataset(torch.zeros(4, 1, 8, 8), torch.tensor([0, 3, 1, 2])))
     with pytest.raises(ValueError, match="label -1"):
         evaluate(tiny_cnn, TensorDataset(torch.zeros(2, 1, 8, 8), torch.tensor([0, -1])))
-    with pytest.raises(ValueError, match="no labels and there is no teacher_model"):
+    with pytest.raises(ValueError, match=r"labels .*teacher_model"):
         evaluate(tiny_cnn, NoiseDataset((1, 8, 8), 4, 1))
-
-
-def test_loader_is_an_ordinary_data_loader(images):
-    assert isinstance(evaluation_loader(images, 16), DataLoader)

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -119,13 +120,13 @@ def test_a_recipe_goes_on_with_what_is_finished(experiment, tmp_path, monkeypatc
     again.teacher = first_teacher = tiny.teacher
     assert again.prepare_teacher() is first_teacher
     again.teacher = again.build("resnet18_cifar").eval()
-    with pytest.raises(ValueError, match=r"the run 'white' has another teacher than .*teacher\. Give that one"):
+    with pytest.raises(ValueError, match=r"'white' .*teacher.*--output-dir"):
         again.prepare_teacher()
-    with pytest.raises(ValueError, match=r"its seed is 0, and now it is 1\. Make it the same, or begin anew"):
+    with pytest.raises(ValueError, match=r"seed is 0.* 1.*--output-dir"):
         experiment(*options, "--resume", "--seed", 1)
-    with pytest.raises(ValueError, match=r"configuration is .* and now it is"):
+    with pytest.raises(ValueError, match=r"configuration is .*max_steps"):
         experiment(*options, "--resume", "--max-steps", 3)
-    with pytest.raises(ValueError, match=r"There is no .*results.json to go on with"):
+    with pytest.raises(ValueError, match=r"results\.json.*--resume"):
         experiment("--output-dir", tmp_path / "other", "--resume")
 
 
@@ -168,10 +169,10 @@ def test_max_steps_makes_no_training_longer(experiment):
 
 
 def test_what_cannot_work_is_found_before_anything_is_trained(experiment, small_teacher, cifar10, tmp_path):
-    with pytest.raises(ValueError, match=r"no architecture 'resnet18_cifra'\. Did you mean resnet18_cifar"):
+    with pytest.raises(ValueError, match=r"'resnet18_cifra'.*resnet18_cifar"):
         experiment(preset=PRESET | {"students": ["resnet10_cifar", "resnet18_cifra"]})
     save_model(timm.create_model("resnet10_cifar", width=4, num_classes=3), tmp_path / "three")
-    with pytest.raises(ValueError, match=rf"three has 3 classes and {cifar10.name} 10: give one that was trained"):
+    with pytest.raises(ValueError, match=f"three .*3 classes .*{cifar10.name} 10"):
         experiment("--teacher", tmp_path / "three")
 
 
@@ -193,7 +194,7 @@ def test_a_configuration_of_a_local_data_set_can_be_named(experiment, tmp_path):
     (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     subject = experiment("--dataset", tmp_path / "data", "--dataset-config", "letters")
     assert subject.train_dataset.pretrained_cfg["num_classes"] == 6
-    with pytest.raises(ValueError, match="cannot be loaded: Config name is missing"):
+    with pytest.raises(ValueError, match=str(tmp_path / "data")):
         experiment("--dataset", tmp_path / "data")
 
 
@@ -217,7 +218,7 @@ def test_only_a_student_that_noise_taught_is_pushed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tiny.py", "--push-to", "alice/student", "--rows", "supervised"])
     with pytest.raises(SystemExit):
         run_table("tiny", "doc", {"cpu": PRESET})
-    assert "--push-to pushes the first student of the row noise-batch: add it to --rows." in capsys.readouterr().err
+    assert re.search("--push-to .*noise-batch.*--rows", capsys.readouterr().err)
 
 
 def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
@@ -245,7 +246,7 @@ def test_photos_are_those_that_the_given_teacher_wants(tmp_path):
     # transformers' ResNet does not say its size outside the image processor.
     assert images("--teacher", str(tmp_path / "transformers")) == ((3, 24, 24), mean)
     (tmp_path / "transformers" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="transformers does not say how it wants its images: save an image processor"):
+    with pytest.raises(ValueError, match=r"transformers .*image processor"):
         images("--teacher", str(tmp_path / "transformers"))
 
 

@@ -66,19 +66,19 @@ def test_the_report_is_of_the_images_held_out(exported, images, tmp_path, monkey
 
 
 def test_noise_and_images_that_are_not_good_enough_are_refused(exported, images, tmp_path):
-    with pytest.raises(ValueError, match="not taken from noise"):
+    with pytest.raises(ValueError, match="noise"):
         quantize_onnx(exported, tmp_path / "int8.onnx", NoiseDataset((1, 32, 32), 8, 2))
     poor = CalibrationImages(images.pixel_values, images.held_out, batch_size=8, seed=0, distance=1, self_agreement=40)
-    with pytest.raises(ValueError, match="do not resemble the teacher's data"):
+    with pytest.raises(ValueError, match="40"):
         quantize_onnx(exported, tmp_path / "int8.onnx", poor)
-    with pytest.raises(ValueError, match="There is no image to calibrate with"):
+    with pytest.raises(ValueError, match="no image"):
         quantize_onnx(exported, tmp_path / "int8.onnx", [])
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_answers_differently_is_not_left(exported, images, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "_agreement", lambda *args: 30.0)
-    with pytest.raises(RuntimeError, match="to 30 % of the images only: no file was written"):
+    with pytest.raises(RuntimeError, match="30 %"):
         quantize_onnx(exported, tmp_path / "int8.onnx", images)
     assert not list(tmp_path.iterdir())
 

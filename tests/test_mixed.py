@@ -63,9 +63,9 @@ def test_augmentation_is_a_function_of_the_step_whatever_it_draws_from():
 
 
 def test_images_that_do_not_fit_the_noise_are_refused(images):
-    with pytest.raises(ValueError, match=r"size \(1, 8, 8\) and the noise \(1, 9, 9\)"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\) .*\(1, 9, 9\)"):
         MixedDataset((1, 9, 9), 4, images=images)
-    with pytest.raises(ValueError, match="images is empty"):
+    with pytest.raises(ValueError, match=r"images .*empty"):
         MixedDataset(SIZE, 4, images=[])
 
 

@@ -147,7 +147,7 @@ def test_resolutions_of_structured_noise_are_on_by_default_and_can_be_turned_off
 
 
 def test_resolutions_need_the_length_of_the_training():
-    with pytest.raises(ValueError, match="pass total_steps"):
+    with pytest.raises(ValueError, match="total_steps"):
         NoiseDataset((3, 32, 32), 2, distribution="structured").draw(0)
 
 
@@ -157,7 +157,7 @@ def test_reads_resolutions():
     assert parse_resolutions("1") == {1: 1}
     assert resolutions_text({0.5: 0.6, 0.75: 0.25, 1.0: 0.15}) == "0.5:0.6,0.75:0.25,1:0.15"
     for text in ("half:1", "2:1", "0:1", "0.5:-1", "", "0.5:1,0.5:1", "1:1,0.5:1,1.0:1", "0.5:1:1"):
-        with pytest.raises(ValueError, match=r"resolutions is .* such as '0.5:0.6,1:0.4'"):
+        with pytest.raises(ValueError, match=f"resolutions is {text!r}"):
             parse_resolutions(text)
 
 
@@ -170,12 +170,12 @@ def test_reads_resolutions():
         ({"num_steps": 0}, "num_steps"),
         ({"std": 0.0}, "std"),
         ({"std": float("nan")}, "std"),
-        ({"resolutions": {0.5: 1, 1: float("inf")}}, "sizes in"),
+        ({"resolutions": {0.5: 1, 1: float("inf")}}, r"\(0, 1\]"),
         ({"resolutions": "2:1"}, "resolutions is '2:1'"),
-        ({"resolutions": {}}, "sizes in"),
-        ({"resolutions": {1.5: 1}}, "sizes in"),
-        ({"resolutions": {1: 0}}, "sizes in"),
-        ({"distribution": "wite"}, "Did you mean 'white'"),
+        ({"resolutions": {}}, r"\(0, 1\]"),
+        ({"resolutions": {1.5: 1}}, r"\(0, 1\]"),
+        ({"resolutions": {1: 0}}, r"\(0, 1\]"),
+        ({"distribution": "wite"}, "'white'"),
         ({"rank": MAX_RANKS}, "rank"),
         ({"rank": -1}, "rank"),
     ],
@@ -189,12 +189,12 @@ def test_refuses_a_distribution_that_gives_another_shape():
     def half(generator, shape):
         return torch.zeros((*shape[:-1], shape[-1] // 2))
 
-    with pytest.raises(ValueError, match=r"'half' gave the shape \(2, 1, 4, 2\) where \(2, 1, 4, 4\) was asked for"):
+    with pytest.raises(ValueError, match=r"'half' .*\(2, 1, 4, 2\) .*\(2, 1, 4, 4\)"):
         NoiseDataset((1, 4, 4), 2, distribution=half).draw(0)
 
 
 def test_refuses_a_step_out_of_range_and_a_model_without_size():
-    with pytest.raises(ValueError, match="step must be"):
+    with pytest.raises(ValueError, match=f"step .*{MAX_STEPS - 1}"):
         NoiseDataset((1, 2, 2)).draw(MAX_STEPS)
-    with pytest.raises(ValueError, match="does not say what input size"):
+    with pytest.raises(ValueError, match=r"Linear .*input_size"):
         NoiseDataset.for_model(nn.Linear(2, 2))

@@ -87,15 +87,15 @@ def test_a_layer_at_distance_zero_does_not_hide_the_others(taught_by):
 
 
 def test_says_what_cannot_be_measured(tiny_cnn):
-    with pytest.raises(ValueError, match="Did you mean 'white'"):
+    with pytest.raises(ValueError, match="'white'"):
         noise_fit(tiny_cnn, "wite", **SIZE)
     with pytest.raises(ValueError, match="input_size"):
         noise_fit(tiny_cnn, "white")
-    with pytest.raises(ValueError, match="teacher does not take images of 3x8x8"):
+    with pytest.raises(ValueError, match=r"teacher .*3x8x8"):
         noise_fit(tiny_cnn, "white", input_size=(3, 8, 8))
     damaged = copy.deepcopy(tiny_cnn)
     damaged.fc.weight.data[0] = torch.nan
-    with pytest.raises(ValueError, match=r"'fc\.weight' holds a NaN"):
+    with pytest.raises(ValueError, match=r"'fc\.weight' .*NaN"):
         noise_fit(damaged, "white", **SIZE)
     for layer in (tiny_cnn.bn1, tiny_cnn.bn2, tiny_cnn.bn3):
         layer.running_mean = layer.running_var = None

@@ -139,27 +139,27 @@ def test_text_of_a_mixture_reads_back():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("wite", "Did you mean 'white'"),
-        ("", "must be names"),
+        ("wite", "'white'"),
+        ("", "names"),
         ("white:-1", "above 0"),
         ("white:nan", "above 0"),
         ("white:inf", "above 0"),
         ("white:x", "above 0"),
-        ("white,white", "each once"),
+        ("white,white", "once"),
         ("white|cutmix:2", r"\(0, 1\]"),
         ("white|dead_leaves", "none of cutmix"),
-        ("white|", "must be names"),
+        ("white|", "names"),
         ("white|cutmix(2)", "none of cutmix"),
-        ("white(2)", "white takes no parameter, found 2"),
+        ("white(2)", "white .*no parameter.* 2"),
         ("low_resolution(0.5)", "at least 1"),
         ("fractal(0)", "at least 1"),
         ("fractal(1000000000)", "at most 20"),
-        ("dead_leaves(2.7)", "must be whole"),
+        ("dead_leaves(2.7)", "whole"),
         ("dead_leaves(0)", "at least 1"),
         ("spectrum(11)", r"\[0, 10\]"),
-        ("spectrum(x)", "plain number, such as"),
-        ("spectrum(-1)", "plain number, such as"),
-        ("spectrum(1.2.3)", "plain number, such as"),
+        ("spectrum(x)", "plain number"),
+        ("spectrum(-1)", "plain number"),
+        ("spectrum(1.2.3)", "plain number"),
         ("wite(x)", "none of"),
         ("white|mirror|cutmix", "one '|'"),
         ("structured,white", "stands alone"),
@@ -179,5 +179,5 @@ def test_a_registered_distribution_is_known_by_its_name(monkeypatch):
     register_noise("sevens", lambda generator, shape: torch.full(shape, 8.0))  # as a notebook's cell that is run again
     assert (noise.draw(0).flatten(1) == 8).all(1).sum() == 2
     for name in ("white", "structured", "cutmix", "a:b", ""):
-        with pytest.raises(ValueError, match="one of this package's names, or no identifier"):
+        with pytest.raises(ValueError, match=f"{name!r} .*identifier"):
             register_noise(name, lambda generator, shape: torch.zeros(shape))

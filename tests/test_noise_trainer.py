@@ -1,6 +1,7 @@
 """The training itself: its loss, its precision, its seed, and its end where it diverges."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_a_student_that_a_cpu_trains_wrongly_in_bfloat16_is_trained_in_float32(t
         assert args.bf16 is bf16  # the caller's
         students.append(digest(trainer.model))
     assert students[0] == students[1]
-    assert "trained in float32: its layer 4 gets maps so small from images of 1x16x16" in caplog.text
+    assert re.search("float32: .*layer 4 .*1x16x16", caplog.text)
     at_full_size = config(tmp_path, bf16=True, use_cpu=True, input_size=[1, 32, 32], resolutions="1")
     assert NoiseKDTrainer(shrinking(), tiny_cnn, at_full_size).accelerator.mixed_precision == "bf16"
 
@@ -155,14 +156,12 @@ def test_training_ends_at_the_first_loss_that_is_not_finite(tiny_cnn, tmp_path):
                 optimizer.param_groups[0]["lr"] = float("inf")
 
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options), callbacks=[Diverge()])
-    with pytest.raises(FloatingPointError, match=r"at step 6\. .*learning rate.* checkpoint .*checkpoint-5\."):
+    with pytest.raises(FloatingPointError, match=r"step 6\b.*learning rate.*checkpoint-5\b"):
         trainer.train()
     assert not (tmp_path / "out" / "checkpoint-6").exists()
     recorder = Recorder()
     args = config(tmp_path / "new", max_steps=40, logging_steps=5, **DIVERGING)
-    with pytest.raises(
-        FloatingPointError, match=r"loss is (nan|inf) at step 5\. .*max_grad_norm=1.*no whole checkpoint"
-    ):
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) .*step 5\b.*max_grad_norm=1.*no whole checkpoint"):
         NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[recorder]).train()
     assert recorder.log == []
 
@@ -170,7 +169,7 @@ def test_training_ends_at_the_first_loss_that_is_not_finite(tiny_cnn, tmp_path):
 @pytest.mark.parametrize("options", [{"logging_strategy": "no"}, {"logging_nan_inf_filter": True}])
 def test_a_student_that_is_not_finite_is_not_returned_where_nothing_is_logged(tiny_cnn, tmp_path, options):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options, **DIVERGING))
-    with pytest.raises(FloatingPointError, match="at step 6"):
+    with pytest.raises(FloatingPointError, match="step 6"):
         trainer.train()
     with pytest.raises(FloatingPointError):
         trainer.save_model()
@@ -179,7 +178,7 @@ def test_a_student_that_is_not_finite_is_not_returned_where_nothing_is_logged(ti
 
 def test_training_data_that_are_not_finite_are_told_from_a_student_that_diverges(tiny_cnn, tmp_path):
     noise = NoiseDataset((1, 8, 8), 16, 4, distribution=lambda generator, shape: torch.full(shape, float("nan")))
-    with pytest.raises(FloatingPointError, match="teacher's answers were not finite"):
+    with pytest.raises(FloatingPointError, match=r"teacher.* finite"):
         NoiseKDTrainer(student(), tiny_cnn, config(tmp_path), train_dataset=noise, eval_dataset=images()).train()
 
 

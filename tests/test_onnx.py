@@ -128,27 +128,27 @@ def test_a_saved_student_answers_alike_and_tells_its_classes_and_preprocessing(s
 def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
     made_by_noise(batch_norm="batch").attach(student)
     save_model(student, tmp_path / "student")
-    with pytest.raises(ValueError, match=rf"those of noise.*recalibrate --model {tmp_path / 'student'} "):
+    with pytest.raises(ValueError, match=f"recalibrate --model {tmp_path / 'student'} "):
         export_onnx(tmp_path / "student", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"recalibrate --model \.\.\. --output-dir"):
         export_onnx(student, tmp_path / "model.onnx")
     exportable.bn2.running_mean = None
-    with pytest.raises(ValueError, match="layer 'bn2' keeps no running statistics"):
+    with pytest.raises(ValueError, match=r"'bn2' .*track_running_stats"):
         export_onnx(exportable, tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 
 
 def test_refuses_what_makes_no_file(exportable, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="is a folder: name the file"):
+    with pytest.raises(ValueError, match="folder"):
         export_onnx(exportable, tmp_path)
-    with pytest.raises(ValueError, match=r"TinyCNN does not say its input size: set `model.pretrained_cfg"):
+    with pytest.raises(ValueError, match=r"TinyCNN .*model\.pretrained_cfg"):
         export_onnx(TinyCNN(), tmp_path / "model.onnx")
     monkeypatch.setattr("hf_noisekd.onnx.floats.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GiB in float32"):
         export_onnx(exportable, tmp_path / "model.onnx")
     monkeypatch.undo()
     exportable.fc.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"'fc\.weight' of the model holds a NaN"):
+    with pytest.raises(ValueError, match=r"'fc\.weight' .*NaN"):
         export_onnx(exportable, tmp_path / "model.onnx")
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_answers_differently_is_not_left(exportable, tmp_path):
     (tmp_path / "model.onnx").write_text("the file of yesterday")
     model = Noisy()
     model.pretrained_cfg = {"input_size": (1, 8, 8)}
-    with pytest.raises(RuntimeError, match=r"onnxruntime's logits differ by .* on 1 random image: no file"):
+    with pytest.raises(RuntimeError, match=r"logits differ .*\b1 random image\b"):
         export_onnx(model, tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "the file of yesterday"
@@ -168,7 +168,7 @@ def test_a_file_that_answers_differently_is_not_left(exportable, tmp_path):
 
 def test_says_what_to_install(exportable, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r'needs onnxruntime: install with `pip install "hf-noisekd\[export\]"`'):
+    with pytest.raises(ImportError, match=r'onnxruntime.*"hf-noisekd\[export\]"'):
         export_onnx(exportable, tmp_path / "model.onnx")
 
 

@@ -145,14 +145,14 @@ def test_runs_are_copied_by_recipe_preset_and_seed(recipes, tmp_path, monkeypatc
     page = (recipes / "README.md").read_text()
     assert page.count("![") == 1
     assert "![one cpu curves](results/one_cpu_curves.png)" in page
-    with pytest.raises(ValueError, match=r"has no results\.json: give the --output-dir of a recipe"):
+    with pytest.raises(ValueError, match=r"results\.json.*--output-dir"):
         copy_results(tmp_path / "nothing", recipes / "results")
     other = record(0, run("noise", 60.0, "small"))
     (tmp_path / "run0" / "results.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match=r"has runs that .* lacks, noise of big: run the recipe with all its rows"):
+    with pytest.raises(ValueError, match="noise of big"):
         copy_results(tmp_path / "run0", recipes / "results")
     (tmp_path / "run0" / "results.json").write_text(json.dumps(other | {"configuration": {"max_steps": 3}}))
-    with pytest.raises(ValueError, match="is a trial with --max-steps"):
+    with pytest.raises(ValueError, match="--max-steps"):
         copy_results(tmp_path / "run0", recipes / "results")
 
 

@@ -164,12 +164,12 @@ def test_a_student_is_pushed_at_the_end(hub, tmp_path):
 
 
 FAILURES = [
-    (401, "no valid token"),
-    (403, "may not write"),
+    (401, "hf auth login"),
+    (403, "write access to this organisation"),
     (409, "at the same time"),
     (429, "too many requests"),
-    (500, "fault of its own"),
-    ("cut", "the connection failed"),
+    (500, "later"),
+    ("cut", "connection"),
 ]
 
 
@@ -210,20 +210,20 @@ def test_the_hub_is_asked_before_the_first_step(hub, tmp_path, failure, message)
 
 def test_bad_ids_and_tokens_are_refused(hub, tmp_path, monkeypatch):
     for repo_id in ("a/b/c", "alice/white space", "-alice/x", "alice/x.git"):
-        with pytest.raises(HubError, match="must have the form"):
+        with pytest.raises(HubError, match="form organisation/name"):
             check_hub_access(repo_id)
-    with pytest.raises(HubError, match="no valid token"):
+    with pytest.raises(HubError, match="HF_TOKEN"):
         check_hub_access("alice/student", token="hf_unknown")
-    with pytest.raises(HubError, match="may not write"):
+    with pytest.raises(HubError, match=r"token .*organisation"):
         check_hub_access("somebody/student")
     # A token that can only read, and a repository that is there: creating it "again" would go unnoticed.
     hub.create_repo("alice/there")
     for repo_id in ("alice/there", "alice/new"):
-        with pytest.raises(HubError, match="may not write"):
+        with pytest.raises(HubError, match=r"token .*organisation"):
             check_hub_access(repo_id, token="hf_read")
     assert check_hub_access("there") == "alice/there"
     monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(HubError, match="no valid token"):
+    with pytest.raises(HubError, match="HF_TOKEN"):
         check_hub_access("alice/student")
 
 
@@ -234,7 +234,7 @@ def test_pushes_a_folder(hub, tmp_path):
     assert hub.repo("alice/model").private
     assert hub.repo("alice/model").head["title"] == "First"
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match=r"no folder|not a model folder"):
+        with pytest.raises(ValueError, match="folder"):
             push_model(folder, "alice/other")
 
 
@@ -256,7 +256,7 @@ def test_a_licence_that_the_hub_does_not_list_has_a_name(hub, tmp_path, caplog, 
     args = NoiseKDConfig(str(tmp_path / "student"), max_steps=1, per_device_train_batch_size=4, disable_tqdm=True)
     args.num_calibration_images = 0
     run = NoiseKDTrainer("resnet10_cifar", str(tmp_path / "teacher"), args)
-    assert ("does not list" in caplog.text) == (expected[0] == "other")
+    assert ("license: other" in caplog.text) == (expected[0] == "other")
     run.train()
     run.save_model()
     run.create_model_card()
@@ -301,7 +301,7 @@ def test_offline_makes_no_request_and_says_what_is_missing(hub, tmp_path, monkey
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     load_teacher("alice/teacher")  # from the cache
     for source in ("alice/other", "resnet10t.c3_in1k"):
-        with pytest.raises(ValueError, match="not in the local cache, and HF_HUB_OFFLINE=1 forbids requests"):
+        with pytest.raises(ValueError, match=r"local cache.*HF_HUB_OFFLINE=1"):
             load_teacher(source)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE=1"):
         check_hub_access("alice/student")

@@ -125,7 +125,7 @@ class Failing:
 
 @pytest.mark.parametrize(
     ("batches", "error"),
-    [([torch.full((8, 1, 8, 8), torch.nan)], "'bn1' saw a NaN or an infinity"), (Failing(), "gone")],
+    [([torch.full((8, 1, 8, 8), torch.nan)], "'bn1' .*NaN"), (Failing(), "gone")],
 )
 def test_whatever_fails_changes_nothing(tiny_cnn, batches, error):
     before = snapshot(tiny_cnn)
@@ -136,14 +136,14 @@ def test_whatever_fails_changes_nothing(tiny_cnn, batches, error):
 
 def test_a_model_that_stores_no_statistics_is_refused():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(1, track_running_stats=False))
-    with pytest.raises(ValueError, match="store no running statistics"):
+    with pytest.raises(ValueError, match="track_running_stats"):
         recalibrate_batch_norm(model, [torch.randn(8, 1, 8, 8)])
 
 
 def test_recalibration_refuses_too_few_images(tiny_cnn):
-    with pytest.raises(ValueError, match="got no batch"):
+    with pytest.raises(ValueError, match="no batch"):
         recalibrate_batch_norm(tiny_cnn, [])
-    with pytest.raises(ValueError, match="'bn3' saw one value a channel"):
+    with pytest.raises(ValueError, match=r"'bn3' .*one value"):
         recalibrate_batch_norm(tiny_cnn, [torch.randn(1, 1, 8, 8)])
 
 
@@ -162,9 +162,7 @@ def test_a_recalibrated_student_knows_that_it_is(tiny_cnn, library):
 def test_a_student_whose_making_cannot_be_read_is_left_alone(tiny_cnn):
     tiny_cnn.noisekd = {"batch_norm": "batch"}
     before = snapshot(tiny_cnn)
-    with pytest.raises(
-        ValueError, match=r"section 'noisekd' of the model cannot be read: .*Take it out of config\.json"
-    ):
+    with pytest.raises(ValueError, match=r"'noisekd' .*config\.json"):
         recalibrate_batch_norm(tiny_cnn, [torch.randn(8, 1, 8, 8)])
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_cnn.state_dict().items())
 

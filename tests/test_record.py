@@ -78,7 +78,7 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
     write_record(known, tmp_path)
     assert json.loads((tmp_path / "noisekd.json").read_text()) == data, "a fact was lost"
     for name, part, missing in (
-        ("noisekd", "teacher", "Provenance missing .*'teacher'"),
+        ("noisekd", "teacher", "Provenance .*'teacher'"),
         ("model", "library", "'library'"),
     ):
         broken = data | {name: {key: value for key, value in data[name].items() if key != part}}
@@ -86,7 +86,7 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
         with pytest.raises(ValueError, match=f"is no record: .*{missing}"):
             read_record(tmp_path)
     (tmp_path / "noisekd.json").write_text(json.dumps(data | {"model": 3}))
-    with pytest.raises(ValueError, match="ModelFacts must be a mapping, found int"):
+    with pytest.raises(ValueError, match=r"ModelFacts .*int"):
         read_record(tmp_path)
 
 

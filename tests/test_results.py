@@ -69,7 +69,7 @@ def test_results_file_has_the_documented_schema(results, tmp_path):
 
 def test_results_that_could_be_gone_on_with_are_not_overwritten(results, tmp_path):
     parser = recipe_parser("doc", "tiny", {"cpu": {}}, resumes=True)
-    with pytest.raises(ValueError, match=r"results.json holds results already: pass --resume .* or another --output"):
+    with pytest.raises(ValueError, match=r"results\.json .*--resume .*--output-dir"):
         Results("tiny", parser.parse_args(["--output-dir", str(tmp_path)]), {})
     Results("tiny", parser.parse_args(["--output-dir", str(tmp_path / "other")]), {})
 
@@ -113,7 +113,7 @@ def test_measurements_are_recorded_and_printed(results, tmp_path, capsys):
 
 def test_a_student_that_cannot_be_pushed_is_not_trained(hub, tmp_path):
     options = recipe_parser("doc", "tiny", {"cpu": {}}, pushes=True).parse_args(["--push-to", "somebody/student"])
-    with pytest.raises(HubError, match="may not write"):
+    with pytest.raises(HubError, match="somebody/student"):
         Results("tiny", options, {})
 
 

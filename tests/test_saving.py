@@ -126,7 +126,7 @@ def test_transformers_weights_that_are_missing_are_not_made_up(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["classifier.1.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit.*classifier\.1\.weight"):
+    with pytest.raises(ValueError, match=r"classifier\.1\.weight"):
         load_teacher(tmp_path)
 
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_said_of_preprocessing_is_said_aloud(processor, scale_is_
     teacher = teacher_with(processor, tmp_path / "teacher")
     student = load_student("resnet10_cifar", num_classes=4, input_size=(3, 32, 32))
     check_can_be_saved(student, (3, 32, 32), teacher_model=teacher)
-    assert "will not know all of how its teacher wants its images" in caplog.text
+    assert "pretrained_cfg" in caplog.text
     save_model(student, tmp_path / "student", teacher_model=teacher)
     cfg = json.loads((tmp_path / "student" / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"]) == (tuple(OTHERS.values()) if scale_is_known else (None, None))
@@ -295,7 +295,7 @@ def by_hand(change, model="resnet10_cifar"):
     ids=lambda model: type(model).__name__,
 )
 def test_a_model_that_was_changed_by_hand_is_found_before_it_is_trained(model):
-    with pytest.raises(ValueError, match=r"could not be loaded again.*(tensors differ|other answers).*by hand"):
+    with pytest.raises(ValueError, match="by hand"):
         check_can_be_saved(model, (3, 32, 32))
 
 
@@ -352,7 +352,7 @@ def test_a_transformers_teacher_that_declares_no_size_gives_its_processor_on(tmp
 def test_a_conversion_that_dropped_activations_is_told(architecture, convert, warned, caplog):
     model = convert(timm.create_model(architecture, num_classes=4))
     warn_of_lost_activations(model, (3, 32, 32))
-    assert ("drops activations" in caplog.text) == warned
+    assert ("SyncBatchNorm" in caplog.text) == warned
 
 
 def test_the_input_size_is_known_from_what_a_student_was_trained_with(tmp_path):
@@ -372,4 +372,5 @@ def test_two_input_sizes_are_both_told(tmp_path, caplog):
     save_model(ConvNextForImageClassification(config), tmp_path)
     BitImageProcessor(**SHORTEST).save_pretrained(tmp_path)
     assert input_size_of(load_teacher(tmp_path)) == (3, 24, 24)
-    assert "declares images of 3x24x24, and its image processor makes 3x32x32" in caplog.text
+    assert "3x24x24" in caplog.text
+    assert "3x32x32" in caplog.text

@@ -61,12 +61,12 @@ def test_what_the_arguments_of_a_resnet_describe_keeps_its_name(tmp_path, name, 
 def test_a_teacher_that_was_changed_by_hand_cannot_be_cut():
     teacher = timm.create_model("mobilenetv2_050", num_classes=3)
     teacher.bn2.drop = torch.nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="changed by hand"):
+    with pytest.raises(ValueError, match="mobilenetv2_050"):
         build_cut(copy.deepcopy(teacher), teacher, [])
 
 
 def test_only_timm_models_can_be_cut():
-    with pytest.raises(ValueError, match="Sequential is no timm model"):
+    with pytest.raises(ValueError, match=r"Sequential .*timm"):
         timm_model_of(torch.nn.Sequential(torch.nn.Linear(3, 3)))
 
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -36,7 +38,7 @@ def test_a_teacher_without_batch_norm_answers_as_it_is():
 def test_says_what_stands_in_the_way(tiny_cnn):
     frozen = describe_teacher(freeze_batch_norm_2d(timm.create_model("test_resnet", num_classes=7)), batch_size=4)
     assert not frozen["can_teach"]
-    assert "replace them by nn.BatchNorm2d" in frozen["verdict"]
+    assert "nn.BatchNorm2d" in frozen["verdict"]
     damaged = TinyCNN()
     damaged.fc.bias.data[0] = torch.nan
     facts = describe_teacher(damaged, (1, 8, 8), batch_size=4)
@@ -54,4 +56,4 @@ def test_a_teacher_that_answers_noise_with_nan_cannot_teach(tiny_cnn):
     model.load_state_dict(tiny_cnn.state_dict())
     facts = describe_teacher(model.eval(), (1, 8, 8), batch_size=16)
     assert not facts["can_teach"]
-    assert "answers noise with a NaN" in facts["verdict"]
+    assert "NaN" in facts["verdict"]

@@ -87,7 +87,7 @@ def test_resuming_with_another_length_is_refused_where_the_noise_has_several_siz
 
     assert train(4, "0.5:1,1:1") == 4
     resume = {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-4")}
-    with pytest.raises(ValueError, match=r"of 4 steps, and this one has 6: .*max_steps=4, or .*resolutions='1'"):
+    with pytest.raises(ValueError, match=r"max_steps=4.*resolutions='1'"):
         train(6, "0.5:1,1:1", **resume)
     assert train(6, "1", **resume) == 6
 
@@ -132,7 +132,7 @@ def test_a_stream_that_is_resumed_is_said_to_begin_anew(tiny_cnn, tmp_path, capl
     for resume in ({}, {"resume_from_checkpoint": str(tmp_path / "out" / "checkpoint-2")}):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, **options), train_dataset=SizedStream())
         trainer.train(**resume)
-        assert ("exact only if" in caplog.text) == bool(resume)
+        assert ("stream" in caplog.text) == bool(resume)
 
 
 def damage(name, size):
@@ -169,14 +169,14 @@ def test_damaged_checkpoints_are_refused(tiny_cnn, tmp_path, break_it, message):
 
 def test_missing_and_foreign_checkpoints_are_refused(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path))
-    with pytest.raises(ValueError, match="no checkpoint folder"):
+    with pytest.raises(ValueError, match="nowhere"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="no checkpoint to resume from"):
+    with pytest.raises(ValueError, match="no checkpoint"):
         trainer.train(resume_from_checkpoint=True)
     wide = TinyCNN()
     wide.conv1 = nn.Conv2d(1, 8, 5, padding=2, bias=False)
     NoiseKDTrainer(wide, tiny_cnn, config(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)).train()
-    with pytest.raises(ValueError, match=r"of another model: 1 tensors differ, first 'conv1\.weight'"):
+    with pytest.raises(ValueError, match=r"another model.* 'conv1\.weight'"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -192,7 +192,7 @@ def test_resuming_passes_over_a_checkpoint_that_a_kill_left_half_written(tiny_cn
     again = NoiseKDTrainer(student(seed=5), tiny_cnn, config(tmp_path / "killed", **options))
     again.train(resume_from_checkpoint=True)
     assert digest(again.model) == digest(whole.model)
-    passed_over = [record.getMessage() for record in caplog.records if "Passing over" in record.getMessage()]
+    passed_over = [record.getMessage() for record in caplog.records if "checkpoint-" in record.getMessage()]
     assert ["checkpoint-6" in passed_over[0], "checkpoint-4" in passed_over[1], len(passed_over)] == [True, True, 2]
     (output_dir / "checkpoint-2" / "model.safetensors").unlink()
     (output_dir / "checkpoint-4" / "model.safetensors").unlink()

@@ -160,7 +160,7 @@ def test_a_student_is_not_lost_to_what_comes_after(error, tiny_cnn, tmp_path, ca
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
         trainer.train()
     reason = f"{type(error).__name__}: {error}"
-    assert f"keeps the running statistics of its training noise. {reason}" in caplog.text
+    assert reason in caplog.text
     assert trainer.record().noisekd.batch_norm == "batch"
 
 

@@ -67,7 +67,7 @@ def test_a_teacher_logits_of_noise_by_the_statistics_asked_for(make, options, ex
             buffer.uniform_(0.5, 2)
     before = digest(teacher)
     trainer = NoiseKDTrainer(student(), teacher, config(tmp_path, noise="white", bf16=False, **options))
-    assert ("White noise tells a student little" in caplog.text) == (expected == 0)
+    assert ("White noise" in caplog.text) == (expected == 0)
     pixels = torch.randn(16, 1, 8, 8)
     has_layers = any(isinstance(module, nn.BatchNorm2d) for module in teacher.modules())
     with torch.no_grad(), batch_statistics(teacher, weight=expected) if has_layers else nullcontext():
@@ -164,9 +164,9 @@ def a_view(model, teacher):
 def test_a_student_that_shares_weights_with_its_teacher_is_refused(tiny_cnn, tmp_path, share):
     model = student()
     share(model, tiny_cnn)
-    with pytest.raises(ValueError, match=r"shares '.*' with the teacher.*deepcopy"):
+    with pytest.raises(ValueError, match=r"'.*' .*teacher.*deepcopy"):
         NoiseKDTrainer(model, tiny_cnn, config(tmp_path))
-    with pytest.raises(ValueError, match=r"shares 'conv1\.weight'"):
+    with pytest.raises(ValueError, match=r"'conv1\.weight' .*deepcopy"):
         NoiseKDTrainer(tiny_cnn, tiny_cnn, config(tmp_path))
     NoiseKDTrainer(copy.deepcopy(tiny_cnn), tiny_cnn, config(tmp_path))
 
@@ -176,7 +176,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
     monkeypatch.setattr(NoiseKDConfig, "world_size", property(lambda self: 2))
     models = {"student": student(), "teacher": tiny_cnn}
     models[which] = nn.SyncBatchNorm.convert_sync_batchnorm(models[which])
-    with pytest.raises(ValueError, match=r"TinyCNN has SyncBatchNorm layers, .* over all 2 processes"):
+    with pytest.raises(ValueError, match=r"TinyCNN .*SyncBatchNorm .*2 processes"):
         NoiseKDTrainer(*models.values(), config(tmp_path))
 
 
@@ -186,89 +186,93 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         (
             {"teacher_model": NoBatchNorm()},
             {"teacher_statistics": 0.5},
-            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+            "NoBatchNorm .*no BatchNorm .*teacher_statistics",
         ),
         (
             {"teacher_model": NoBatchNorm()},
             {"batch_norm_fraction": 0.5},
-            "NoBatchNorm has no BatchNorm layer that can.*leave teacher_statistics out",
+            "NoBatchNorm .*no BatchNorm .*teacher_statistics",
         ),
-        ({"teacher_model": frozen()}, {}, "TinyCNN has 2 frozen BatchNorm.*replace them .*teacher_statistics=0"),
-        ({"teacher_model": frozen()}, {"teacher_statistics": 0.5}, "no BatchNorm layer .*: set teacher_statistics=0"),
-        ({"model": TinyCNN(num_classes=4)}, {}, "teacher has 3 classes and the student 4.*num_classes=3"),
-        ({"model": TinyCNN(in_chans=3)}, {}, "student does not take images of 1x8x8"),
-        ({"model": timm_model()}, {}, "student takes 3 input channels and the noise has 1: build .*in_chans=1"),
-        ({}, {"input_size": [3, 8, 8]}, "teacher does not take images of 3x8x8"),
-        ({}, {"input_size": None}, "does not say what input size"),
+        ({"teacher_model": frozen()}, {}, "2 frozen .*teacher_statistics=0"),
+        ({"teacher_model": frozen()}, {"teacher_statistics": 0.5}, "no BatchNorm .*teacher_statistics=0"),
+        ({"model": TinyCNN(num_classes=4)}, {}, "num_classes=3"),
+        ({"model": TinyCNN(in_chans=3)}, {}, "student .*1x8x8"),
+        ({"model": timm_model()}, {}, "student .*in_chans=1"),
+        ({}, {"input_size": [3, 8, 8]}, "teacher .*3x8x8"),
+        ({}, {"input_size": None}, "input_size"),
         (
             {"teacher_model": timm_model(), "model": timm_model(input_size=(3, 64, 64))},
             {"input_size": None},
-            "student takes images of 3x64x64 and the noise has 3x32x32",
+            "student .*3x64x64 .*3x32x32",
         ),
-        ({"model": "resnet19_cifar"}, {}, "Unknown model 'resnet19_cifar'.*Did you mean .*resnet18_cifar"),
-        ({"teacher_model": "resnet19"}, {}, "Unknown model 'resnet19'"),
-        ({"teacher_model": "/no/such/folder"}, {}, "no folder"),
-        ({"teacher_model": 3}, {}, "a name, a folder or an nn.Module, got int"),
-        ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' holds a NaN"),
-        ({"model": nan_teacher()}, {}, "student's 'conv2.weight' holds a NaN"),
-        ({"teacher_model": NoLogits()}, {}, r"teacher must map images to logits .*\[2, 8, 8, 8\]"),
+        ({"model": "resnet19_cifar"}, {}, "'resnet19_cifar'.*resnet18_cifar"),
+        ({"teacher_model": "resnet19"}, {}, "'resnet19'"),
+        ({"teacher_model": "/no/such/folder"}, {}, "/no/such/folder"),
+        ({"teacher_model": 3}, {}, "nn.Module.* int"),
+        ({"teacher_model": nan_teacher()}, {}, "teacher's 'conv2.weight' .*NaN"),
+        ({"model": nan_teacher()}, {}, "student's 'conv2.weight' .*NaN"),
+        ({"teacher_model": NoLogits()}, {}, r"teacher .*\[2, 8, 8, 8\]"),
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 1)},
             {},
-            "has 1 and the argument per_device_train_batch_size says 16",
+            "1 .*per_device_train_batch_size .*16",
         ),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "has white and the argument noise says"),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "has 1.0 and the argument noise_std"),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "the argument resolutions says"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "white .*noise .*fractal"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "1.0 .*noise_std .*2.0"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "resolutions .*0.5"),
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 16, resolutions={0.5: 0.6, 1: 0.4})},
             {"resolutions": "1:0.4,0.5:0.6"},
-            "has 0.5:0.6,1:0.4 and the argument resolutions says 1:0.4,0.5:0.6",
+            "0.5:0.6,1:0.4 .*resolutions .*1:0.4,0.5:0.6",
         ),
-        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "images of 1x9x9 and the arguments say 1x8x8"),
+        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "1x9x9 .*1x8x8"),
         (
             {"eval_dataset": NoiseDataset((1, 32, 32), 16, 2, distribution="structured")},
             {"input_size": [1, 32, 32]},
-            "pass total_steps, or resolutions",
+            "total_steps",
         ),
-        ({"eval_dataset": NoiseDataset((3, 8, 8), 16, 2)}, {}, "have 3 channels"),
-        ({"train_dataset": SizedStream()}, {"input_size": None}, "does not say what input size"),
-        ({"teacher_model": TinyCNN().half()}, {}, r"teacher's weights are of type torch.float16: .*teacher.float\(\)"),
-        ({"teacher_model": TinyCNN(num_classes=1), "model": TinyCNN(num_classes=1)}, {}, "teacher has one class"),
+        ({"eval_dataset": NoiseDataset((3, 8, 8), 16, 2)}, {}, "3 channels"),
+        ({"train_dataset": SizedStream()}, {"input_size": None}, "input_size"),
+        ({"teacher_model": TinyCNN().half()}, {}, r"torch.float16: .*teacher.float\(\)"),
+        ({"teacher_model": TinyCNN(num_classes=1), "model": TinyCNN(num_classes=1)}, {}, "one class"),
         (
             {"teacher_model": timm_model(), "model": with_another_head()},
             {"input_size": None},
-            "answers with 10 classes and says that it has 100.*build it with num_classes=10",
+            "100.*num_classes=10",
         ),
         (
             {"teacher_model": timm_model(), "model": timm.create_model("resnet18", num_classes=10, act_layer=nn.SiLU)},
             {"input_size": [3, 32, 32]},
-            "student could not be saved: .*act_layer.* arguments that a config.json can hold",
+            "act_layer.*config.json",
         ),
-        ({"teacher_model": NanAnswers()}, {}, "teacher answers blank images with a NaN"),
-        ({"model": NanAnswers()}, {}, "student answers blank images with a NaN"),
-        ({"teacher_model": traced()}, {}, "2 of 3 normalisations use stored ones"),
-        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True, and TinyCNN has none"),
-        ({}, {"metric_for_best_model": "loss"}, "is 'loss', .* use one of running_agreement, running_kl, batch_"),
-        ({"eval_dataset": images()}, {"metric_for_best_model": "batch_top5_accuracy"}, "use one of running_accuracy, "),
+        ({"teacher_model": NanAnswers()}, {}, "teacher .*blank images .*NaN"),
+        ({"model": NanAnswers()}, {}, "student .*blank images .*NaN"),
+        ({"teacher_model": traced()}, {}, "2 of 3"),
+        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True.*TinyCNN"),
+        ({}, {"metric_for_best_model": "loss"}, "'loss', .*running_agreement, running_kl, batch_"),
+        ({"eval_dataset": images()}, {"metric_for_best_model": "batch_top5_accuracy"}, "running_accuracy, "),
         (
             {"eval_dataset": {"a": images(), "b": images()}},
             {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"},
-            "is 'batch_agreement', .* use one of a_running_accuracy, .*b_batch_kl",
+            "'batch_agreement', .*a_running_accuracy, .*b_batch_kl",
         ),
-        ({"train_dataset": images(33)}, {}, "last batch of an epoch has one image.*dataloader_drop_last=True"),
-        ({"train_dataset": images(1)}, {}, "last batch of an epoch has one image"),
-        ({"train_dataset": images(9)}, {"dataloader_drop_last": True}, "9 training images, less than a batch"),
-        ({"model": TupleInTraining()}, {}, "In training mode TupleInTraining gives a tuple"),
-        ({"model": torch.compile(TinyCNN())}, {}, "student is wrapped in OptimizedModule.*torch_compile=True"),
-        ({"model": nn.DataParallel(TinyCNN())}, {}, "student is wrapped in DataParallel"),
-        ({"teacher_model": torch.compile(TinyCNN().eval())}, {}, "teacher is wrapped in OptimizedModule"),
-        ({"model": TinyCNN().requires_grad_(False)}, {}, "no weight to train"),
+        ({"train_dataset": images(33)}, {}, "33 images .*dataloader_drop_last=True"),
+        ({"train_dataset": images(1)}, {}, "dataloader_drop_last=True"),
+        (
+            {"train_dataset": images(9)},
+            {"dataloader_drop_last": True},
+            "9 .*per_device_train_batch_size",
+        ),
+        ({"model": TupleInTraining()}, {}, "TupleInTraining .*tuple"),
+        ({"model": torch.compile(TinyCNN())}, {}, "student .*OptimizedModule.*torch_compile=True"),
+        ({"model": nn.DataParallel(TinyCNN())}, {}, "student .*DataParallel"),
+        ({"teacher_model": torch.compile(TinyCNN().eval())}, {}, "teacher .*OptimizedModule"),
+        ({"model": TinyCNN().requires_grad_(False)}, {}, "requires_grad_"),
         ({"eval_dataset": images(0)}, {}, "0 images"),
-        ({"eval_dataset": {}}, {}, "empty mapping"),
-        ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "have 3 channels"),
+        ({"eval_dataset": {}}, {}, "eval_dataset .*empty"),
+        ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "3 channels"),
         ({"eval_dataset": {"a": images(), "b": images(1)}}, {}, "1 image"),
-        ({"eval_dataset": images(12, num_classes=5)}, {}, "label 3, but the model has 3 classes"),
+        ({"eval_dataset": images(12, num_classes=5)}, {}, "label 3.* 3 classes"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tiny_cnn, tmp_path, kwargs, options, message):
