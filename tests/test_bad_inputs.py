@@ -46,24 +46,41 @@ def refused(capsys, tmp_path, monkeypatch):
 
 
 OPTIONS = """
---seed -1 | --seed 1.5 | --seed 99999999999 | --data-seed -1 | --learning-rate -1 | --learning-rate nan
---learning-rate fast | --adam-beta1 2 | --adam-beta2 -1 | --adam-epsilon -1 | --weight-decay -1 | --weight-decay nan
+--seed -1 | --seed 1.5 | --seed 99999999999 | --learning-rate -1 | --learning-rate nan
+--learning-rate fast | --weight-decay -1 | --weight-decay nan
 --report-to foo | --report-to wandb,foo | --gradient-checkpointing | --max-steps 9000000 | --max-steps 0
 --gradient-accumulation-steps -1 | --gradient-accumulation-steps 0 | --logging-steps 0 | --max-steps -5
---lr-scheduler-type foo | --lr-scheduler-kwargs {"foo":1} | --lr-scheduler-kwargs {broken | --optim foo
+--lr-scheduler-type foo | --lr-scheduler-kwargs {broken | --optim foo
 --noise wite | --noise structured,white | --noise white:-1 | --noise dead_leaves(x) | --noise white|cutmix:2
 --resolutions 2:1 | --resolutions 0.5:nan | --noise-std 0 | --temperature 0 | --temperature inf | --loss-type mse
 --batch-norm-fraction 2 | --per-device-train-batch-size 1 | --num-calibration-images 1 | --eval-noise-batches 0
 --dataloader-num-workers -1 | --metric-for-best-model loss | --keep 0.5 | --max-macs 0
 --student-args width | --student-args width=x
 --input-size 3 32 | --input-size 3 32 0 | --label-smoothing-factor 0.1 | --fp16-full-eval
---torch-compile-mode foo --torch-compile | --unknown 3 | --max-steps | --bf16 perhaps | --student resnet_18
+--unknown 3 | --max-steps | --bf16 perhaps | --student resnet_18
 """.replace("\n", " | ").split(" | ")
 
 
 @pytest.mark.parametrize("words", [words.strip() for words in OPTIONS if words.strip()])
 def test_options(refused, saved, words):
     refused(2, "distill", "--teacher", saved, "--student", "resnet10_cifar", "--output-dir", "out", *words.split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--adam-beta1 2", "--adam-epsilon -1", '--lr-scheduler-kwargs {"foo":1}', "--optim adamw_bnb_8bit",
+        "--lr-scheduler-type warmup_stable_decay", "--torch-compile --torch-compile-mode foo",
+    ],
+)  # fmt: skip
+def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused, saved, tmp_path, words):
+    (tmp_path / "out").mkdir()
+    refused(1, "distill", "--teacher", saved, "--student", "resnet10_cifar", "--output-dir", "out", *words.split())
+
+
+def test_budgets(refused, saved):
+    for words in ("--keep 2", "--keep 0", "--max-macs 0", "--max-params 99999999"):
+        refused(2, "distill", "--teacher", saved, "--output-dir", "out", *words.split())
 
 
 @pytest.mark.parametrize(
@@ -179,7 +196,7 @@ def tied():
         lambda folder: NoiseKDTrainer(tiny(), "/nowhere", NoiseKDConfig(folder)),
         lambda folder: NoiseKDTrainer(tiny(), tiny(), NoiseKDConfig(folder)),
         lambda folder: NoiseKDTrainer(tiny(), timm.create_model("vit_tiny_patch16_224"), NoiseKDConfig(folder)),
-        lambda folder: NoiseKDConfig(folder, seed=-1),
+        lambda folder: NoiseKDConfig(folder, weight_decay=-1),
         lambda folder: NoiseDataset((3, 0, 8)),
         lambda folder: NoiseDataset((3, 8, 8), resolutions={1.5: 1}),
         lambda folder: NoiseDataset((3, 8, 8), std=float("nan")),

@@ -207,7 +207,7 @@ def test_teacher_on_running_statistics_where_the_fraction_is_zero(tiny_cnn, tmp_
     torch.testing.assert_close(answers(noise), tiny_cnn(noise))
 
 
-def test_the_teacher_logits_of_noise_as_in_training_and_images_as_it_is_deployed(tiny_cnn, tmp_path):
+def test_the_teacher_is_used_for_noise_as_in_training_and_for_images_as_it_is_deployed(tiny_cnn, tmp_path):
     trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, bf16=False))
     noise = trainer.train_dataset.draw(0)
     torch.testing.assert_close(trainer.reference_logits(images())(noise), tiny_cnn(noise))

@@ -110,7 +110,7 @@ def student():
 def test_a_saved_student_answers_alike_and_tells_its_classes_and_preprocessing(student, tmp_path):
     made_by_noise(batch_norm="running").attach(student)
     save_model(student, tmp_path / "student")
-    export_onnx(tmp_path / "student", tmp_path / "model.onnx")
+    export(tmp_path / "student", tmp_path / "model.onnx")
     pixel_values = torch.randn(4, 1, 32, 32)
     with torch.no_grad():
         assert torch.allclose(answers(tmp_path / "model.onnx", pixel_values), student(pixel_values), atol=1e-5)
@@ -129,7 +129,7 @@ def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
     made_by_noise(batch_norm="batch").attach(student)
     save_model(student, tmp_path / "student")
     with pytest.raises(ValueError, match=f"recalibrate --model {tmp_path / 'student'} "):
-        export_onnx(tmp_path / "student", tmp_path / "model.onnx")
+        export(tmp_path / "student", tmp_path / "model.onnx")
     with pytest.raises(ValueError, match=r"recalibrate --model \.\.\. --output-dir"):
         export_onnx(student, tmp_path / "model.onnx")
     exportable.bn2.running_mean = None
@@ -178,5 +178,5 @@ def test_a_transformers_student_is_exported_in_the_size_that_it_was_taught_with(
     noise = NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 16, 24])
     made_by_noise(batch_norm="running", noise=noise).attach(student)
     save_model(student, tmp_path / "student")
-    export_onnx(tmp_path / "student", tmp_path / "student.onnx")
+    export(tmp_path / "student", tmp_path / "student.onnx")
     assert onnx_session(tmp_path / "student.onnx").get_inputs()[0].shape[1:] == [3, 16, 24]

@@ -35,7 +35,7 @@ from hf_noisekd.models.classifier import class_names, teacher_identity
 from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import unknown_preprocessing
-from hf_noisekd.models.saving import check_can_be_saved, save_model, warn_of_lost_activations
+from hf_noisekd.models.saving import check_can_be_saved, save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 
 
@@ -337,22 +337,6 @@ def test_a_transformers_teacher_that_declares_no_size_gives_its_processor_on(tmp
     save_model(FAMILIES[1], tmp_path / "student", teacher_model=load_teacher(tmp_path / "teacher"))
     save_model(load_teacher(tmp_path / "student"), tmp_path / "again")  # as after a recalibration
     assert list(AutoImageProcessor.from_pretrained(tmp_path / "again").image_mean) == [0.1] * 3
-
-
-@pytest.mark.parametrize(
-    ("architecture", "convert", "warned"),
-    [
-        ("efficientnet_b0", torch.nn.SyncBatchNorm.convert_sync_batchnorm, True),
-        ("mobilenetv3_small_050", torch.nn.SyncBatchNorm.convert_sync_batchnorm, True),
-        ("efficientnet_b0", timm.layers.convert_sync_batchnorm, False),
-        ("resnet10_cifar", torch.nn.SyncBatchNorm.convert_sync_batchnorm, False),
-        ("efficientnet_b0", lambda model: model, False),
-    ],
-)
-def test_a_conversion_that_dropped_activations_is_told(architecture, convert, warned, caplog):
-    model = convert(timm.create_model(architecture, num_classes=4))
-    warn_of_lost_activations(model, (3, 32, 32))
-    assert ("SyncBatchNorm" in caplog.text) == warned
 
 
 def test_the_input_size_is_known_from_what_a_student_was_trained_with(tmp_path):

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import timm
 import torch
@@ -10,7 +8,7 @@ from hf_noisekd import NoiseDataset, batch_statistics
 from hf_noisekd.workflows.teacher_report import describe_teacher
 
 
-def test_measures_what_the_teacher_logits_of_under_either_statistics(digits_teacher):
+def test_measures_what_the_teacher_predicts_with_either_statistics(digits_teacher):
     facts = describe_teacher(digits_teacher, batch_size=32)
     noise = [NoiseDataset((1, 32, 32), 32, distribution="dead_leaves").draw(step) for step in range(2)]
     with torch.no_grad():
@@ -28,11 +26,11 @@ def test_measures_what_the_teacher_logits_of_under_either_statistics(digits_teac
     assert facts["predictions"]["batch"] != facts["predictions"]["running"]
 
 
-def test_a_teacher_without_batch_norm_answers_as_it_is():
+def test_a_teacher_without_batch_norm_is_used_as_it_is():
     facts = describe_teacher(timm.create_model("test_vit", num_classes=7), batch_size=4)
     assert facts["can_teach"]
     assert (facts["batch_norm"], list(facts["predictions"])) == ({}, ["running"])
-    assert "has no BatchNorm" in facts["verdict"]
+    assert "without BatchNorm" in facts["verdict"]
 
 
 def test_says_what_stands_in_the_way(tiny_cnn):
@@ -47,7 +45,7 @@ def test_says_what_stands_in_the_way(tiny_cnn):
     assert "one class" in describe_teacher(TinyCNN(num_classes=1), (1, 8, 8), batch_size=4)["verdict"]
 
 
-def test_a_teacher_that_answers_noise_with_nan_cannot_teach(tiny_cnn):
+def test_a_teacher_whose_logits_are_nan_cannot_teach(tiny_cnn):
     class Roots(TinyCNN):
         def forward(self, x):
             return super().forward(x).sqrt()

@@ -59,7 +59,7 @@ def traced():
         (TinyCNN, {}, 1.0),
     ],
 )
-def test_a_teacher_logits_of_noise_by_the_statistics_asked_for(make, options, expected, tmp_path, caplog):
+def test_logits_for_noise_have_the_statistics_of_the_options(make, options, expected, tmp_path, caplog):
     torch.manual_seed(0)
     teacher = make().eval()
     for name, buffer in teacher.named_buffers():
@@ -126,12 +126,6 @@ class NanAnswers(TinyCNN):
 class NoLogits(TinyCNN):
     def forward(self, x):
         return self.conv1(x)
-
-
-class TupleInTraining(TinyCNN):
-    def forward(self, x):
-        logits = super().forward(x)
-        return (logits, logits) if self.training else logits
 
 
 def timm_model(**cfg):
@@ -223,7 +217,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 16, resolutions={0.5: 0.6, 1: 0.4})},
             {"resolutions": "1:0.4,0.5:0.6"},
-            "0.5:0.6,1:0.4 .*resolutions .*1:0.4,0.5:0.6",
+            "0.5.*resolutions .*1.0",
         ),
         ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "1x9x9 .*1x8x8"),
         (
@@ -238,7 +232,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         (
             {"teacher_model": timm_model(), "model": with_another_head()},
             {"input_size": None},
-            "100.*num_classes=10",
+            "loaded again",
         ),
         (
             {"teacher_model": timm_model(), "model": timm.create_model("resnet18", num_classes=10, act_layer=nn.SiLU)},
@@ -248,7 +242,6 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         ({"teacher_model": NanAnswers()}, {}, "teacher .*blank images .*NaN"),
         ({"model": NanAnswers()}, {}, "student .*blank images .*NaN"),
         ({"teacher_model": traced()}, {}, "2 of 3"),
-        ({}, {"gradient_checkpointing": True}, "gradient_checkpointing is True.*TinyCNN"),
         ({}, {"metric_for_best_model": "loss"}, "'loss', .*running_agreement, running_kl, batch_"),
         ({"eval_dataset": images()}, {"metric_for_best_model": "batch_top5_accuracy"}, "running_accuracy, "),
         (
@@ -258,13 +251,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         ),
         ({"train_dataset": images(33)}, {}, "33 images .*dataloader_drop_last=True"),
         ({"train_dataset": images(1)}, {}, "dataloader_drop_last=True"),
-        (
-            {"train_dataset": images(9)},
-            {"dataloader_drop_last": True},
-            "9 .*per_device_train_batch_size",
-        ),
-        ({"model": TupleInTraining()}, {}, "TupleInTraining .*tuple"),
-        ({"model": torch.compile(TinyCNN())}, {}, "student .*OptimizedModule.*torch_compile=True"),
+        ({"model": torch.compile(TinyCNN())}, {}, "student .*OptimizedModule.*torch_compile"),
         ({"model": nn.DataParallel(TinyCNN())}, {}, "student .*DataParallel"),
         ({"teacher_model": torch.compile(TinyCNN().eval())}, {}, "teacher .*OptimizedModule"),
         ({"model": TinyCNN().requires_grad_(False)}, {}, "requires_grad_"),
@@ -279,11 +266,3 @@ def test_bad_input_is_refused_before_anything_is_written(tiny_cnn, tmp_path, kwa
     with pytest.raises(ValueError, match=message):
         NoiseKDTrainer(**{"model": TinyCNN(), "teacher_model": tiny_cnn, "args": config(tmp_path, **options)} | kwargs)
     assert not (tmp_path / "out").exists()
-
-
-def test_checking_a_student_in_training_mode_does_not_change_it(tiny_cnn, tmp_path):
-    model = student()
-    before = digest(model)
-    trainer = NoiseKDTrainer(model, tiny_cnn, config(tmp_path), train_dataset=images(32))
-    assert digest(trainer.model) == before
-    assert all(parameter.grad is None for parameter in model.parameters())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
@@ -34,6 +35,7 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
         raise ValueError("The teacher has one class: distillation compares logits over two classes or more.")
     check_nothing_shared(model, teacher.model)
     for role, candidate in (("teacher", teacher.model), ("student", model)):
+        check_bare(candidate, role)
         check_finite(candidate, role)
         declared = declared_input_size(candidate) or input_size
         if declared[0] != input_size[0] or (declared != input_size and not explicit_size):
@@ -58,6 +60,14 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
         )
     check_trainable(model)
     check_can_be_saved(model, input_size, teacher_model=teacher.model)
+
+
+def check_bare(model: nn.Module, role: str) -> None:
+    """Check that a model, called `role`, is not wrapped: its weights would be saved under the wrapper's names."""
+    if extract_model_from_parallel(model, keep_torch_compile=False) is not model:
+        raise ValueError(
+            f"The {role} is wrapped in {type(model).__name__}: give the model in it, and torch_compile=True to compile."
+        )
 
 
 def check_trainable(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from hf_noisekd.models.classifier import compute_logits, declared_input_size, lo
 from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
-from hf_noisekd.training.checks import check_last_batch, check_metric, check_trainable
+from hf_noisekd.training.checks import check_bare, check_last_batch, check_metric, check_trainable
 from hf_noisekd.training.config import ClassifierConfig
 
 
@@ -49,6 +49,7 @@ class ClassifierTrainer(BaseTrainer):
             )
         set_seed(args.seed)  # before a model given by name gets its random weights
         model = load_student(model)
+        check_bare(model, "model")
         if train_dataset is not None:
             check_trainable(model)
             if has_batch_norm(model):

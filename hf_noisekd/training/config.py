@@ -8,11 +8,8 @@ from types import NoneType
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.optimization import get_scheduler
 from transformers.utils import is_torch_bf16_gpu_available
 
 from hf_noisekd.noise.dataset import MAX_STEPS
@@ -20,6 +17,9 @@ from hf_noisekd.noise.spec import parse_noise, parse_resolutions
 from hf_noisekd.training.losses import LOSSES
 
 NUMBERS = {int, float, bool, NoneType}
+ABOVE_ZERO = {"gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs"}
+ABOVE_ZERO |= {"steps_per_epoch", "eval_noise_batches", "temperature", "noise_std"}
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "dataloader_num_workers"}
 
 
 @dataclass
@@ -57,8 +57,7 @@ class ClassifierConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        self._check_types()
-        self._check_lengths()
+        self._check_numbers()
         on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         fp16: bool = self.fp16  # type: ignore[has-type]
         in_float32 = self.bf16 is False and not fp16
@@ -97,39 +96,11 @@ class ClassifierConfig(TrainingArguments):
                     "256 where it fits, and at least 2."
                 )
 
-        self._check_what_is_met_in_the_training()
+    def _check_numbers(self) -> None:
+        """Refuse what libraries would take for something else without a word, or say nothing plain of.
 
-    def _check_what_is_met_in_the_training(self) -> None:
-        """Raise a `ValueError` for what would otherwise stop a training that has begun, by the libraries' own words."""
-        for name in ("seed", "data_seed"):
-            if (seed := getattr(self, name)) is not None and not 0 <= seed < 2**32:
-                raise ValueError(f"{name} is {seed}: use a number from 0 to {2**32 - 1}.")
-        for name in ("dataloader_num_workers", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 0 or more.")
-        wanted = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        if missing := set(wanted) - set(get_available_reporting_integrations()) - {"none", "all"}:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise ValueError(
-                f"report_to is {', '.join(sorted(missing))!r}: use one of {known}, after its package is installed."
-            )
-        try:
-            optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(self)
-            if self.learning_rate is None:  # chosen later, by what the student begins as
-                options["lr"] = 1e-3
-            optimizer = optimizer_class([torch.zeros(1, requires_grad=True)], **options)
-            steps = {"num_warmup_steps": self.get_warmup_steps(1), "num_training_steps": 1}
-            get_scheduler(
-                self.lr_scheduler_type, optimizer, **steps, scheduler_specific_kwargs=self.lr_scheduler_kwargs
-            )
-            if self.torch_compile:
-                torch.compile(torch.nn.Identity(), backend=self.torch_compile_backend, mode=self.torch_compile_mode)
-        except (ValueError, TypeError, RuntimeError, ImportError, KeyError) as error:
-            message = " ".join(str(error).split())
-            raise ValueError(f"No training can be set up with these arguments: {message}") from error
-
-    def _check_types(self) -> None:
-        """Refuse what is no number: '1e-3' fails in the optimizer, 'false' would count as true, and NaN as anything."""
+        The text 'false' would count as true, NaN as anything, and a number of steps below 1 as none or no limit.
+        """
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name, None)
             if isinstance(value, str) and {*(typing.get_args(hint) or [hint])} <= NUMBERS:
@@ -137,17 +108,12 @@ class ClassifierConfig(TrainingArguments):
             # An infinite norm is one that no gradient exceeds.
             if isinstance(value, float) and not (math.isfinite(value) or (name, value) == ("max_grad_norm", math.inf)):
                 raise ValueError(f"{name} is {value}: use a finite number.")
-
-    def _check_lengths(self) -> None:
-        """Refuse numbers of steps that transformers would take for none at all, or for no limit."""
+            if name in ABOVE_ZERO and value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}: use a number above 0.")
+            if name in NOT_NEGATIVE and value is not None and value < 0:
+                raise ValueError(f"{name} is {value}: use 0 or more.")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps is {self.max_steps}: use at least 1, or leave it out to train in epochs.")
-        if not self.gradient_accumulation_steps >= 1:
-            raise ValueError(f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: use at least 1.")
-        for name in ("logging_steps", "eval_steps", "save_steps", *["num_train_epochs"] * (self.max_steps == -1)):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}: use a number above 0.")
 
     _default_metric = "batch_accuracy"
 
@@ -258,34 +224,17 @@ class NoiseKDConfig(ClassifierConfig):
             raise ValueError(f"hub_strategy is {str(self.hub_strategy)!r}: a student is pushed at the end, use 'end'.")
         if self.init_student not in ("random", "teacher"):
             raise ValueError(f"init_student is {self.init_student!r}: use 'teacher' or 'random'.")
-        if self.keep is not None and not 0 < self.keep < 1:
-            raise ValueError(f"keep is {self.keep}: use a share between 0 and 1, such as 0.5.")
-        for name in ("max_macs", "max_params"):
-            if (limit := getattr(self, name)) is not None and limit < 1:
-                raise ValueError(f"{name} is {limit}: use at least 1.")
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}: use one of {', '.join(sorted(LOSSES))}.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}: use a number above 0; the paper uses 1.")
-        if not 0 <= self.batch_norm_fraction <= 1:
-            raise ValueError(f"batch_norm_fraction is {self.batch_norm_fraction}: use a share between 0 and 1.")
-        if self.teacher_statistics is not None and not 0 <= self.teacher_statistics <= 1:
-            raise ValueError(f"teacher_statistics is {self.teacher_statistics}: use a weight between 0 and 1.")
-        if not isinstance(self.noise, str):
-            raise ValueError(
-                f"noise is {self.noise!r}: use a name, which a function of your own gets by register_noise, or give it "
-                "as train_dataset=NoiseDataset.for_model(teacher, distribution=...)."
-            )
+        for name in ("batch_norm_fraction", "teacher_statistics"):
+            if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} is {share}: use a share between 0 and 1.")
+        for name in ("noise", "resolutions"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise ValueError(f"{name} is {value!r}: use a text here, or pass a NoiseDataset as train_dataset.")
         parse_noise(self.noise)
-        if not isinstance(self.resolutions, str | None):
-            raise ValueError(f"resolutions is {self.resolutions!r}: use a text here, such as '0.5:0.6,1:0.4'.")
         if self.resolutions is not None:
             parse_resolutions(self.resolutions)
-        if self.noise_std is not None and not 0 < self.noise_std < math.inf:
-            raise ValueError(f"noise_std is {self.noise_std}: use a number above 0.")
-        for name in ("steps_per_epoch", "eval_noise_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
         if self.max_steps > MAX_STEPS:
             raise ValueError(f"max_steps is {self.max_steps}: no more than {MAX_STEPS} steps have noise of their own.")
         if self.num_calibration_images < 0 or self.num_calibration_images == 1:

@@ -16,14 +16,16 @@ class UsageError(ValueError):
 
 
 def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
-    """Return a trained model in evaluation mode; one given by name is loaded to the accelerator if there is one.
+    """Return a module as it is, or load the model of a name, in evaluation mode, to the accelerator if there is one.
 
     The name may be that of an ONNX file that [`export`] wrote. `kwargs` are those of [`load_teacher`].
     """
-    if not isinstance(source, nn.Module) and Path(source).suffix == ".onnx":
+    if isinstance(source, nn.Module):
+        return source
+    if Path(source).suffix == ".onnx":
         return OnnxClassifier(Path(source).expanduser())
     model = load_teacher(source, **kwargs).eval()
-    if isinstance(source, nn.Module) or not torch.accelerator.is_available():
+    if not torch.accelerator.is_available():
         return model
     return model.to(torch.accelerator.current_accelerator())
 
