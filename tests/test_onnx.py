@@ -8,6 +8,7 @@ from conftest import TinyCNN, digest, made_by_noise
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from hf_noisekd import export
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.onnx.floats import export_onnx, onnx_session

@@ -1,20 +1,14 @@
-"""How a model wants its images, in timm's terms: what a student takes over from its teacher.
-
-What a processor of transformers does is not read off its many options, but measured on images made for it.
-"""
+"""How a model wants its images, in timm's terms: what a student takes over from its teacher."""
 
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_noisekd.models.classifier import declared_input_size, format_size, pretrained_cfg_of
-from hf_noisekd.record.schema import noisekd_section
+from hf_noisekd.models.classifier import pretrained_cfg_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +16,12 @@ logger = logging.getLogger(__name__)
 PREPROCESSING_KEYS = ("interpolation", "crop_pct", "crop_mode", "mean", "std")
 # timm's names, by Pillow's numbers.
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
-
-Size = tuple[int, int]  # height and width
-Answer = Callable[[torch.Tensor], torch.Tensor]  # what a processor makes of an image `[C, H, W]` of bytes
+# The image processors of transformers that do what their options say, as it is read here. Others may do more:
+# PPLCNetImageProcessor exchanges the channels, and none of its options says so.
+READABLE = (
+    "Beit Bit Blip ChineseCLIP CLIP ConvNext DeiT DINOv3ViT EfficientNet Levit MobileNetV1 MobileNetV2 MobileViT "
+    "OwlViT PoolFormer Pvt RTDetr Segformer Siglip TextNet ViT"
+)
 
 
 def preprocessing_of(model: nn.Module) -> dict:
@@ -38,28 +35,6 @@ def preprocessing_of(model: nn.Module) -> dict:
 def unknown_preprocessing(model: nn.Module) -> str:
     """Return why a student cannot be given all of the preprocessing of `model`; nothing if it can."""
     return _known_and_unknown(model)[1]
-
-
-def known_input_size(model: nn.Module, known: dict | None = None) -> tuple[int, int, int] | None:
-    """Return the `(channels, height, width)` that a model declares, its image processor makes, or it was taught with.
-
-    transformers' ResNets declare none. None where nobody says it. `known` is its [`preprocessing_of`], where that was
-    measured already.
-    """
-    known = preprocessing_of(model) if known is None else known
-    declared, made = declared_input_size(model), known.get("input_size")
-    if declared and made and declared != made:
-        logger.warning(
-            "%s declares images of %s, and its image processor makes %s: it gets the first, unless you give another "
-            "input size.",
-            type(model).__name__,
-            format_size(declared),
-            format_size(made),
-        )
-    size = declared or made
-    if size is None and isinstance(noise := noisekd_section(model).get("noise"), dict):
-        size = noise.get("input_size")
-    return None if size is None else tuple(size)
 
 
 def image_processor_of(model: nn.Module):
@@ -80,116 +55,60 @@ def _known_and_unknown(model: nn.Module) -> tuple[dict, str]:
     processor = image_processor_of(model)
     if processor is None:
         return {}, "no image processor that can be read lies beside it"
-
-    def answer(image: torch.Tensor) -> torch.Tensor:
-        pixels = processor(images=image, input_data_format="channels_first", return_tensors="pt")["pixel_values"][0]
-        return torch.as_tensor(pixels).double()
-
+    kind = type(processor).__name__.removesuffix("Pil").removesuffix("ImageProcessor")
     try:
+        if kind not in READABLE.split() or not type(processor).__module__.startswith("transformers."):
+            raise ValueError("what it does is not known")
         channels = getattr(model.config, "num_channels", 3)
-        sizes = {tuple(answer(_flat([0] * channels, size)).shape) for size in ((256, 256), (200, 300))}
-        *_, height, width = (3, 256, 256) if len(sizes) > 1 else next(iter(sizes))
-        size = (height, width)
-        near = (math.ceil(1.25 * size[0]), math.ceil(1.25 * size[1]))
-        known["mean"], known["std"] = _scale(answer, channels, near)
-        if len(sizes) > 1:
+        known["mean"], known["std"] = _scale(kind, processor, channels)
+        mode, resized, size = _sizes(kind, processor)
+        if size is None:
             # So that at least images of the student's own size are taken as they are.
             return known | {"crop_pct": 1.0}, "its image processor does not bring images to one size"
         known["input_size"] = (channels, *size)
-        known["crop_mode"], known["crop_pct"] = _crop(_levels(answer, channels, known), size, near)
-        known["interpolation"] = INTERPOLATIONS[int(processor.resample)]
-    except Exception as error:  # a processor may be anybody's code
+        crop_pct, interpolation = _crop_pct(mode, resized, size), INTERPOLATIONS[int(processor.resample)]
+    except Exception as error:  # its file may hold anything
         return known, f"its {type(processor).__name__} cannot be said in timm's terms ({error})"
-    return known, ""
+    return known | {"crop_mode": mode, "crop_pct": crop_pct, "interpolation": interpolation}, ""
 
 
-def _flat(levels: list[int], size: Size) -> torch.Tensor:
-    return torch.tensor(levels, dtype=torch.uint8).view(-1, 1, 1).repeat(1, *size)
-
-
-def _scale(answer: Answer, channels: int, size: Size) -> tuple[list[float], list[float]]:
+def _scale(kind: str, processor: Any, channels: int) -> tuple[list[float], list[float]]:
     """Return the mean and the standard deviation, in units of 255, by which pixels are normalised."""
-
-    def flat(levels: list[int]) -> torch.Tensor:
-        pixels = answer(_flat(levels, size)).flatten(1)
-        if (pixels.amax(1) - pixels.amin(1)).max() > 1e-3 * pixels.abs().max():
-            raise ValueError("an image of one colour comes out with others: is it padded?")
-        return pixels.mean(1)
-
-    black = flat([0] * channels)
-    factors = torch.stack([flat([255 * (index == other) for other in range(channels)]) for index in range(channels)])
-    factors = factors - black
-    tolerance = 1e-3 * factors.abs().max()
-    if not (factors.diag().abs() > tolerance).all() or (factors - factors.diag().diag()).abs().max() > tolerance:
-        raise ValueError("a channel of what comes out is not the same channel of the image")
-    factors = factors.diag()
-    if ((flat([51] * channels) - black) - factors / 5).abs().max() > tolerance:
-        raise ValueError("what comes out is no linear function of the pixels")
-    return _rounded(-black / factors), _rounded(1 / factors)
+    if kind == "MobileViT" and processor.do_flip_channel_order:
+        raise ValueError("it exchanges the channels")
+    normalizes = processor.do_normalize and kind != "MobileViT"
+    scale = (processor.image_mean, processor.image_std) if normalizes else (0, 1)
+    mean, std = (np.broadcast_to(values, channels) for values in scale)
+    if kind == "EfficientNet":
+        mean = mean + int(processor.do_rescale and processor.rescale_offset)
+        std = std * np.array(processor.image_std if processor.include_top else 1)
+    unit = 1 / (255 * (processor.rescale_factor if processor.do_rescale else 1))
+    return (mean * unit).tolist(), (std * unit).tolist()
 
 
-def _rounded(values: torch.Tensor) -> list[float]:
-    """Return what float32 knows of the values."""
-    return [float(f"{value:.6g}") + 0.0 for value in values.tolist()]
+def _sizes(kind: str, processor: Any) -> tuple[str, tuple | None, tuple | None]:
+    """Return timm's `crop_mode`, the size (of a square image) after resizing and after cropping; None if it varies."""
+    size, edge, crop = processor.size, processor.size.shortest_edge, processor.crop_size
+    if (processor.do_pad and processor.pad_size) or (kind == "ConvNext" and processor.do_center_crop):
+        raise ValueError("it pads images, or crops them twice")
+    cut = (crop.height, crop.width) if processor.do_center_crop and kind not in ("RTDetr", "Segformer") else None
+    if not processor.do_resize or size.longest_edge or size.max_height or kind == "TextNet":  # it rounds up the sides
+        return "center", None, cut
+    if kind == "ConvNext":  # crops by itself, where it does not squash
+        cut = (edge, edge)
+        if edge >= 384:
+            return "squash", cut, cut
+    if kind in ("ConvNext", "PoolFormer") or (kind == "Levit" and edge):
+        edge = int(edge / (224 / 256 if kind == "Levit" else processor.crop_pct))
+    resized = (edge, edge) if edge else (size.height, size.width)
+    return ("center", resized, cut) if edge else ("squash", resized, cut or resized)
 
 
-def _levels(answer: Answer, channels: int, known: dict) -> Answer:
-    """Return what makes of one channel of bytes `[H, W]`, as numbers in [0, 1], the same of what comes out."""
-
-    def levels(channel: torch.Tensor) -> torch.Tensor:
-        image = (255 * channel).round().byte().expand(channels, -1, -1).contiguous()
-        return answer(image)[0] * known["std"][0] + known["mean"][0]
-
-    return levels
-
-
-def _crop(levels: Answer, size: Size, near: Size) -> tuple[str, float]:
-    """Return timm's `crop_mode` and `crop_pct`.
-
-    Args:
-        levels: As of [`_levels`].
-        size: That of what comes out.
-        near: A size of about the same proportions.
-    """
-    seen = {near: _seen(levels, near)}
-    for factors in ((1, 1.5), (1.5, 1), (2, 2)):
-        other = (math.ceil(factors[0] * near[0]), math.ceil(factors[1] * near[1]))
-        seen[other] = _seen(levels, other)
-    # Resized to this, of which the middle is cut out.
-    resized = round(near[0] / seen[near][0][0])
-    crop_pct = size[0] / resized
-    while math.floor(size[0] / crop_pct) < resized:  # as timm computes it
-        crop_pct = math.nextafter(crop_pct, 0)
-    height, width = (math.floor(side / crop_pct) for side in size)
-    for mode in ("center", "squash"):
-        for image, found in seen.items():
-            pitches = (image[0] / height, image[1] / width)
-            expected = (min(pitches),) * 2 if mode == "center" else pitches
-            if any(
-                abs(pitch - wanted) > 0.02 * wanted or abs(middle - (side - 1) / 2) > wanted + 1.5
-                for (pitch, middle), wanted, side in zip(found, expected, image, strict=True)
-            ):
-                break
-        else:
-            return mode, crop_pct
+def _crop_pct(mode: str, resized: tuple | None, size: tuple) -> float:
+    """Return the `crop_pct` for which timm resizes and crops as [`_sizes`] says."""
+    if resized and (mode == "squash" or size[0] == size[1]):
+        largest = min(1.0, size[0] / resized[0], size[1] / resized[1])
+        for crop_pct in (largest, math.nextafter(largest, 0)):
+            if resized == tuple(math.floor(side / crop_pct) for side in size):  # as timm computes it
+                return crop_pct
     raise ValueError("it crops otherwise than timm can")
-
-
-def _seen(levels: Answer, image: Size) -> list[tuple[float, float]]:
-    """Return what is seen of images of a size, for their height and width.
-
-    Each is the number of pixels that become one, and the place of the middle of what comes out. Both are read off an
-    image that brightens evenly along a side.
-    """
-    seen = []
-    for dim, side in enumerate(image):
-        ramp = torch.linspace(0, 1, side)
-        out = levels((ramp[:, None] if dim == 0 else ramp).expand(image)).mean(1 - dim) * (side - 1)
-        edge = min(3, len(out) // 4)  # where the interpolation lacks neighbours
-        places = np.arange(len(out)) - (len(out) - 1) / 2
-        inside = slice(edge, len(out) - edge)
-        pitch, middle = np.polyfit(places[inside], out.numpy()[inside], 1)
-        if abs(pitch * places + middle - out.numpy())[inside].max() > pitch + side / 128:
-            raise ValueError("it pads images, or bends them")
-        seen.append((pitch, middle))
-    return seen
