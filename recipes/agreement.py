@@ -1,4 +1,4 @@
-"""What the agreement of student and teacher on images made without data tells of the accuracy.
+"""How the agreement of student and teacher on images made without data goes with the accuracy.
 
     python recipes/agreement.py --teacher runs/cifar10/teacher
     python recipes/agreement.py --preset cpu-wrn
@@ -7,9 +7,9 @@
 Beyond the paper. Students of one teacher learn for more or fewer steps, and from other noises. Each has its running
 statistics re-estimated on calibration images, and is compared with its teacher on others like them, and, as training
 does, on held-out noise under batch statistics; then with the labels of the test images, and with the teacher on them.
-The rank correlation (Spearman's) says whether a better student can be told from a worse one; the mean error, in points,
+The rank correlation (Spearman's) shows whether it ranks students; the mean error, in points,
 how far the agreement without data is from that on the test images. `by class` is the rank correlation within a
-student, over the classes, of its agreement where the teacher answers with the class, and its accuracy on the class.
+student, over the classes, of its agreement where the teacher predicts the class, and its accuracy on the class.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Whether a teacher's answers tell, without data, which noise and which statistics will teach best.
+"""Whether a teacher's predictions show, without data, which noise and which statistics will teach best.
 
     python recipes/choice.py --teacher runs/cifar10/teacher     # a ResNet-18
     python recipes/choice.py --preset cpu-convnext
@@ -6,10 +6,10 @@
     python recipes/choice.py --preset digits                    # gray images
     python recipes/choice.py --preset digits-groupnorm
 
-Beyond the paper. The information of answers is the mutual information of image and class, relative to its maximum: the
-class balance less the flatness, of two batches, which takes seconds. A student is taught for 500 steps in each setting.
-It is read in evaluation mode as it is, and with running statistics of real images; the better of the two counts. The
-rank correlation (Spearman's) of information and accuracy says whether the first foretells the second.
+Beyond the paper. The information of predictions is the mutual information of image and class, relative to its maximum:
+the class balance less the flatness, of two batches, which takes seconds. A student is taught for 500 steps in each
+setting. It is evaluated as it is, and with running statistics of real images; the better of the two counts. The rank
+correlation (Spearman's) of information and accuracy says whether the first foretells the second.
 """
 
 from typing import Any

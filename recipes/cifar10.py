@@ -4,10 +4,11 @@
     accelerate launch recipes/cifar10.py --preset paper         # the authors' networks and steps, for a GPU
 
 A teacher is trained on the images, or taken from `--teacher`. Each student then learns in up to five ways: from the
-teacher's answers to white noise or to the images, with the teacher's BatchNorm layers on the statistics of the batch or
-on their running statistics, and from the labels without a teacher. White noise teaches slowly: the paper's 39,200 steps
-reach 86 %, the `cpu` preset gives it 1,500. The authors lowered the learning rate by the test loss; a cosine decay,
-which needs no test images, stands in for that. The most telling runs come first; results.json is written after each.
+teacher's predictions for white noise or for the images, with the teacher's BatchNorm layers on the statistics of the
+batch or on their running statistics, and from the labels without a teacher. White noise teaches slowly: the paper's
+39,200 steps reach 86 %, the `cpu` preset gives it 1,500. The authors lowered the learning rate by the test loss; a
+cosine decay, which needs no test images, stands in for that. The most telling runs come first; results.json is written
+after each.
 """
 
 from harness.experiment import run_table

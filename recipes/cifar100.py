@@ -4,7 +4,7 @@
     accelerate launch recipes/cifar100.py --preset paper     # the authors' networks and steps, for a GPU
 
 The classes are the 100 fine ones; `--label-column coarse_label` takes the 20 coarse ones. The paper's oracle is
-`images-running`: the student learns from the answers to the images.
+`images-running`: the student learns from the predictions for the images.
 """
 
 from harness.experiment import run_table

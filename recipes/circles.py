@@ -5,8 +5,8 @@
 A small network with BatchNorm1d learns to tell scikit-learn's two circles apart; the activations before its classifier
 are two numbers, the embedding. Gaussian noise in the plane has other statistics in each layer: read with running
 statistics its embeddings drift away from those of the data, read with the statistics of the batch they come back. Then
-two students learn from the answers, as in the other recipes. In the plane even noise that drifts covers both circles,
-so both students learn them; they differ in the statistics with which they can be read.
+two students learn from the predictions, as in the other recipes. In the plane even noise that drifts covers both
+circles, so both students learn them; they differ in the statistics with which they can be read.
 """
 
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Running statistics and int8 without data: students that answer single images in ordinary evaluation mode.
+"""Running statistics and int8 without data: students that classify single images in ordinary evaluation mode.
 
     python recipes/deploy.py --teacher runs/cifar10/teacher
     python recipes/deploy.py --preset cpu-wrn-mobilenetv2
@@ -6,9 +6,9 @@
 
 Beyond the paper. Students learn from structured noise, as `noisekd distill` teaches them, and are then read in ordinary
 evaluation mode, with running statistics as trained, and re-estimated on noise, on calibration images, which take no
-data, and on real training images. Then onnxruntime reads them image by image: in float32, in float16, and in int8 with
-ranges of calibration images, of real ones and of white noise. Under seed 0 transformers' pipeline reads the images too.
-The seconds are those of making the calibration images, beside those of the training on the same threads. Times of
+data, and on real training images. Then onnxruntime runs them image by image: in float32, in float16, and in int8 with
+ranges of calibration images, of real ones and of white noise. Under seed 0 transformers' pipeline classifies the images
+too. The seconds are those of making the calibration images, beside those of the training on the same threads. Times of
 onnxruntime are medians over single images on one thread, taken in turns.
 """
 

@@ -2,10 +2,10 @@
 
     python recipes/digits.py
 
-scikit-learn's 1,797 real 8x8 digits train a small ResNet. Then two students learn from its answers to Gaussian noise
-alone, one with the teacher's BatchNorm layers on their running statistics, where the method fails, and one with them on
-the statistics of the noise batch (Raikwar & Mishra, NeurIPS 2022, Algorithm 1). Writes results.json, curves.png and the
-models to the output folder.
+scikit-learn's 1,797 real 8x8 digits train a small ResNet. Then two students learn from its predictions for Gaussian
+noise alone, one with the teacher's BatchNorm layers on their running statistics, where the method fails, and one with
+them on the statistics of the noise batch (Raikwar & Mishra, NeurIPS 2022, Algorithm 1). Writes results.json, curves.png
+and the models to the output folder.
 """
 
 import math

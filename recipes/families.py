@@ -2,8 +2,8 @@
 
     python recipes/families.py    # a quarter of an hour on a CPU
 
-Beyond the paper. Each is cut to half its multiply-adds, as `noisekd distill --keep 0.5` begins, saved, and loaded by
-timm and by transformers, whose logits must be the same; then exported to ONNX and read by onnxruntime. A network none
+Beyond the paper. Each is cut to half its multiply-adds, as by `noisekd distill --keep 0.5`, saved, and loaded by
+timm and by transformers, whose logits must be the same; then exported to ONNX and run by onnxruntime. A network none
 of whose tensors is narrowed is one that is as well off without blocks, or one whose layers torch-pruning cannot follow.
 """
 

@@ -5,8 +5,9 @@
 
 The teacher is timm's network, in `paper` with ImageNet weights, fine-tuned on the photos with timm's augmentation, or
 what `--teacher` names, a folder or a Hub id; students are built from scratch. Noise has the size of the teacher's
-input. The paper's oracle is `images-running`: the student learns from the answers to the photos. Any data set of photos
-will do: `--dataset` takes a Hub id or a folder that holds a folder of images for each class in `train` and in `test`.
+input. The paper's oracle is `images-running`: the student learns from the predictions for the photos. Any data set of
+photos will do: `--dataset` takes a Hub id or a folder that holds a folder of images for each class in `train` and in
+`test`.
 """
 
 from harness.experiment import run_table

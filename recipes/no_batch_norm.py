@@ -3,10 +3,10 @@
     python recipes/no_batch_norm.py                         # a ConvNeXt
     python recipes/no_batch_norm.py --preset cpu-groupnorm  # a ResNet with GroupNorm
 
-Beyond the paper, whose method needs BatchNorm. These teachers answer structured noise as they are, in evaluation mode.
-The students learn as `noisekd distill` teaches them, without data. All are read in ordinary evaluation mode, as
-trained. For comparison those with BatchNorm are also read by the statistics of batches of the test images, and by
-running statistics re-estimated on real images.
+Beyond the paper, whose method needs BatchNorm. These teachers are used as they are, in evaluation mode, for noise, too.
+The students learn as `noisekd distill` teaches them, without data. All are evaluated in ordinary evaluation mode, as
+trained. For comparison those with BatchNorm are also evaluated with the statistics of batches of test images, and
+with running statistics re-estimated on real images.
 """
 
 from typing import Any
@@ -16,8 +16,8 @@ from harness.presets import DISTILL_DEFAULTS, NO_BATCH_NORM
 from torch.nn.modules.batchnorm import _BatchNorm
 
 REAL_IMAGES = 2560
-# A student of its teacher's kind begins as that, and is compared with what it began as.
-KIN = {"init_student": "teacher", "num_calibration_images": 256}
+# A student of its teacher's kind is initialised from that, and compared with it at its end.
+FROM_TEACHER = {"init_student": "teacher", "num_calibration_images": 256}
 RESNET10 = {"width": 32, "stem_stride": 2}
 RESNET10_RUN = {"student": "resnet10_cifar", "model_init_kwargs": RESNET10, "max_steps": 3000}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def main() -> None:
     experiment.prepare_teacher()
     rows: list[dict] = []
     for name, arguments in experiment.preset["runs"].items():
-        arguments = DISTILL_DEFAULTS | KIN | arguments | {"eval_strategy": "no"}
+        arguments = DISTILL_DEFAULTS | FROM_TEACHER | arguments | {"eval_strategy": "no"}
         trainer = experiment.distill(name, **arguments)
         rows.append(described(experiment, name, trainer))
         experiment.results.measure("students", rows)

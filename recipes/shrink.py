@@ -1,4 +1,4 @@
-"""Students that begin as their teacher, cut down, against such as begin at random: accuracy by size and by time.
+"""Students initialised from their teacher, cut down, against random initial weights: accuracy by size and by time.
 
     python recipes/shrink.py --teacher runs/cifar10/teacher
     python recipes/shrink.py --preset cpu-leaders           # the rows of the README
@@ -26,20 +26,20 @@ from hf_noisekd import calibration_images
 
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40
-RANDOM, KIN = {"init_student": "random"}, {"init_student": "teacher"}
+RANDOM, FROM_TEACHER = {"init_student": "random"}, {"init_student": "teacher"}
 RESNET10 = {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "stem_stride": 2}}
 HALF_WIDTH = {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}}
 RESNET18 = {"student": "resnet18_cifar", "model_init_kwargs": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}
-SMALL_FIRST = {"resolutions": STRUCTURED_SIZES}  # as students that begin at random have it
+SMALL_FIRST = {"resolutions": STRUCTURED_SIZES}  # the default for random initial weights
 KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
-# How a student begins, and the times that it is trained for, in steps of the first one.
+# How a student is initialised, and the times that it is trained for, in steps of the first one.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": NOISE_PAIRS["cpu"]
     | {
         "starts": {
             "ResNet-10, random": (RESNET10 | RANDOM, [600, 2000, 6000]),
-            "ResNet-10, from the teacher": (RESNET10 | KIN, [600, 2000, 6000]),
+            "ResNet-10, from the teacher": (RESNET10 | FROM_TEACHER, [600, 2000, 6000]),
         }
         | KEPT,
         "real_images_steps": 2000,
@@ -48,22 +48,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "starts": {
             "ResNet-10, random": (RESNET10 | RANDOM, []),
-            "ResNet-10, from the teacher": (RESNET10 | KIN, [1200, 4000]),
-            "half the width, from the teacher": (HALF_WIDTH | KIN, [2400]),
+            "ResNet-10, from the teacher": (RESNET10 | FROM_TEACHER, [1200, 4000]),
+            "half the width, from the teacher": (HALF_WIDTH | FROM_TEACHER, [2400]),
         }
     },
     "cpu-long": NOISE_PAIRS["cpu"]
     | {
         "starts": {
             "ResNet-10, random": (RESNET10 | RANDOM, []),
-            "ResNet-10, from the teacher": (RESNET10 | KIN, [12_000]),
+            "ResNet-10, from the teacher": (RESNET10 | FROM_TEACHER, [12_000]),
         }
     },
     "cpu-wrn": NOISE_PAIRS["cpu-wrn"]
     | {
         "starts": {
             "WRN-10-2, random": (SHALLOW_WRN | RANDOM, [600, 2000]),
-            "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [600, 2000]),
+            "WRN-10-2, from the teacher": (SHALLOW_WRN | FROM_TEACHER, [600, 2000]),
         }
         | KEPT,
     },
@@ -71,11 +71,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     | {
         "starts": {
             "WRN-10-2, random": (SHALLOW_WRN | RANDOM, [1000]),
-            "WRN-10-2, from the teacher": (SHALLOW_WRN | KIN, [1000]),
-            "WRN-10-2, from the teacher, small sizes first": (SHALLOW_WRN | KIN | SMALL_FIRST, [1000]),
+            "WRN-10-2, from the teacher": (SHALLOW_WRN | FROM_TEACHER, [1000]),
+            "WRN-10-2, from the teacher, small sizes first": (SHALLOW_WRN | FROM_TEACHER | SMALL_FIRST, [1000]),
         }
     },
-    "gpu": CIFAR10["paper"] | {"starts": {"ResNet-18, from the teacher": (RESNET18 | KIN, [15_000])}},
+    "gpu": CIFAR10["paper"] | {"starts": {"ResNet-18, from the teacher": (RESNET18 | FROM_TEACHER, [15_000])}},
 }
 
 

@@ -3,9 +3,9 @@
     python recipes/student_handling.py --student runs/cifar10/noise-batch-statistics-teacher-resnet10-cifar
     accelerate launch recipes/student_handling.py --preset paper         # the authors' networks, for a GPU
 
-A student knows only the statistics of noise. It can answer real images by the statistics of their batch: how large must
-that be? Or its running statistics can be re-estimated from real images: how many does that take? Those are drawn from
-the training images, several times for each number. Takes a trained student with `--student`, or trains one first.
+A student knows only the statistics of noise. It can classify real images with the statistics of their batch: how large
+must that be? Or its running statistics can be re-estimated from real images: how many does that take? Those are drawn
+from the training images, several times for each number. Takes a trained student with `--student`, or trains one first.
 """
 
 import statistics

@@ -3,8 +3,9 @@
     python recipes/svhn.py                                   # small networks and 1,500 steps, for two CPU cores
     accelerate launch recipes/svhn.py --preset paper         # the authors' networks and steps, for a GPU
 
-House numbers are not mirrored in training. The paper's oracle is `images-running`: the student learns from the answers
-to the images. Its student learns from the labels only in the row `supervised`, which Table 2 does not have.
+House numbers are not mirrored in training. The paper's oracle is `images-running`: the student learns from the
+predictions for the images. Its student learns from the labels only in the row `supervised`, which Table 2 does not
+have.
 """
 
 from harness.experiment import run_table

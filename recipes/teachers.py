@@ -3,7 +3,7 @@
     python recipes/teachers.py    # about 20 minutes on a CPU
 
 Beyond the paper. Of a model file the smallest networks are taken: one with BatchNorm and one without, if there are such
-of up to 150 million parameters. Each, with random weights, is saved and loaded as a teacher, answers one step of
+of up to 150 million parameters. Each, with random weights, is saved and loaded as a teacher, is used for one step of
 structured noise, and must not have changed; its student is saved and loaded. "on the batch" is a teacher whose
 BatchNorm layers normalise noise by the batch at hand, "as it is" one that has none.
 """
@@ -117,7 +117,7 @@ def smallest_members(files: Collection[str] | None) -> dict[str, list[str]]:
 
 
 def teach_once(build: Callable[[], nn.Module], input_size: list[int] | None) -> dict:
-    """Teach a tiny student for one step, and return how the teacher was asked, or why it was not."""
+    """Teach a tiny student for one step, and return how the teacher was used, or why it was refused."""
     torch.manual_seed(0)
     row = {"normalisation": "", "asked": "", "refused": ""}
     with tempfile.TemporaryDirectory() as folder:

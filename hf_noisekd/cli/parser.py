@@ -7,10 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from yaml import YAMLError
-
-from .config_file import read_options, words
-
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes `--max_steps` for `--max-steps`, reads `--config`, and names the nearest option."""
@@ -32,6 +28,10 @@ class CommandParser(argparse.ArgumentParser):
         return tokens if config is None else [*self._read_config(config), *tokens]
 
     def _read_config(self, path: str) -> list[str]:
+        from yaml import YAMLError
+
+        from .config_file import read_options, words
+
         try:
             options = read_options(path)
         except (OSError, ValueError, YAMLError) as error:

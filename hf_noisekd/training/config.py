@@ -36,7 +36,7 @@ class ClassifierConfig(TrainingArguments):
 
     bf16: bool | None = HfArg(
         default=None,
-        help="Use bfloat16 autocast. Default: what `accelerate` was told, or else where the device has it in hardware; "
+        help="Use bfloat16 autocast. Default: what `accelerate` is set to, or where the device has it in hardware; "
         "not if `fp16` is on. False trains in float32.",
     )
     per_device_train_batch_size: int = HfArg(default=256, help="Images in a batch on each device.")
@@ -61,12 +61,12 @@ class ClassifierConfig(TrainingArguments):
         on_cpu = self.use_cpu or not torch.accelerator.is_available()  # type: ignore[has-type]
         fp16: bool = self.fp16  # type: ignore[has-type]
         in_float32 = self.bf16 is False and not fp16
-        told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which `accelerate launch` sets if nothing was said
-        if self.bf16 is None and not fp16 and told != "no":
-            self.bf16, self.fp16 = told == "bf16", told == "fp16"
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which `accelerate launch` always sets
+        if self.bf16 is None and not fp16 and launched != "no":
+            self.bf16, self.fp16 = launched == "bf16", launched == "fp16"
         elif self.bf16 is None:
             self.bf16 = not fp16 and (_cpu_has_bf16() if on_cpu else is_torch_bf16_gpu_available())
-        # transformers takes bf16 on a machine without accelerator only where the CPU was asked for by name.
+        # transformers takes bf16 on a machine without accelerator only where the arguments name the CPU.
         self.use_cpu = on_cpu
         # transformers would choose the loss, which is reported under both kinds of statistics here.
         self.metric_is_default = self.metric_for_best_model is None and (  # type: ignore[has-type]
@@ -78,7 +78,7 @@ class ClassifierConfig(TrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "kl"))
         super().__post_init__()
         if in_float32:
-            self.mixed_precision = "no"  # transformers would take what accelerate was told
+            self.mixed_precision = "no"  # transformers would take what accelerate is set to
         for name, advice in {
             "label_smoothing_factor": "the losses have none; leave it out",
             "remove_unused_columns": "the collator takes what the model needs; leave it out",
@@ -97,10 +97,7 @@ class ClassifierConfig(TrainingArguments):
                 )
 
     def _check_numbers(self) -> None:
-        """Refuse what libraries would take for something else without a word, or say nothing plain of.
-
-        The text 'false' would count as true, NaN as anything, and a number of steps below 1 as none or no limit.
-        """
+        """Refuse what would silently count as something else: the text 'false' as true, 0 steps as no limit."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name, None)
             if isinstance(value, str) and {*(typing.get_args(hint) or [hint])} <= NUMBERS:
@@ -128,8 +125,8 @@ class NoiseKDConfig(ClassifierConfig):
     """Training arguments of [`NoiseKDTrainer`]: those of [`ClassifierConfig`], and some for the noise.
 
     The default length is the authors': 200 epochs of 196 batches of 256 noise images; `max_steps` shortens it. The
-    noise is structured and begins small, which teaches faster than the authors' white noise, and the temperature is 4;
-    [`NoiseKDConfig.paper`] gives their setting.
+    noise is structured and small at first, which teaches faster than the authors' white noise, and the temperature is
+    4. [`NoiseKDConfig.paper`] gives their setting.
 
     Raises:
         ValueError: An option is out of range; the message says what to use instead.
@@ -137,8 +134,8 @@ class NoiseKDConfig(ClassifierConfig):
 
     init_student: str = HfArg(
         default="teacher",
-        help="What a student given by its timm name begins as: 'teacher', so with the teacher's weights, as far as "
-        "the layers of the two correspond, or 'random'.",
+        help="How a student given by its timm name is initialised: 'teacher', from the teacher as far as the layers of "
+        "the two correspond, or 'random'.",
         metadata={"choices": ["random", "teacher"]},
     )
     model_init_kwargs: dict | None = HfArg(  # noqa: RUF009 - HfArg makes a field
@@ -156,7 +153,7 @@ class NoiseKDConfig(ClassifierConfig):
     )
     loss_type: str = HfArg(
         default="kl",
-        help="Distance between the student's and the teacher's answers: 'kl' (times the squared temperature) or "
+        help="Distance between the student's and the teacher's predictions: 'kl' (times the squared temperature) or "
         "'soft_cross_entropy' (the paper's).",
         metadata={"choices": sorted(LOSSES)},
     )
@@ -165,10 +162,10 @@ class NoiseKDConfig(ClassifierConfig):
     )
     noise: str = HfArg(
         default="structured",
-        help="What the teacher answers: 'structured', 'white' (the paper's), or names with weights, such as "
+        help="Noise to train on: 'structured', 'white' (the paper's), or names with weights, such as "
         "'dead_leaves:3,spectrum:1|cutmix:0.5', in which augmentations with their probabilities follow the '|'. "
         "Noises: white, low_resolution, spectrum, fractal and dead_leaves; augmentations: cutmix and mirror. "
-        "'structured' stands alone: dead_leaves, with sizes that begin small.",
+        "'structured' stands alone: dead_leaves, small at first.",
     )
     noise_std: float | None = HfArg(
         default=None,
@@ -179,13 +176,13 @@ class NoiseKDConfig(ClassifierConfig):
         default=None,
         help="Sizes of the noise images, relative to the full size, with their shares of the steps, in this "
         "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
-        "noise, a student that begins at random and a teacher on the statistics of the batch, and else full size.",
+        "noise, a student with random weights and a teacher with batch statistics, and else full size.",
     )
     teacher_statistics: float | None = HfArg(
         default=None,
         help="What the teacher's BatchNorm layers normalise noise by, in [0, 1]: 1 is the batch at hand, as in the "
         "paper, 0 what they store of its training images, and between are moments mixed of both. Default: 1. A "
-        "teacher without BatchNorm answers as it is.",
+        "teacher without BatchNorm is used as it is.",
     )
     batch_norm_fraction: float = HfArg(
         default=1.0,
@@ -210,7 +207,7 @@ class NoiseKDConfig(ClassifierConfig):
     num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student that begins as its teacher.",
+        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student initialised from its teacher.",
     )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
     hub_strategy: str = HfArg(default="end", help="When to push with `push_to_hub`: at the end alone.")

@@ -256,7 +256,7 @@ class Experiment:
             name: Name of the run.
             student: timm name of the student, which the recipe builds, or the trainer if `arguments` have
                 `model_init_kwargs`. Default: the preset's first, or none if they have `keep`.
-            train_dataset: What the teacher answers. Default: white noise, or what the argument `noise` says.
+            train_dataset: Training images. Default: white noise, or what the argument `noise` names.
             trainer_class: The trainer's class, which may have a loss of its own.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
         """
