@@ -22,26 +22,6 @@ def test_evaluation_needs_a_data_set(tiny_cnn, tmp_path):
         trainer.evaluate()
 
 
-@pytest.mark.parametrize("several", [False, True])
-def test_a_metric_that_will_not_be_there_is_refused(tiny_cnn, tmp_path, several):
-    data = TensorDataset(torch.randn(20, 1, 8, 8), torch.arange(20) % 3)
-    evaluated = {"a": data, "b": data} if several else data
-    names = [f"{'b_' * several}{name}" for name in ("running_accuracy", "running_loss", "batch_accuracy", "batch_loss")]
-    for metric in ("accuracy", "batch_kl", "running_top5_accuracy", "eval_loss"):
-        args = ClassifierConfig(tmp_path / "out", metric_for_best_model=metric)
-        with pytest.raises(ValueError, match=rf"'{metric}', .*{', '.join(names)}\."):
-            ClassifierTrainer(tiny_cnn, args, eval_dataset=evaluated)
-    assert not (tmp_path / "out").exists()
-    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "save_steps": 1}
-    for metric in names[1:3]:
-        args = ClassifierConfig(
-            tmp_path / metric, metric_for_best_model=metric, max_steps=2, disable_tqdm=True, **options
-        )
-        trainer = ClassifierTrainer(tiny_cnn, args, train_dataset=data, eval_dataset=evaluated)
-        trainer.train()
-        assert trainer.state.best_metric is not None
-
-
 def test_what_cannot_be_trained_is_refused(tmp_path):
     data = TensorDataset(torch.randn(33, 1, 8, 8), torch.arange(33) % 3)
     args = ClassifierConfig(tmp_path / "out", per_device_train_batch_size=16, disable_tqdm=True)

@@ -21,20 +21,19 @@ def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
     None if there is nothing to go on from yet, since the kill fell into the first one.
 
     Raises:
-        ValueError: There is none of a training of `model`; the message says what to do.
+        ValueError: There is none of a training of `model`.
     """
     found = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
-    problems = []
+    problem = None
     for step in sorted(filter(str.isdigit, found), key=int, reverse=True):
         try:
             check_checkpoint(str(found[step]), model)
             return str(found[step])
         except ValueError as error:
             logger.warning("Passing over a checkpoint. %s", error)
-            if not is_cut_off(found[step]):
-                problems.append(str(error))
-    if problems:
-        raise ValueError(f"{problems[0]} To train from the beginning, delete {output_dir!r} first.")
+            problem = problem if is_cut_off(found[step]) else problem or error
+    if problem:
+        raise ValueError(f"{problem} To train from the beginning, delete {output_dir!r} first.")
     if not found and not any(Path(output_dir).glob(".checkpoint-*.saving")):  # as `replacing_files` calls it
         raise ValueError(
             f"There is no checkpoint to resume from in {output_dir!r}: train without resume_from_checkpoint, and, if "

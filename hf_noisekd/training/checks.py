@@ -19,7 +19,7 @@ from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
-from hf_noisekd.training.evaluation import evaluation_loader, metric_names
+from hf_noisekd.training.evaluation import evaluation_loader
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
@@ -147,26 +147,6 @@ def check_eval_datasets(eval_dataset: Dataset | Mapping[str, Dataset], teacher: 
             )
         if "labels" in batch:
             check_labels(batch["labels"], teacher.num_classes)
-
-
-def check_metric(
-    args: ClassifierConfig,
-    eval_dataset: Dataset | Mapping[str, Dataset],
-    num_classes: int,
-    *,
-    has_teacher: bool,
-    collate_fn: Callable,
-) -> None:
-    """Check that the metric by which the best model is chosen will be there."""
-    metric = args.metric_for_best_model
-    if metric is None:
-        return
-    names = metric_names(eval_dataset, num_classes, has_teacher=has_teacher, collate_fn=collate_fn)
-    if metric.removeprefix("eval_") not in names:
-        raise ValueError(
-            f"metric_for_best_model is {metric!r}, which will not be measured on these images: use one of "
-            f"{', '.join(names)}."
-        )
 
 
 def check_batch_norm_is_local(model: nn.Module, world_size: int) -> None:

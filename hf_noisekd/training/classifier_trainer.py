@@ -7,11 +7,11 @@ from transformers import set_seed
 
 from hf_noisekd.batches import collate_images
 from hf_noisekd.models.batch_norm import has_batch_norm
-from hf_noisekd.models.classifier import compute_logits, declared_input_size, logits_of_blanks
+from hf_noisekd.models.classifier import compute_logits, declared_input_size
 from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.training.base import BaseTrainer
-from hf_noisekd.training.checks import check_bare, check_last_batch, check_metric, check_trainable
+from hf_noisekd.training.checks import check_bare, check_last_batch, check_trainable
 from hf_noisekd.training.config import ClassifierConfig
 
 
@@ -27,8 +27,8 @@ class ClassifierTrainer(BaseTrainer):
         **kwargs: As for [`BaseTrainer`].
 
     Raises:
-        ValueError: The arguments ask for a push, or for a metric that will not be there, or the model cannot be trained
-            on these images, in these processes, or saved.
+        ValueError: The arguments ask for a push, or the model cannot be trained on these images, in these processes,
+            or saved.
     """
 
     def __init__(
@@ -55,11 +55,6 @@ class ClassifierTrainer(BaseTrainer):
             if has_batch_norm(model):
                 check_last_batch(train_dataset, args)
         check_can_be_saved(model, declared_input_size(model))
-        if eval_dataset is not None and args.metric_for_best_model is not None:
-            first = next(iter(eval_dataset.values())) if isinstance(eval_dataset, dict) else eval_dataset
-            size = data_collator([first[0]])["pixel_values"].shape[1:]
-            num_classes = logits_of_blanks(model, size, "model").shape[-1]
-            check_metric(args, eval_dataset, num_classes, has_teacher=False, collate_fn=data_collator)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

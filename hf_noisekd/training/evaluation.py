@@ -4,9 +4,8 @@ A student that learnt from noise can be read in these two ways (Raikwar & Mishra
 are always measured and named.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,25 +136,6 @@ def evaluation_loader(
         # A loader takes a number off its generator for its workers; the global one must go on as without evaluation.
         generator=torch.Generator(),
     )
-
-
-def metric_names(
-    eval_dataset: Dataset | Mapping[str, Dataset], num_classes: int, *, has_teacher: bool, collate_fn: Callable
-) -> list[str]:
-    """Return the names that a trainer's metrics on its data set, or on several by name, will have after `eval_`."""
-    if isinstance(eval_dataset, Mapping):
-        shared: Any = {"has_teacher": has_teacher, "collate_fn": collate_fn}
-        return [
-            f"{key}_{name}"
-            for key, value in eval_dataset.items()
-            for name in metric_names(value, num_classes, **shared)
-        ]
-    names = set()
-    if not isinstance(eval_dataset, DrawnDataset) and "labels" in collate_fn([eval_dataset[0]]):
-        names |= {"accuracy", "loss"} | ({"top5_accuracy"} if num_classes > 5 else set())
-    if has_teacher:
-        names |= {"agreement", "kl"}
-    return [f"{statistics}_{name}" for statistics in STATISTICS for name in METRICS if name in names]
 
 
 def counts_of(loader: DataLoader) -> list[int]:

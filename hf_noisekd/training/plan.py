@@ -23,7 +23,6 @@ from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
     check_last_batch,
-    check_metric,
     check_models,
     check_train_noise,
 )
@@ -91,7 +90,6 @@ def plan_training(
     check_last_batch(train_dataset, args)
     eval_dataset = _eval_noise(args, teacher, noise) if eval_dataset is None else eval_dataset
     check_eval_datasets(eval_dataset, teacher, collate_fn)
-    check_metric(args, eval_dataset, teacher.num_classes, has_teacher=True, collate_fn=collate_fn)
     memory_format = training_memory_format(model, args.device)
     return Plan(
         model=model,
