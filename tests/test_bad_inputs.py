@@ -48,13 +48,13 @@ def refused(capsys, tmp_path, monkeypatch):
 OPTIONS = """
 --seed -1 | --seed 1.5 | --seed 99999999999 | --learning-rate -1 | --learning-rate nan
 --learning-rate fast | --weight-decay -1 | --weight-decay nan
---report-to foo | --report-to wandb,foo | --gradient-checkpointing | --max-steps 9000000 | --max-steps 0
+--report-to foo | --report-to wandb,foo | --max-steps 9000000 | --max-steps 0
 --gradient-accumulation-steps -1 | --gradient-accumulation-steps 0 | --logging-steps 0 | --max-steps -5
 --lr-scheduler-type foo | --lr-scheduler-kwargs {broken | --optim foo
 --noise wite | --noise structured,white | --noise white:-1 | --noise dead_leaves(x) | --noise white|cutmix:2
 --resolutions 2:1 | --resolutions 0.5:nan | --noise-std 0 | --temperature 0 | --temperature inf | --loss-type mse
 --batch-norm-fraction 2 | --per-device-train-batch-size 1 | --num-calibration-images 1 | --eval-noise-batches 0
---dataloader-num-workers -1 | --metric-for-best-model loss | --keep 0.5 | --max-macs 0
+--dataloader-num-workers -1 | --keep 0.5 | --max-macs 0
 --student-args width | --student-args width=x
 --input-size 3 32 | --input-size 3 32 0 | --label-smoothing-factor 0.1 | --fp16-full-eval
 --unknown 3 | --max-steps | --bf16 perhaps | --student resnet_18
@@ -70,7 +70,7 @@ def test_options(refused, saved, words):
     "words",
     [
         "--adam-beta1 2", "--adam-epsilon -1", '--lr-scheduler-kwargs {"foo":1}', "--optim adamw_bnb_8bit",
-        "--lr-scheduler-type warmup_stable_decay", "--torch-compile --torch-compile-mode foo",
+        "--lr-scheduler-type warmup_stable_decay", "--gradient-checkpointing", "--torch-compile --torch-compile-mode foo",
     ],
 )  # fmt: skip
 def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused, saved, tmp_path, words):

@@ -12,7 +12,7 @@ from conftest import TinyCNN, config, images, student
 from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback
 
-from hf_noisekd import NoiseDataset, NoiseKDTrainer, evaluate
+from hf_noisekd import NoiseDataset, NoiseKDTrainer, evaluate, export
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Provenance
 
@@ -171,3 +171,37 @@ def test_only_a_student_of_noise_alone_is_recalibrated(tiny_cnn, tmp_path):
     )
     trainer.train()
     assert trainer.calibration_images is None
+
+
+SMALL = {"width": 4, "stem_stride": 2}
+
+
+@pytest.mark.parametrize(
+    ("ending", "needed", "options"),
+    [
+        ("statistics of calibration images", 0, {"model_init_kwargs": SMALL, "init_student": "random"}),
+        ("the initial weights", 0, {"keep": 0.7, "learning_rate": 100.0}),
+        ("the initial weights and the teacher's statistics", 101, {"keep": 0.7, "learning_rate": 100.0}),
+        ("statistics of the training", 101, {"model_init_kwargs": SMALL, "teacher_statistics": 0.0}),
+        ("no BatchNorm", 101, {"model_init_kwargs": SMALL | {"norm_groups": 2}}),
+        ("statistics of noise", 101, {"model_init_kwargs": SMALL, "init_student": "random"}),
+    ],
+)
+def test_a_student_is_exported_straight_after_each_ending(
+    digits_teacher, tmp_path, monkeypatch, ending, needed, options
+):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", needed)
+    args = config(tmp_path, input_size=None, num_calibration_images=64, max_steps=3, **options)
+    trainer = NoiseKDTrainer(None if "keep" in options else "resnet10_cifar", digits_teacher, args)
+    trainer.train()
+    made = Provenance.of(trainer.model)
+    assert made == Provenance.of(load_teacher(args.output_dir))
+    assert made.batch_norm == ("batch" if ending == "statistics of noise" else "running")
+    assert bool(made.calibration) == (needed == 0)
+    assert (made.start is None or made.start.training_helped) == ("initial" not in ending)
+    if made.batch_norm == "running":
+        assert export(trainer.model, tmp_path / "student.onnx").megabytes > 0
+    else:
+        with pytest.raises(ValueError, match="recalibrate"):
+            export(trainer.model, tmp_path / "student.onnx")

@@ -99,7 +99,7 @@ def test_the_student_of_a_teacher_without_statistics_keeps_those_of_its_training
     trainer.train()
     assert trainer.model.bn1.num_batches_tracked == 6
     assert (trainer.calibration_images, trainer.provenance().batch_norm) == (None, "running")
-    assert not caplog.text
+    assert "statistics" not in caplog.text
 
 
 # Bad input. Each is refused before the first step and before anything is written.
@@ -209,17 +209,17 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 1)},
             {},
-            "1 .*per_device_train_batch_size .*16",
+            "has 1, .*per_device_train_batch_size is 16",
         ),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "white .*noise .*fractal"),
-        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "1.0 .*noise_std .*2.0"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise": "fractal"}, "has white, .*noise is fractal"),
+        ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"noise_std": 2.0}, "1.0, .*noise_std is 2.0"),
         ({"train_dataset": NoiseDataset((1, 8, 8), 16)}, {"resolutions": "0.5"}, "resolutions .*0.5"),
         (
             {"train_dataset": NoiseDataset((1, 8, 8), 16, resolutions={0.5: 0.6, 1: 0.4})},
             {"resolutions": "1:0.4,0.5:0.6"},
             "0.5.*resolutions .*1.0",
         ),
-        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "1x9x9 .*1x8x8"),
+        ({"train_dataset": NoiseDataset((1, 9, 9), 16)}, {}, "1x9x9.*1x8x8"),
         (
             {"eval_dataset": NoiseDataset((1, 32, 32), 16, 2, distribution="structured")},
             {"input_size": [1, 32, 32]},
@@ -239,8 +239,8 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
             {"input_size": [3, 32, 32]},
             "act_layer.*config.json",
         ),
-        ({"teacher_model": NanAnswers()}, {}, "teacher .*blank images .*NaN"),
-        ({"model": NanAnswers()}, {}, "student .*blank images .*NaN"),
+        ({"teacher_model": NanAnswers()}, {}, "teacher's .*blank images .*NaN"),
+        ({"model": NanAnswers()}, {}, "student's .*blank images .*NaN"),
         ({"teacher_model": traced()}, {}, "2 of 3"),
         ({"train_dataset": images(33)}, {}, "33 images .*dataloader_drop_last=True"),
         ({"train_dataset": images(1)}, {}, "dataloader_drop_last=True"),
@@ -252,7 +252,7 @@ def test_sync_batch_norm_is_refused_where_there_are_several_processes(tiny_cnn, 
         ({"eval_dataset": {}}, {}, "eval_dataset .*empty"),
         ({"eval_dataset": TensorDataset(torch.zeros(4, 3, 8, 8), torch.zeros(4).long())}, {}, "3 channels"),
         ({"eval_dataset": {"a": images(), "b": images(1)}}, {}, "1 image"),
-        ({"eval_dataset": images(12, num_classes=5)}, {}, "label 3.* 3 classes"),
+        ({"eval_dataset": TensorDataset(torch.zeros(4, 1, 8, 8), torch.full((4,), 3))}, {}, "label 3.* 3 classes"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tiny_cnn, tmp_path, kwargs, options, message):

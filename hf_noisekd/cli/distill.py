@@ -2,9 +2,11 @@
 
 import argparse
 import ast
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from . import options
@@ -95,20 +97,20 @@ def distill(args: argparse.Namespace) -> int:
     from hf_noisekd import distill
     from hf_noisekd.workflows.distillation import how_to_go_on
 
-    _show_initialisation()
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    trainer = distill(
-        args.teacher,
-        args.student,
-        output_dir=args.output_dir,
-        teacher_checkpoint=args.teacher_checkpoint,
-        eval_dataset=args.eval_dataset,
-        eval_split=args.eval_split,
-        eval_label_column=args.eval_label_column,
-        resume_from_checkpoint=resume,
-        trust_remote_code=args.trust_remote_code,
-        **config_options(args),
-    )
+    with _showing_initialisation():
+        trainer = distill(
+            args.teacher,
+            args.student,
+            output_dir=args.output_dir,
+            teacher_checkpoint=args.teacher_checkpoint,
+            eval_dataset=args.eval_dataset,
+            eval_split=args.eval_split,
+            eval_label_column=args.eval_label_column,
+            resume_from_checkpoint=resume,
+            trust_remote_code=args.trust_remote_code,
+            **config_options(args),
+        )
     if trainer.stopped_by_signal:
         raise Terminated(how_to_go_on(trainer))
     if trainer.is_world_process_zero():
@@ -116,12 +118,16 @@ def distill(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_initialisation() -> None:
-    """Have the line on the student's initial weights printed before the training."""
-    logger = logging.getLogger("hf_noisekd.training.initial_student")
-    if os.environ.get("RANK", "0") == "0":
-        logger.setLevel(logging.INFO)
-        logger.addHandler(logging.StreamHandler(sys.stderr))
+@contextlib.contextmanager
+def _showing_initialisation() -> Iterator[None]:
+    """Context in which the first process prints what the student's initial weights are, before the training."""
+    logger, handler = logging.getLogger("hf_noisekd.training.initial_student"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _calibration_text(trainer: "NoiseKDTrainer") -> str:

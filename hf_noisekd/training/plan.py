@@ -81,10 +81,10 @@ def plan_training(
     set_seed(args.seed)  # before a student given by name gets its random weights
     model, initial = initial_student(model, teacher, args)
     check_models(model, teacher, explicit_size=args.input_size is not None)
-    check_train_noise(train_dataset, args, teacher)
     args = _with_defaults(args, teacher, initial, train_dataset)
     noise = _train_noise(args, teacher, train_dataset, (model, teacher_model))
     train_dataset = train_dataset if noise is None else noise
+    check_train_noise(train_dataset, args, teacher)
     if _breaks_bfloat16(args, model, noise, teacher.input_size):
         args.bf16, args.mixed_precision = False, "no"
     check_last_batch(train_dataset, args)
