@@ -1,4 +1,4 @@
-"""Real images, for training a teacher and for evaluation. Nothing that distills with noise imports this module."""
+"""Real images, for training a teacher and for evaluation. Distillation with noise does not import this module."""
 
 import logging
 import random
@@ -23,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, repr=False)
 class Images(Dataset):
-    """Images of any size and kind, decoded and preprocessed when they are asked for.
+    """Images of any size and kind, decoded and preprocessed on access.
 
-    Each comes as `{"pixel_values": [C, H, W], "labels": int}`, or without labels.
+    A sample is `{"pixel_values": [C, H, W], "labels": int}`, or without labels.
     """
 
-    images: Sequence[PIL.Image.Image]  # one column of a data set of the `datasets` library
+    images: Sequence[PIL.Image.Image]  # a column of a data set of the `datasets` library
     labels: Sequence[int] | None  # the class of each
     _: KW_ONLY
     transform: Callable[[PIL.Image.Image], torch.Tensor]  # from a Pillow image of mode `mode` to pixels `[C, H, W]`
     mode: str  # "RGB" or "L"; transparency is dropped, as timm and transformers do
-    indices: Sequence[int]  # which images to serve, in this order
+    indices: Sequence[int]  # of the images to serve, in order
     name: str  # of the data set, for results and model cards
     pretrained_cfg: Mapping = field(default_factory=dict)  # that of a timm model trained on these images
 
@@ -59,24 +59,24 @@ def load_images(
     label_column: str | None = None,
     labels: bool = True,
 ) -> Images:
-    """Load a split of a data set, preprocessed for `model` as in timm's or transformers' own evaluation.
+    """Load a split of a data set, preprocessed for `model` as in the evaluations of timm and transformers.
 
-    The labels are those of the model: its classes and those of the data set are joined by their names. Where the model
-    knows none of the names the classes are taken to stand in its order, with a warning.
+    Labels are class indices of the model: its classes and those of the data set are matched by name. If no name of the
+    data set is among the model's, both are assumed to be in the same order, with a warning.
 
     Args:
-        name: Hub id, local folder that `datasets.load_dataset` reads, or parquet file, which is taken for the split.
-        model: The classifier, which says how it wants its images.
-        split: Which split.
-        num_images: Serve this many only, drawn with `seed`, in their order; a smaller draw is a part of a larger one.
+        name: Hub id, local folder for `datasets.load_dataset`, or parquet file with the split.
+        model: The classifier, whose preprocessing is used.
+        split: Name of the split.
+        num_images: Serve only this many images, drawn with `seed`, in order; smaller draws are subsets of larger ones.
         seed: Seed of that draw.
         image_column: Name of the column of images. Default: the only one of type `Image`.
         label_column: Name of the column of classes. Default: the only one of type `ClassLabel`.
         labels: Whether to serve labels. Otherwise the data set need not have any.
 
     Raises:
-        ValueError: There is no such data set, split or column, or too few images; the model knows some of the classes
-            and not all, or has fewer; some images have no label; or it is not known how the model wants its images.
+        ValueError: There is no such data set, split or column, or too few images; the classes do not match those of the
+            model; an image has no label; or the preprocessing of the model is unknown.
     """
     mode, transform = _preprocessing(model)
     dataset = load_splits(name, split)[split]
@@ -102,42 +102,36 @@ def read_labels(dataset: datasets.Dataset, column: str | None, name: str) -> tup
 
 
 def _positions(label_names: Sequence[str], model: nn.Module, name: str) -> Sequence[int]:
-    """Return for each class of the data set `name` its number in `model`."""
+    """Return for each class of the data set `name` its index in `model`."""
     num_classes = declared_num_classes(model) or len(label_names)
     known = class_names(model, num_classes)
-    unknown = next((label for label in label_names if label not in known), None)
-    if unknown is None:
-        # Two classes of ImageNet are called "crane".
-        twice = next((label for label in label_names if known.count(label) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{name} has the class {twice!r}, and the model two of that name: rename them.")
+    unknown = [label for label in label_names if label not in known]
+    if not unknown:
+        for label in label_names:
+            if known.count(label) > 1:  # two classes of ImageNet are called "crane"
+                raise ValueError(f"{name} has the class {label!r}, and the model two of that name: rename them.")
         return [known.index(label) for label in label_names]
-    examples = f"its own are {', '.join(map(repr, known[:3]))}{', ...' if num_classes > 3 else ''}"
-    if any(label in known for label in label_names):
+    classes = f"{', '.join(map(repr, known[:3]))}{', ...' if num_classes > 3 else ''}"
+    if len(unknown) < len(label_names):
         raise ValueError(
-            f"{name} has the class {unknown!r}, which the model does not know, though it knows others ({examples}): "
-            "rename the classes of the data set, or use one of the model's own."
+            f"{name} has the class {unknown[0]!r}, which is none of the model's ({classes}), though others are: rename "
+            "the classes of the data set, or use a data set with the classes of the model."
         )
     if len(label_names) > num_classes:
         raise ValueError(
-            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set of the model's "
-            "own classes."
+            f"{name} has {len(label_names)} classes, and the model only {num_classes}: use a data set with the classes "
+            "of the model."
         )
     logger.warning(
-        "The model knows none of the %d classes of %s by name, such as %r (%s): they are taken to be its first %d, in "
-        "this order. If they are not, every number measured on them is wrong.",
-        len(label_names),
-        name,
-        unknown,
-        examples,
-        len(label_names),
+        f"None of the {len(label_names)} classes of {name}, such as {unknown[0]!r}, is one of the model ({classes}). "
+        "They are assumed to be in the same order; if they are not, accuracies are wrong."
     )
     return range(num_classes)
 
 
 @contextmanager
 def naming_the_image(index: int, name: str) -> Iterator[None]:
-    """Context that says which image could not be read."""
+    """Context in which an error names the image."""
     try:
         yield
     except Exception as error:  # Pillow raises many kinds
@@ -145,7 +139,7 @@ def naming_the_image(index: int, name: str) -> Iterator[None]:
 
 
 def load_splits(name: str, required: str, config: str | None = None) -> datasets.DatasetDict:
-    """Load a data set that must have the split `required`, for which a single parquet file is taken."""
+    """Load a data set with the split `required`, or a parquet file as that split."""
     path = Path(name).expanduser()
     try:
         if path.is_file():
@@ -160,13 +154,13 @@ def load_splits(name: str, required: str, config: str | None = None) -> datasets
 
 
 def short_name(name: str) -> str:
-    """Return what a data set is called in results: the last part of a path, or its id."""
+    """Return the name of a data set for results: the last part of a path, or its id."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() else name
 
 
 def draw_indices(size: int, num_images: int | None, seed: int, name: str) -> Sequence[int]:
-    """Return `num_images` of `size` indices in order, drawn with `seed`; a smaller draw is a part of a larger one."""
+    """Return `num_images` of `size` indices in order, drawn with `seed`; smaller draws are subsets of larger ones."""
     if num_images is None:
         return range(size)
     if not 1 <= num_images <= size:
@@ -177,26 +171,24 @@ def draw_indices(size: int, num_images: int | None, seed: int, name: str) -> Seq
 
 
 def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], torch.Tensor]]:
-    """Return the Pillow mode that `model` takes, and what makes pixels `[C, H, W]` of such an image."""
+    """Return the Pillow mode for `model`, and its transform from such an image to pixels `[C, H, W]`."""
     cfg = pretrained_cfg_of(model)
     processor = None if cfg else image_processor_of(model)
     if processor is not None:
         return image_mode(getattr(model.config, "num_channels", 3)), partial(_processed, processor)
     if unknown_preprocessing(model):
         raise ValueError(
-            f"{type(model).__name__} does not say how it wants its images: save an image processor into its "
-            "folder, with AutoImageProcessor's save_pretrained, give mean and std in the `pretrained_cfg` of its "
-            "config.json, or pass a data set that is preprocessed already."
+            f"The preprocessing of {type(model).__name__} is unknown: save an image processor into its folder, with "
+            "AutoImageProcessor's save_pretrained, set mean and std in the `pretrained_cfg` of its config.json, or "
+            "pass a preprocessed data set."
         )
     config = resolve_data_config(pretrained_cfg=cfg)
     channels = (declared_input_size(model) or config["input_size"])[0]
-    for key in ("mean", "std"):
-        if len(config[key]) != channels:
-            raise ValueError(
-                f"The model takes {channels} channel{'' if channels == 1 else 's'} and its pretrained_cfg gives {key} "
-                f"for {len(config[key])}, {tuple(config[key])}: build it with "
-                f'`pretrained_cfg_overlay={{"mean": ..., "std": ...}}`.'
-            )
+    if not len(config["mean"]) == len(config["std"]) == channels:
+        raise ValueError(
+            f"The number of input channels is {channels}, but pretrained_cfg has mean {tuple(config['mean'])} and std "
+            f'{tuple(config["std"])}: build the model with `pretrained_cfg_overlay={{"mean": ..., "std": ...}}`.'
+        )
     return image_mode(channels), create_transform(**config, is_training=False)
 
 
@@ -205,33 +197,32 @@ def _processed(processor: Callable, image: PIL.Image.Image) -> torch.Tensor:
 
 
 def image_mode(channels: int) -> str:
-    """Return the Pillow mode of the images that a model of so many input channels sees."""
+    """Return the Pillow mode for a number of input channels."""
     if channels not in (1, 3):
-        raise ValueError(f"The model takes {channels} channels; images can be read for 1 (gray) or 3 (RGB).")
+        raise ValueError(f"The model has {channels} input channels; images can have 1 (gray) or 3 (RGB).")
     return "L" if channels == 1 else "RGB"
 
 
 def convert_image(image: PIL.Image.Image | None, mode: str) -> PIL.Image.Image:
-    """Return an image in a Pillow mode of 8 bits a channel. Its EXIF orientation was applied by `datasets`."""
+    """Return an image in a Pillow mode of 8 bits a channel. `datasets` has applied its EXIF orientation."""
     if image is None:
         raise ValueError("there is none")
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its mode is {image.mode}, and Pillow would clip it at 255; convert it to 8 bits a channel")
     if image.mode == "P":
-        image = image.convert("RGBA")  # the same colours; on the straight way Pillow warns of transparency
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning about transparency
     return image.convert(mode)
 
 
 def find_column(features: datasets.Features, kind: type, column: str | None, name: str) -> str:
-    """Return `column` after a check of its type, or the only one of type `kind`."""
+    """Return `column` after a check of its type, or by default the only one of type `kind`."""
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
     wanted = [key for key in found if column in (None, key)]
-    if len(wanted) == 1:
-        return wanted[0]
-    if column is not None:
-        raise ValueError(f"{name} has no column {column!r} of type {kind.__name__}; found {found or dict(features)}.")
-    option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
-    choose = f": name the one to use ({option})" if found else f" among {dict(features)}"
-    raise ValueError(
-        f"{name} needs exactly one column of type {kind.__name__}, found {', '.join(found) or 'none'}{choose}."
-    )
+    if len(wanted) != 1:
+        option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
+        needed = "exactly one column" if column is None else f"a column {column!r}"
+        raise ValueError(
+            f"{name} needs {needed} of type {kind.__name__}, found {', '.join(found) or f'none among {list(features)}'}"
+            f": name the one to use ({option})."
+        )
+    return wanted[0]

@@ -93,8 +93,8 @@ def test_the_code_of_a_card_runs_in_the_students_folder(tmp_path, monkeypatch, s
         assert ("hf_noisekd" in "".join(python_blocks(card))) == (statistics == "batch" or student == "resnet10_cifar")
     assert probs["running"].shape == (4, 10)
     assert not torch.allclose(probs["running"], probs["batch"])
-    answers = [answer[0]["label"] for answer in by_pipeline[0]["answers"]]
-    assert answers == [str(index) for index in probs["running"].argmax(-1).tolist()]
+    labels = [prediction[0]["label"] for prediction in by_pipeline[0]["predictions"]]
+    assert labels == [str(index) for index in probs["running"].argmax(-1).tolist()]
 
 
 def test_a_card_of_a_student_without_batch_norm_has_no_choice_of_statistics(folder):
@@ -139,19 +139,15 @@ def test_a_card_has_the_facts(folder):
 @pytest.mark.parametrize(
     ("statistics", "fraction", "said"),
     [
-        (0.0, 1.0, ".*, as it is, in evaluation mode"),
-        (
-            0.5,
-            1.0,
-            ".* with all its BatchNorm layers on statistics that are 50% those of the batch at hand and else",
-        ),
-        (1.0, 0.5, ".* with 50% of its BatchNorm layers on the statistics of the batch at hand"),
+        (0.0, 1.0, "in evaluation mode"),
+        (0.5, 1.0, "all its BatchNorm layers .* 50% batch statistics"),
+        (1.0, 0.5, "50% of its BatchNorm layers on the statistics of the batch"),
     ],
 )
-def test_a_card_says_how_the_teacher_was_asked(folder, tmp_path, statistics, fraction, said):
+def test_a_card_has_the_statistics_of_the_teacher(folder, tmp_path, statistics, fraction, said):
     record = read_record(folder)
     record.noisekd.teacher_statistics, record.noisekd.teacher_batch_norm_fraction = statistics, fraction
-    assert re.search(f"Teacher: {said}", write_model_card(record, tmp_path).read_text())
+    assert re.search(f"Teacher: .*{said}", write_model_card(record, tmp_path).read_text())
 
 
 def test_the_hubs_parser_accepts_the_card(folder):
@@ -171,7 +167,7 @@ def test_without_images_the_card_reports_agreement_on_noise_and_says_so(tmp_path
     run(tmp_path / "student", "resnet10_cifar", eval_dataset=None)
     card = ModelCard.load(tmp_path / "student" / "README.md")
     assert "| held-out noise (8 images) | batch statistics, batches of 8 |" in card.text
-    assert "not been measured on labelled images" in card.text
+    assert "not been evaluated on labelled images" in card.text
     assert card.data.eval_results is None
     assert "accuracy (%)" not in card.text
 
@@ -183,7 +179,7 @@ def test_what_is_not_known_is_left_out(folder):
     record.evaluations = []
     record.noisekd.batch_norm = "batch"
     card = render_model_card(record).content
-    for text in ("## Results", "it was measured with", "Device:", "Command:", "class_balance.png", "curves.png"):
+    for text in ("## Results", "(evaluated with", "Device:", "Command:", "class_balance.png", "curves.png"):
         assert text not in card
     assert not re.search(r"^#.*\n+#", card, flags=re.MULTILINE)
 
@@ -222,7 +218,7 @@ def test_other_sources_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="distilled"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("[")
-    with pytest.raises(ValueError, match="is no record"):
+    with pytest.raises(ValueError, match=r"noisekd\.json is damaged"):
         write_model_card(tmp_path)
     with pytest.raises(ValueError, match="output_dir"):
         write_model_card(read_record(folder))
@@ -258,16 +254,16 @@ def test_no_other_card_is_kept():
 
 
 @pytest.mark.parametrize("training_helped", [True, False])
-def test_a_student_that_began_as_its_teacher_says_so(tmp_path, training_helped):
+def test_the_card_of_a_student_initialised_from_its_teacher(tmp_path, training_helped):
     trainer = run(tmp_path, None, keep=0.5)
     record = trainer.record()
     record.noisekd.start.training_helped = training_helped
     record.model.architecture = "shrunk"
     card = str(render_model_card(record))
     share = f"{record.noisekd.start.macs:.0%}"
-    assert f"# resnet10_cifar cut to {share}, taught by" in card
-    assert f"It began as its teacher, cut down to {share[:-1]} % of the multiply-adds." in card
-    assert "- Start: the teacher, cut down; " in card
+    assert f"# resnet10_cifar cut to {share}, distilled from" in card
+    assert f"initialised from its teacher, cut down to {share[:-1]} % of the multiply-adds" in card
+    assert "- Initialised from the teacher: " in card
     assert "needs the package hf_noisekd" in card
     assert ("did not help" in card) != training_helped
 

@@ -10,6 +10,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import export
 from hf_noisekd.models.classifier import compute_logits
+from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.onnx.floats import export_onnx, onnx_session
 from hf_noisekd.record.schema import NoiseFacts

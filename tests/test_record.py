@@ -1,7 +1,4 @@
-import copy
-import functools
 import json
-import operator
 from functools import partial
 from types import SimpleNamespace
 
@@ -26,7 +23,6 @@ from hf_noisekd.record.schema import (
     read_record,
     write_record,
 )
-from hf_noisekd.release.card import render_model_card
 
 
 def config(tmp_path, **options):
@@ -83,37 +79,18 @@ def test_what_the_schema_does_not_know_is_kept_and_what_it_needs_is_missed(tmp_p
     ):
         broken = data | {name: {key: value for key, value in data[name].items() if key != part}}
         (tmp_path / "noisekd.json").write_text(json.dumps(broken))
-        with pytest.raises(ValueError, match=f"is no record: .*{missing}"):
+        with pytest.raises(ValueError, match=f"noisekd.json is damaged: .*{missing}"):
             read_record(tmp_path)
     (tmp_path / "noisekd.json").write_text(json.dumps(data | {"model": 3}))
     with pytest.raises(ValueError, match=r"ModelFacts .*int"):
         read_record(tmp_path)
 
 
-def test_a_record_that_holds_anything_is_read_or_refused(tmp_path):
-    sizes = [[[4, 4], 0.5], [[8, 8], 0.5]]
-    noise = NoiseFacts(distribution="white", mean=0, std=1, input_size=[3, 8, 8], image_sizes=sizes)
-    complete = record(evaluations=[evaluation()], curve=[{"step": 1, "loss": 2.0}], noisekd=made_by_noise(noise=noise))
-    write_record(complete, tmp_path)
-    whole = json.loads((tmp_path / "noisekd.json").read_text())
-
-    def places(value, *keys):
-        for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            yield (*keys, key)
-            yield from places(value[key], *keys, key)
-
-    refused = 0
-    for *keys, last in places(whole):
-        for wrong in (None, 5, "x", [], {}):
-            damaged = copy.deepcopy(whole)
-            place = functools.reduce(operator.getitem, keys, damaged)
-            place.pop(last) if wrong is None else operator.setitem(place, last, wrong)
-            (tmp_path / "noisekd.json").write_text(json.dumps(damaged))
-            try:
-                render_model_card(read_record(tmp_path))
-            except ValueError:
-                refused += 1
-    assert refused > 50
+@pytest.mark.parametrize("damage", [{"steps": "many"}, {"evaluations": 3}, {"machine": []}, {"command": {}}])
+def test_a_damaged_record_is_refused(tmp_path, damage):
+    (tmp_path / "noisekd.json").write_text(json.dumps(to_dict(record()) | damage))
+    with pytest.raises(ValueError, match=f"noisekd.json is damaged: .*({next(iter(damage))}|Machine) must be"):
+        read_record(tmp_path)
 
 
 def test_each_run_of_a_results_file_has_what_they_share(tmp_path):

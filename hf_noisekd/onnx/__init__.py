@@ -1,1 +1,1 @@
-"""ONNX files, in float32 and float16, and in int8."""
+"""Export to ONNX in float32, float16 and int8."""

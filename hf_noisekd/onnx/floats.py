@@ -1,4 +1,4 @@
-"""Write a classifier, with its *running* statistics, as one ONNX file, for runtimes without torch."""
+"""Export a classifier, with its *running* statistics, to one ONNX file in float32 or float16."""
 
 import copy
 import importlib.util
@@ -17,18 +17,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_noisekd.files import check_output_file
-from hf_noisekd.models.classifier import (
-    architecture_of,
-    class_names,
-    compute_logits,
-    nonfinite_tensor,
-)
+from hf_noisekd.models.classifier import architecture_of, class_names, compute_logits, nonfinite_tensor
 from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.record.schema import Provenance
 
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file
-CHECKED_BATCH_SIZES = (1, 2, 5)  # 1 is the one that exporters take for a constant
+CHECKED_BATCH_SIZES = (1, 2, 5)  # exporters may take a size of 1 for a constant
 TOLERANCE = 1e-3  # for the logits, relative to the largest of them; rounding gives about 1e-6
 HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 
@@ -36,23 +31,22 @@ HALF_TOLERANCE = 5e-2  # in float16; rounding gives about 1e-3
 def export_onnx(
     model: nn.Module, path: str | Path, *, input_size: Sequence[int] | None = None, name: str | Path = "..."
 ) -> None:
-    """Write a classifier to an ONNX file in float32, and compare its logits with torch's before it gets its name.
+    """Export a classifier to ONNX in float32, and compare its logits with torch's before the file gets its name.
 
     The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
     `logits`, float32 `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is known of
     `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
 
     Args:
-        model: The classifier. It is left as it is.
-        path: The file to write; its folder is made if missing, and a file of that name is replaced.
+        model: The classifier, which is not changed.
+        path: The file to write; its folder is created if missing, and an existing file is replaced.
         input_size: `(channels, height, width)` of the images. Default: that of [`input_size_of`].
-        name: What the user calls the model, for the advice in an error.
+        name: Path or id of the model, for the advice in an error.
 
     Raises:
-        ImportError: onnxscript or onnxruntime is not installed.
-        ValueError: The model needs batch statistics, does not declare its input size, is too large for one file, or is
-            not finite.
-        RuntimeError: The file's logits would differ from torch's. None is left.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ValueError: The model needs batch statistics, does not declare its input size, is too large, or is not finite.
+        RuntimeError: The file's logits differ from torch's; no file is written.
     """
     require_onnx()
     path = Path(path)
@@ -66,16 +60,16 @@ def export_onnx(
 
     with _whole_file(path) as temporary:
         program.save(temporary)
-        advice = "Does the model draw random numbers, or is a newer onnxruntime or onnxscript to be had?"
+        advice = "Check that the model draws no random numbers, or update onnxruntime and onnxscript."
         _compare(temporary, classifier, input_size, TOLERANCE, advice)
 
 
 def halve_onnx(source: str | Path, path: str | Path) -> None:
-    """Write a file of [`export_onnx`] with weights in float16, which it computes with; input and output stay float32.
+    """Convert a file of [`export_onnx`] to float16 weights and activations; input and output stay float32.
 
     Raises:
-        ImportError: onnxruntime is not installed.
-        RuntimeError: The file would answer differently. None is left.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        RuntimeError: The logits of both files differ; no file is written.
     """
     require_onnx()
     import onnx
@@ -84,14 +78,14 @@ def halve_onnx(source: str | Path, path: str | Path) -> None:
     session = onnx_session(source)
     with _whole_file(Path(path)) as temporary:
         onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), temporary)
-        advice = "Its numbers may be out of the range of float16: export it in float32."
+        advice = "Values may be out of the range of float16: export it in float32."
         input_size = session.get_inputs()[0].shape[1:]
         _compare(temporary, partial(onnx_logits, session), input_size, HALF_TOLERANCE, advice)
 
 
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Path]:
-    """Context that gives a name to write to, which becomes `path` unless there is an exception."""
+    """Context with a temporary file to write, which becomes `path` unless there is an exception."""
     check_output_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -103,14 +97,14 @@ def _whole_file(path: Path) -> Iterator[Path]:
 
 
 def require_onnx() -> None:
-    """Raise an `ImportError` if a package is missing that makes and runs ONNX files."""
+    """Raise an `ImportError` if a package for ONNX is missing."""
     needed = ("onnx", "onnxscript", "onnxruntime")
     if missing := " and ".join(name for name in needed if importlib.util.find_spec(name) is None):
         raise ImportError(f'Export to ONNX needs {missing}: install with `pip install "hf-noisekd[export]"`.')
 
 
 def onnx_session(path: str | Path, num_threads: int = 0) -> Any:
-    """Open an ONNX file in onnxruntime on the CPU, with `num_threads` threads or, for 0, as many as there are cores."""
+    """Open an ONNX file in onnxruntime on the CPU, with `num_threads` threads; 0 for one for each core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -142,7 +136,7 @@ class OnnxClassifier(nn.Module):
 def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
     """Return torch's ONNX program of a classifier for batches of any size."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns of functions of its own
+        warnings.simplefilter("ignore", FutureWarning)  # of torch 2.13 about its own functions
         return torch.onnx.export(
             classifier,
             (torch.zeros(2, *input_size),),
@@ -154,7 +148,7 @@ def _exported(classifier: nn.Module, input_size: tuple[int, int, int]) -> Any:
 
 
 class _Logits(nn.Module):
-    """A classifier that returns the logits themselves."""
+    """A classifier whose output is the tensor of logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -165,45 +159,41 @@ class _Logits(nn.Module):
 
 
 def _check_exportable(model: nn.Module, input_size: Sequence[int] | None, name: str | Path) -> tuple[int, int, int]:
-    """Return the input size of a model, called `name` by the user, that one ONNX file can hold."""
+    """Return the input size of a model, after a check that its running statistics and weights are of use."""
     provenance = Provenance.of(model)
     if provenance is not None and provenance.batch_norm == "batch":
         raise ValueError(
-            f"This {architecture_of(model)} is to be used with batch statistics: its running statistics are those of "
-            "noise, and an ONNX file would answer with them. Re-estimate them first, with `noisekd recalibrate "
-            f"--model {name} --output-dir ...` and `--teacher ...` or, for real images, `--dataset ...`, and export "
-            "the result."
+            f"This {architecture_of(model)} needs batch statistics, and an ONNX file has only the running ones, here "
+            f"those of noise. Re-estimate them first with `noisekd recalibrate --model {name} --output-dir ...` and "
+            "`--teacher ...` or, for real images, `--dataset ...`, and export the result."
         )
     for layer, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(
-                f"BatchNorm layer {layer!r} keeps no running statistics, so an answer depends on the other images of "
-                "the batch: build the model with track_running_stats=True."
+                f"BatchNorm layer {layer!r} keeps no running statistics, so logits depend on the other images of the "
+                "batch: build the model with track_running_stats=True."
             )
-    input_size = input_size_of(model, input_size)
     size = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
     if size > MAX_BYTES:
-        raise ValueError(
-            f"The model takes {size / 2**30:.1f} GiB in float32, and one ONNX file {MAX_BYTES / 2**30} GiB at most."
-        )
+        raise ValueError(f"The model takes {size / 2**30:.1f} GiB in float32, and an ONNX file holds at most 1.5 GiB.")
     if broken := nonfinite_tensor(model):
-        raise ValueError(f"{broken!r} of the model holds a NaN or an infinity: export a checkpoint from before.")
-    return input_size
+        raise ValueError(f"{broken!r} of the model holds a NaN or an infinity: export an earlier checkpoint.")
+    return input_size_of(model, input_size)
 
 
 def _describe(onnx_model: Any, model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Put the metadata into an ONNX model, in place of what torch notes on each node."""
+    """Store the metadata in an ONNX model, and remove those of torch."""
     names = class_names(model, onnx_model.graph.outputs[0].shape[1])
     values = {"label_names": names} | preprocessing_of(model) | {"input_size": input_size}
     onnx_model.producer_name, onnx_model.producer_version = "hf_noisekd", version("hf-noisekd")
     onnx_model.metadata_props.update({key: json.dumps(value) for key, value in values.items()})
     for part in (onnx_model.graph, *onnx_model.graph):
-        part.metadata_props.clear()  # stack traces, with the paths of the machine that exports
+        part.metadata_props.clear()  # stack traces, with paths of this machine
 
 
 @torch.no_grad()
 def _compare(path: Path, classifier: Callable, input_size: Sequence[int], tolerance: float, advice: str) -> None:
-    """Check that onnxruntime answers like what the file was made of on random images."""
+    """Compare onnxruntime's logits with those of the original on random images."""
     session = onnx_session(path)
     generator = torch.Generator().manual_seed(0)
     for batch_size in CHECKED_BATCH_SIZES:
@@ -215,5 +205,5 @@ def _compare(path: Path, classifier: Callable, input_size: Sequence[int], tolera
         if not difference <= tolerance * scale:
             raise RuntimeError(
                 f"onnxruntime's logits differ by {difference:.3g} from the model's, which reach {scale:.3g}, on "
-                f"{batch_size} random image{'' if batch_size == 1 else 's'}: no file was written. {advice}"
+                f"a batch of {batch_size}: no file was written. {advice}"
             )

@@ -1,8 +1,8 @@
-"""Quantise an ONNX file to int8, with the ranges of its activations taken from calibration images."""
+"""Quantise an ONNX file to int8, with activation ranges from calibration images."""
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +14,42 @@ from hf_noisekd.calibration.moments import Batches, pixel_values_of
 from hf_noisekd.files import check_output_file
 from hf_noisekd.onnx.floats import onnx_logits, onnx_session, require_onnx
 
-BATCH_SIZE = 64  # of a pass that looks for the ranges, which keeps all activations of a batch
-# In percent, of the first answers to the images that the ranges are of: below it the file is of no use to anybody.
-MIN_AGREEMENT = 50.0
+BATCH_SIZE = 64  # onnxruntime keeps all activations of a batch
+MIN_AGREEMENT = 50.0  # of top-1 predictions with those of the float file, in percent; below it int8 is of no use
 
 
 def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImages | Batches) -> float:
-    """Write an int8 version of an ONNX file, and compare its answers with those of the file before it gets its name.
+    """Quantise an ONNX file to int8, and compare its predictions with the original before the file gets its name.
 
-    By onnxruntime's static quantisation, with QDQ nodes: weights are int8 with a scale for each output channel,
-    activations are uint8 between the least and the greatest value that the images give (Jacob et al., CVPR 2018).
-    Input and output stay as they are, and so does what the metadata say of the model.
+    Static quantisation of onnxruntime with QDQ nodes: int8 weights with a scale for each output channel, and uint8
+    activations between the minimum and the maximum on the images (Jacob et al., CVPR 2018). Input, output and metadata
+    stay the same.
 
     Args:
         source: A file of [`export_onnx`] in float32.
-        path: The file to write; its folder is made if missing, and a file of that name is replaced.
-        images: What the ranges are of: [`calibration_images`], or batches of real ones, as [`recalibrate_batch_norm`]
-            takes them.
+        path: The file to write; its folder is created if missing, and an existing file is replaced.
+        images: For the activation ranges: [`calibration_images`], or batches of real images in the forms of
+            [`recalibrate_batch_norm`].
 
     Returns:
-        The share in percent of images to which both files give the same first answer: of those held out of the
-        calibration images, or else of the ones given.
+        The share of images in percent on which the top-1 predictions of both files agree: of the held-out calibration
+        images, or else of the given ones.
 
     Raises:
-        ImportError: onnxruntime is not installed.
-        ValueError: The images are noise, or not good enough, or there is none.
-        RuntimeError: The int8 file answers most images differently. None is left.
+        ImportError: onnx, onnxscript or onnxruntime is not installed.
+        ValueError: The images are noise, of poor quality, or missing, or `source` does not exist.
+        RuntimeError: Most predictions differ; no file is written.
     """
     require_onnx()
     if isinstance(images, DrawnDataset):
-        raise ValueError("The ranges of int8 are not taken from noise, which has others than images: give images.")
-    path = Path(path)
+        raise ValueError("Activations have other ranges on noise than on images: pass images for int8, not noise.")
+    source, path = Path(source), Path(path)
     check_output_file(path)
-    if not Path(source).is_file():
+    if not source.is_file():
         raise ValueError(f"There is no file {source}: export the model in float32 first.")
     batches = _on_cpu(pixel_values_of(batch) for batch in images)
     if not batches:
-        raise ValueError("There is no image to calibrate with: give some hundred.")
+        raise ValueError("There are no images to calibrate with: pass a few hundred.")
     measured = batches
     if isinstance(images, CalibrationImages):
         images.check()
@@ -58,12 +57,12 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         temporary = Path(folder) / "int8.onnx"
-        _quantize(Path(source), temporary, batches)
-        agreement = _agreement(Path(source), temporary, measured)
+        _quantize(source, temporary, batches)
+        agreement = _agreement(source, temporary, measured)
         if not agreement >= MIN_AGREEMENT:
             raise RuntimeError(
-                f"In int8 the model gives its own first answer to {agreement:.0f} % of the images only: no file was "
-                "written. Calibrate on more images, or keep it in float32 or float16."
+                f"The top-1 predictions in int8 agree with the float ones on only {agreement:.0f} % of the images: no "
+                "file was written. Calibrate on more images, or use float32 or float16."
             )
         os.replace(temporary, path)
     return agreement
@@ -78,17 +77,13 @@ def _quantize(source: Path, path: Path, batches: Iterable[torch.Tensor]) -> None
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(quantization.CalibrationDataReader):
-        """Gives onnxruntime the images of a batch at a time."""
-
-        def __init__(self):
-            self._batches: Iterator[torch.Tensor] = iter(batches)
+        inputs = ({"pixel_values": batch.numpy()} for batch in batches)
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {"pixel_values": batch.numpy()}
+            return next(self.inputs, None)
 
     prepared = path.with_name("prepared.onnx")
-    # The exporter has folded BatchNorm already, and what onnxruntime optimises more ties the file to this machine.
+    # The exporter has already folded BatchNorm, and further optimisation would tie the file to this machine.
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
     quantization.quantize_static(
         prepared,

@@ -1,1 +1,1 @@
-"""What is known of a student, and how it is stored; it knows nothing of models."""
+"""The record of a student: what is known of it, as plain data, independent of models."""

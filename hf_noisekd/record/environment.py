@@ -1,4 +1,4 @@
-"""What a training ran on and how it was started, in a form that can be published."""
+"""The machine, versions and command of a training, fit to be published."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "timm", "transformers", "accelerate", "datasets", "huggingf
 
 @dataclass(kw_only=True)
 class Machine:
-    """What trains: the processor, its cores usable here, the threads torch uses, and the accelerator if any."""
+    """The processor, its usable cores, the threads of torch, and the accelerator if any."""
 
     processor: str | None = None
     cores: int | None = None
@@ -27,7 +27,7 @@ class Machine:
 
     @classmethod
     def of(cls, device: torch.device) -> "Machine":
-        """Describe this machine, and the device on it that trains."""
+        """Describe this machine, and the training device."""
         processor = platform.processor() or platform.machine()
         with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as file:  # of Linux
             processor = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -37,7 +37,7 @@ class Machine:
         return cls(processor=processor, cores=usable_cores(), threads=torch.get_num_threads(), accelerator=accelerator)
 
     def __str__(self) -> str:
-        """Return the accelerator, or the processor with its cores; nothing where neither is known."""
+        """Return the accelerator, or the processor with its cores; empty if neither is known."""
         if self.accelerator or not self.processor:
             return self.accelerator or ""
         return f"{self.cores} core{'' if self.cores == 1 else 's'} of {self.processor}"
@@ -49,12 +49,12 @@ def usable_cores() -> int | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a result."""
+    """Return the versions of Python and of the packages that affect results."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def command_line(argv: Sequence[str] | None = None) -> str | None:
-    """Return the command that started this process, fit to be published, or None where it was no script."""
+    """Return the command of this process without tokens and folders, or None if it was no script."""
     first, *arguments = sys.argv if argv is None else argv
     script = Path(first)
     if script.name in ("noisekd", "noisekd.py") or script.parts[-3:] == ("hf_noisekd", "cli", "__main__.py"):
@@ -72,7 +72,7 @@ def command_line(argv: Sequence[str] | None = None) -> str | None:
 
 
 def without_path(value: str) -> str:
-    """Return what of an option's value may be published: of a folder its name, and no access token."""
+    """Return an option's value fit to be published: only the last part of a path, and no access token."""
     value = re.sub(r"hf_[A-Za-z0-9]{8,}", "REDACTED", value).removeprefix("local-dir:")
     is_path = value.startswith(("/", "~", ".")) or "\\" in value or (os.sep in value and Path(value).exists())
     return Path(value.replace("\\", "/")).name if is_path else value

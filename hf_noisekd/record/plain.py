@@ -1,4 +1,4 @@
-"""Dataclasses as plain data, for JSON, and back; and texts from outside, for Markdown and figures."""
+"""Dataclasses as plain data for JSON, and back; and texts escaped for Markdown and figures."""
 
 import re
 import types
@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 
 Schema = TypeVar("Schema")
 
-# Fields of older records by their names since.
+# Renamed fields of older records.
 RENAMED = {"healed": "training_helped"}
 
 
 def to_dict(value: Any) -> Any:
-    """Return a dataclass as a mapping, without what is not known (None); other values as they are."""
+    """Return a dataclass as a mapping, without fields that are None or empty; other values as they are."""
     if is_dataclass(value):
         parts = {name: to_dict(part) for name, part in vars(value).items() if part not in (None, {})}
         return parts | parts.pop("others", {})
@@ -22,10 +22,10 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(kind: type[Schema], data: Mapping) -> Schema:
-    """Return a mapping as a dataclass, which keeps what it does not know in its field `others`, if it has one.
+    """Return a mapping as a dataclass; unknown keys go to its field `others`, if it has one.
 
     Raises:
-        ValueError: Something that must be known is missing, or is of another kind.
+        ValueError: A required field is missing, or `data` or a part of it is of the wrong kind.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be a mapping, found {type(data).__name__}")
@@ -39,41 +39,36 @@ def from_dict(kind: type[Schema], data: Mapping) -> Schema:
         known["others"] = {name: value for name, value in data.items() if name not in hints}
     try:
         return kind(**known)
-    except TypeError as error:  # names what is missing
+    except TypeError as error:  # names the missing field
         raise ValueError(str(error).replace(f"{kind.__name__}.__init__()", kind.__name__)) from error
 
 
 def markdown_text(text: str) -> str:
-    """Return a text from anywhere as Markdown that shows it as it is, in one line: no markup, HTML or mathematics."""
+    """Return a text escaped for Markdown, in one line: no markup, HTML or mathematics."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # Within a word an underscore is no markup.
     return re.sub(r"([\\`*\[\]|$~])|(?<![^\W_])(_)|(_)(?![^\W_])", r"\\\g<0>", text)
 
 
 def code_text(text: str) -> str:
-    """Return a text from anywhere as it can stand between backticks."""
+    """Return a text that can stand between backticks."""
     return " ".join(text.split()).replace("`", "")
 
 
 def figure_text(text: str) -> str:
-    """Return a text from anywhere as matplotlib shows it as it is, in one line."""
+    """Return a text escaped for matplotlib, in one line."""
     return " ".join(text.split()).replace("$", r"\$")
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
-    """Return a value of JSON as one of type `hint`: numbers may stand for texts."""
+    """Return a value of JSON as one of type `hint`; numbers become texts where a text is expected."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not types.NoneType)
     if is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value)
-    outer, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if outer is list and isinstance(value, list):
-        return [_convert(inner[0], part, name) for part in value]
-    if outer is tuple and isinstance(value, list) and len(value) == len(inner):
-        return [_convert(kind, part, name) for kind, part in zip(inner, value, strict=True)]
-    if outer is dict and isinstance(value, dict):
-        return {key: _convert(inner[1], part, name) for key, part in value.items()}
-    accepted: Any = {str: str | int | float, float: int | float}.get(outer, outer)
-    if outer is not Any and (not isinstance(value, accepted) or (outer is not bool and isinstance(value, bool))):
-        raise ValueError(f"{name} must be of type {getattr(outer, '__name__', outer)}, found {value!r}")
-    return str(value) if outer is str else value
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        return [_convert(typing.get_args(hint)[0], part, name) for part in value]
+    kind: Any = typing.get_origin(hint) or hint
+    if kind not in (Any, tuple) and not isinstance(value, {str: str | int | float, float: int | float}.get(kind, kind)):
+        raise ValueError(f"{name} must be of type {kind.__name__}, found {value!r}")
+    return str(value) if hint is str else value

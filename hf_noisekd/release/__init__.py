@@ -1,1 +1,1 @@
-"""What is told of a student: its record, card and figures, and the ways to publish it."""
+"""Publishing a student: its model card with figures, and the push to the Hub."""

@@ -9,7 +9,7 @@ from hf_noisekd.record.schema import STATISTICS, Evaluation, Record
 
 
 def plot_curves(record: Record, evaluation: Evaluation, path: str | Path, metric: str) -> None:
-    """Plot `accuracy` or `agreement` in percent against training steps, by either statistics, and save it as a PNG."""
+    """Plot `accuracy` or `agreement` in percent against training steps, for both statistics, and save a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -17,7 +17,7 @@ def plot_curves(record: Record, evaluation: Evaluation, path: str | Path, metric
     axes = figure.subplots(1, 2, sharey=True)
     for axis, statistics in zip(axes, STATISTICS, strict=True):
         line = axis.plot(*zip(*curve_points(record, evaluation, statistics, metric), strict=True), "-o", markersize=3)
-        axis.set(title=f"read with {statistics} statistics", xlabel="training steps")
+        axis.set(title=f"evaluated with {statistics} statistics", xlabel="training steps")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy (%)" if metric == "accuracy" else "agreement with the teacher (%)")
@@ -26,7 +26,7 @@ def plot_curves(record: Record, evaluation: Evaluation, path: str | Path, metric
 
 
 def curve_points(record: Record, evaluation: Evaluation, statistics: str, metric: str) -> list[tuple[int, float]]:
-    """Return the steps at which an evaluation was made in the training, and at the end, with what it measured."""
+    """Return the points `(step, percent)` of an evaluation in the course of the training and at its end."""
     key = f"{evaluation.log_prefix}_{statistics}_{metric}"
     points = {entry["step"]: entry[key] for entry in record.curve if {"step", key} <= entry.keys()}
     points[evaluation.step] = evaluation.scores(statistics)[metric]
@@ -34,13 +34,9 @@ def curve_points(record: Record, evaluation: Evaluation, statistics: str, metric
 
 
 def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
-    """Return the first evaluation of a run that has a metric and was also made in its training, if there was any."""
+    """Return the first evaluation with a metric, made also during training if there is a curve."""
     for evaluation in run.evaluations:
-        if (
-            metric in evaluation.batch
-            and metric in evaluation.running
-            and (evaluation.log_prefix is not None or not run.curve)
-        ):
+        if metric in evaluation.batch and (evaluation.log_prefix is not None or not run.curve):
             return evaluation
     return None
 
@@ -48,7 +44,7 @@ def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
 def plot_class_balance(
     frequencies: Sequence[float], path: str | Path, label_names: Sequence[str] | None = None
 ) -> None:
-    """Plot the teacher's mean answer to noise, a probability for each class, and save it as a PNG.
+    """Plot the teacher's mean predicted probability of each class on noise, and save it as a PNG.
 
     Up to 30 classes are bars with names; more are a line, from the most to the least frequent.
     """
@@ -68,7 +64,7 @@ def plot_class_balance(
         axis.set_xlabel("classes, from the most to the least frequent")
     axis.axhline(1 / count, color="black", linestyle="--", linewidth=1, label="all classes equally often")
     entropy = -sum(p * math.log(p) for p in frequencies if p > 0) / math.log(count)
-    title = f"The teacher's mean answer to the training noise (class balance {entropy:.2f} of 1)"
+    title = f"The teacher's mean prediction on the training noise (class balance {entropy:.2f} of 1)"
     axis.set(title=title, ylabel="probability", ylim=(0, 1.25 * max(frequencies)))  # with room for the legend
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(frequencies) > 0.05 else 2))
     axis.legend(loc="upper right")

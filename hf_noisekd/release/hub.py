@@ -1,4 +1,4 @@
-"""The Hub: check first that it can be written to, upload what belongs to a model, say what went wrong."""
+"""The Hub: check write access first, upload the files of a model, and explain errors."""
 
 import functools
 import shlex
@@ -11,11 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CONFIG_NAME, CURVES_NAME, RECORD_NAME, WEIGHTS_NAME
 
-# Training arguments, which may hold a token, checkpoints and whatever else the user keeps in the folder stay behind.
+# Only these: training arguments may hold a token, and other files in the folder may be private.
 RELEASED_FILES = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, RECORD_NAME, CURVES_NAME, CLASS_BALANCE_NAME]
 RELEASED_FILES += ["model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]
 
-# What to do about a status that the Hub answers with.
+# What to do, by the status of the Hub's response.
 ADVICE = {
     401: "there is no valid token: run `hf auth login`, or set HF_TOKEN to a token with write access",
     403: "the token may not write there: use one with write access to this organisation",
@@ -26,11 +26,11 @@ ADVICE = {
 
 
 class HubError(RuntimeError):
-    """The Hub refused a request or could not be reached; the message says what to do."""
+    """The Hub refused a request or could not be reached; the message names the remedy."""
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise a `ValueError` if no repository can have this id."""
+    """Raise a `ValueError` if a repository id is malformed."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -39,14 +39,14 @@ def check_repo_id(repo_id: str) -> None:
 
 @functools.cache
 def _api(token: str | None) -> HfApi:
-    # One for all calls: it keeps the order of uploads that run in the background.
+    # The same one for all calls, as it keeps background uploads in order.
     return HfApi(token=token, library_name="hf_noisekd")
 
 
 def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Make sure that `repo_id` exists on the Hub and can be written to, and return its full id.
+    """Create `repo_id` on the Hub if it is missing, check that `token` can write to it, and return its full id.
 
-    `private` is of a new repository; by default the organisation decides.
+    `private` holds for a new repository; by default the organisation decides.
 
     Raises:
         HubError: The id has a bad form, there is no token or it cannot write, or the Hub cannot be reached.
@@ -54,7 +54,7 @@ def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | 
     api = _api(token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # With a token that can only read, `create_repo` is content with a repository that is there already.
+        # With a read-only token `create_repo` succeeds if the repository exists.
         api.auth_check(repo_id, write=True)
     except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
         raise HubError(f"Cannot push to {repo_id!r}: {hub_advice(error)}") from error
@@ -62,29 +62,25 @@ def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | 
 
 
 def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> Any:
-    """Upload the [`RELEASED_FILES`] of a folder, and return what `HfApi.upload_folder` does.
+    """Upload the `RELEASED_FILES` of a folder, and return the result of `HfApi.upload_folder`.
 
-    A [`HubError`] says how to push again.
+    Raises:
+        HubError: The upload failed; the message has the command to push again.
     """
     try:
         return _api(token).upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=RELEASED_FILES, **kwargs)
     except Exception as error:  # as above
-        raise HubError(push_again(folder, repo_id, error, kwargs.get("revision"))) from error
-
-
-def push_again(folder: str | Path, repo_id: str, error: BaseException, revision: str | None = None) -> str:
-    """Return what to tell a user whose push failed."""
-    branch = f" --revision {revision}" if revision else ""
-    return (
-        f"The push to {repo_id!r} failed: {hub_advice(error)}. Nothing is lost: the student is whole in {folder}. Push "
-        f"it again with `noisekd push --model {shlex.quote(str(folder))} --repo-id {repo_id}{branch}`."
-    )
+        branch = f" --revision {kwargs['revision']}" if kwargs.get("revision") else ""
+        raise HubError(
+            f"The push to {repo_id!r} failed: {hub_advice(error)}. The student is complete in {folder}. Push it again "
+            f"with `noisekd push --model {shlex.quote(str(folder))} --repo-id {repo_id}{branch}`."
+        ) from error
 
 
 def hub_advice(error: BaseException) -> str:
-    """Return what the Hub's error means and what to do about it, in one line."""
+    """Return the remedy for an error of the Hub with its text, in one line."""
     text = " ".join(str(error).split())
-    # An upload of a large file hides the answer in the cause.
+    # After the upload of a large file the response is in the cause.
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if isinstance(error, HFValidationError):
@@ -92,7 +88,7 @@ def hub_advice(error: BaseException) -> str:
     elif status in ADVICE:
         advice = ADVICE[status]
     elif status is not None and status >= 500:
-        advice = "the Hub has a fault of its own: push again later"
+        advice = "the Hub has an internal error: push again later"
     elif constants.HF_HUB_OFFLINE:
         advice = "HF_HUB_OFFLINE=1 forbids requests: unset it to push"
     elif status is None and type(error.__cause__ or error).__module__.startswith(("http", "builtins")):

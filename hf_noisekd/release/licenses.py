@@ -1,4 +1,4 @@
-"""Licences as the Hub wants them: one of its own list, or `other` with a name."""
+"""Licences in the Hub's form: one of its list, or `other` with a name."""
 
 import re
 from typing import Any
@@ -18,7 +18,7 @@ HUB_LICENSES = frozenset(_LISTED.split())
 
 
 def card_license(text: str | None) -> dict[str, Any]:
-    """Return what a card says of a licence: `license`, and for one that the Hub does not list `license_name`, too."""
+    """Return a card's metadata for a licence: `license`, and `license_name` for one that the Hub does not list."""
     listed = (text or "").strip().lower()
     if not listed or listed in HUB_LICENSES:
         return {"license": listed} if listed else {}

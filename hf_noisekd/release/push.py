@@ -16,13 +16,13 @@ def push_model(
     revision: str | None = None,
     commit_message: str = "Upload student",
 ) -> str:
-    """Push a saved model to the Hub with its card, record and figures, and return the address of the commit.
+    """Push a saved model to the Hub with its card, record and figures, and return the URL of the commit.
 
-    The card is rendered anew before, to load the student from there.
+    The card is rendered again first, so that its code loads the student from `repo_id`.
 
     Args:
-        folder: What [`save_model`] or the trainer wrote; its other files stay behind.
-        repo_id: `organisation/name`, or a name alone for the user's own. Made if it is not there.
+        folder: Folder written by [`save_model`] or the trainer; its other files are not pushed.
+        repo_id: `organisation/name`, or a name alone for the user's own; created if missing.
         private: Whether a new repository is private; by default the organisation decides.
         token: By default that of `hf auth login` or of `HF_TOKEN`.
         revision: Branch to commit to; the main one by default.
@@ -33,9 +33,10 @@ def push_model(
         HubError: The Hub refuses or cannot be reached.
     """
     folder = Path(folder).expanduser()
-    if not ((folder / RECORD_NAME).is_file() and (folder / WEIGHTS_NAME).is_file()):  # as of a module without config
+    has_record = (folder / RECORD_NAME).is_file()
+    if not (has_record and (folder / WEIGHTS_NAME).is_file()):  # a plain torch module has no config.json
         check_model_folder(folder)
     repo_id = check_hub_access(repo_id, token=token, private=private)
-    if (folder / RECORD_NAME).is_file():
+    if has_record:
         write_model_card(folder, repo_id=repo_id)
     return upload(folder, repo_id, token=token, revision=revision, commit_message=commit_message).commit_url
