@@ -70,7 +70,8 @@ def test_options(refused, saved, words):
     "words",
     [
         "--adam-beta1 2", "--adam-epsilon -1", '--lr-scheduler-kwargs {"foo":1}', "--optim adamw_bnb_8bit",
-        "--lr-scheduler-type warmup_stable_decay", "--gradient-checkpointing", "--torch-compile --torch-compile-mode foo",
+        "--lr-scheduler-type warmup_stable_decay", "--gradient-checkpointing",
+        "--torch-compile --torch-compile-mode foo",
     ],
 )  # fmt: skip
 def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused, saved, tmp_path, words):

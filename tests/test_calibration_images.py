@@ -160,8 +160,8 @@ def test_a_teacher_that_changes_its_input_in_place(tiny_cnn):
     assert within.self_agreement == pytest.approx(outside.self_agreement, abs=15)
 
 
-@pytest.mark.parametrize("damage", ["negative variance", "one answer"])
-def test_nothing_vouches_for_the_images_of_such_a_teacher(tiny_cnn, damage):
+@pytest.mark.parametrize("damage", ["negative variance", "one class"])
+def test_images_that_cannot_be_checked_are_refused(tiny_cnn, damage):
     with torch.no_grad():
         if damage == "negative variance":
             tiny_cnn.bn1.running_var[0] = -1.0

@@ -88,7 +88,7 @@ def test_budgets_that_cannot_be_met(kwargs, message):
         shrink(build(width=8), **kwargs)
 
 
-def test_without_images_the_answers_to_noise_are_compared():
+def test_without_images_predictions_for_noise_are_compared():
     _, start = shrink(build(width=8, stem_stride=2), 0.5)
     assert start.macs <= 0.5
 

@@ -10,7 +10,6 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import export
 from hf_noisekd.models.classifier import compute_logits
-from hf_noisekd.models.loading import load_student
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.onnx.floats import export_onnx, onnx_session
 from hf_noisekd.record.schema import NoiseFacts
@@ -143,7 +142,7 @@ def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
 def test_refuses_what_makes_no_file(exportable, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="folder"):
         export_onnx(exportable, tmp_path)
-    with pytest.raises(ValueError, match="TinyCNN .*input_size"):
+    with pytest.raises(ValueError, match=r"TinyCNN .*input_size"):
         export_onnx(TinyCNN(), tmp_path / "model.onnx")
     monkeypatch.setattr("hf_noisekd.onnx.floats.MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="GiB in float32"):

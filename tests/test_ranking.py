@@ -25,10 +25,10 @@ def network(*scales):
     return nn.Sequential(stage, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)).eval()
 
 
-def removal(model, worth=None, **kwargs):
+def removal(model, savings=None, **kwargs):
     places = [Place("0", str(index)) for index in range(len(model[0]))]
-    worth = dict(zip(places, worth or [1.0] * len(places), strict=True))
-    return [int(place.key) for place in order_of_removal(model, places, worth, IMAGES, **kwargs)]
+    savings = dict(zip(places, savings or [1.0] * len(places), strict=True))
+    return [int(place.key) for place in order_of_removal(model, places, savings, IMAGES, **kwargs)]
 
 
 def test_the_block_that_is_missed_the_least_goes_first():
@@ -36,7 +36,7 @@ def test_the_block_that_is_missed_the_least_goes_first():
 
 
 def test_what_a_block_is_worth_counts():
-    assert removal(network(1.0, 1.1), worth=[1.0, 10.0]) == [1, 0]
+    assert removal(network(1.0, 1.1), savings=[1.0, 10.0]) == [1, 0]
 
 
 def test_blocks_that_undo_each_other_stay_together():

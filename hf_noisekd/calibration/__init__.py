@@ -1,1 +1,1 @@
-"""Statistics without data: images matched to what a teacher stores, and running statistics re-estimated from images."""
+"""Images matched to a teacher's stored statistics, and running statistics re-estimated from images."""

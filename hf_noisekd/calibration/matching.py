@@ -1,7 +1,7 @@
-"""Move images until a model sees the statistics that its BatchNorm layers store.
+"""Optimise images until they have the statistics that the BatchNorm layers of a model store.
 
 The loss is that of DeepInversion (Yin et al., CVPR 2020) without its terms for classes and smoothness, and with the KL
-divergence of two normal distributions in place of the distance of their moments.
+divergence of normal distributions instead of the distance of their moments.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +17,8 @@ from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits
 
 LEARNING_RATE = 0.1
-# An image is a sum of copies of it at 1, 1/2, 1/4, ... of its size, each of which has its own Adam: shades of large
-# areas, which the statistics of deep layers hang on, move in a few steps.
+# An image is a sum of levels at 1, 1/2, 1/4, ... of its size, each optimised by Adam: large areas, which the statistics
+# of deep layers depend on, change in a few steps.
 MIN_SIDE = 2
 
 
@@ -30,14 +30,10 @@ def match_statistics(
     learning_rate: float = LEARNING_RATE,
     on_step: Callable[[], object] = lambda: None,
 ) -> tuple[torch.Tensor, float]:
-    """Return images `[B, C, H, W]` moved so that `model` sees its stored statistics, and their distance before the end.
+    """Return images `[B, C, H, W]` optimised to have the stored statistics of `model`, and the last loss, in nats.
 
-    Args:
-        model: A classifier in evaluation mode whose parameters need no gradient.
-        images: Where to begin.
-        steps: Steps of Adam, whose rate falls to zero along a cosine.
-        learning_rate: Where it begins, in standard deviations of the images.
-        on_step: Called after each step.
+    `steps` of Adam start from `images`, with cosine decay of `learning_rate`, in standard deviations of the images.
+    `on_step` is called after each. The model is in evaluation mode, and its parameters need no gradient.
     """
     levels = [images.detach().clone().requires_grad_()]
     while min(images.shape[2:]) >> len(levels) >= MIN_SIDE:
@@ -45,7 +41,7 @@ def match_statistics(
         levels.append(images.new_zeros(*images.shape[:2], *size).requires_grad_())
     optimizer = torch.optim.Adam(levels, lr=learning_rate * images.std().item(), betas=(0.5, 0.9))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    # Not by the caller's autocast, which would round the statistics.
+    # The caller's autocast would round the statistics.
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), _divergence(model) as layers:
         for _ in range(steps):
             layers.clear()
@@ -62,10 +58,7 @@ def match_statistics(
 
 
 class _ChannelMoments(torch.autograd.Function):
-    """Mean and variance `[C]` of each channel of `[B, C, ...]`.
-
-    Autograd's own take most of a step's time in networks of many small convolutions.
-    """
+    """Mean and variance `[C]` of each channel of `[B, C, ...]`, much faster than with autograd."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +78,7 @@ class _ChannelMoments(torch.autograd.Function):
 
 @contextmanager
 def _divergence(model: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Context under which each forward pass appends, for each layer, how far its input is from what it stores."""
+    """Context under which forward passes append the KL divergence of each layer's input from its statistics."""
     found: list[torch.Tensor] = []
 
     def compare(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""The mean and the variance that the BatchNorm layers of a model see."""
+"""Mean and variance of the inputs of BatchNorm layers."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -12,25 +12,22 @@ from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_dev
 
 Batches = Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
 
-# Images that go through the model at a time, and whose own statistics stand for those of all in the first pass.
-CHUNK_SIZE = 256
-# In nats, of the mean KL divergence of a layer's old statistics from its new ones, below which no further pass is made.
-MAX_CHANGE = 1e-4
+CHUNK_SIZE = 256  # images in a forward pass; in the first pass each chunk uses its own statistics
+MAX_CHANGE = 1e-4  # mean KL divergence of a layer's old statistics from its new ones, in nats, to stop at
 
 
 @torch.no_grad()
 def store_statistics(model: nn.Module, batches: Batches) -> int:
     """Store the statistics of images in the BatchNorm layers of `model`; return the number of images.
 
-    See [`recalibrate_batch_norm`], which also sees to what the model says of its making. If anything goes wrong the
-    statistics are as they were.
+    See [`recalibrate_batch_norm`], which also updates the provenance. After an error the statistics are unchanged.
     """
     layers: dict[str, Any] = dict(stored_statistics(model))
     before = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
     try:
         with evaluation_mode(model):
             num_images, exact, change = _store_moments(model, layers, batches, batch_statistics(model))
-            # With each pass at least one more layer is exact, but for those that are called several times.
+            # Each pass makes at least one more layer exact, except for layers that are called several times.
             for _ in range(len(layers) + 10):
                 if exact or change < MAX_CHANGE:
                     break
@@ -46,11 +43,7 @@ def store_statistics(model: nn.Module, batches: Batches) -> int:
 def _store_moments(
     model: nn.Module, layers: Mapping[str, Any], batches: Batches, statistics: AbstractContextManager
 ) -> tuple[int, bool, float]:
-    """Store the moments of layers of a model in a pass of all images.
-
-    Returns:
-        The number of images, whether each layer saw them all at once, and the largest change of a layer.
-    """
+    """Store the moments of all images; return their number, if each layer saw one call, and the largest change."""
     moments = {name: _Moments(name) for name in layers}
     num_images = num_chunks = 0
     with ExitStack() as stack:
@@ -66,17 +59,17 @@ def _store_moments(
     for name, of in seen.items():
         if not (of.mean.isfinite().all() and of.squares.isfinite().all()):
             raise ValueError(
-                f"BatchNorm layer {name!r} saw a NaN or an infinity: there is one in the images, or the model is "
-                "damaged. Nothing was changed."
+                f"BatchNorm layer {name!r} saw a NaN or an infinity: check the images and the weights of the model. "
+                "Nothing was changed."
             )
     change = max((of.store(layers[name]) for name, of in seen.items()), default=0.0)
     return num_images, all(of.calls == 1 for of in seen.values()), change
 
 
 class _Moments:
-    """The count, the mean and the sum of squared deviations per channel of all inputs of a layer.
+    """Count, mean and sum of squared deviations per channel of all inputs of a layer, in double precision.
 
-    By the pairwise update of Chan, Golub & LeVeque (1979), in double precision: exact to rounding.
+    By the pairwise update of Chan, Golub & LeVeque (1979).
     """
 
     def __init__(self, name: str):
@@ -94,7 +87,7 @@ class _Moments:
         self.calls += 1
 
     def store(self, layer: Any) -> float:
-        """Store them in a layer, and return the KL divergence of what it had before, a mean over its channels."""
+        """Store them in a layer, and return the KL divergence of the old ones, averaged over channels."""
         mean, variance = self.mean.float(), (self.squares / (self.count - 1)).float()
         old_mean, old_variance = layer.running_mean.float().cpu(), layer.running_var.float().cpu()
         change = gaussian_kl(old_mean, old_variance, mean, variance, layer.eps)
@@ -116,17 +109,14 @@ def gaussian_kl(
 
 
 def pixel_values_of(batch: Any) -> torch.Tensor:
-    """Return the images `[B, C, H, W]` of a batch: itself, or its `pixel_values`, or the first of several parts."""
+    """Return the images `[B, C, H, W]` of a batch: the tensor, its `pixel_values`, or its first part."""
     if isinstance(batch, Mapping):
         batch = batch["pixel_values"]
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def _chunks(batches: Batches) -> Iterator[torch.Tensor]:
-    """Yield the images in chunks of [`CHUNK_SIZE`] and a last one of up to twice as many, less one.
-
-    Where the size of the images changes, a chunk ends.
-    """
+    """Yield images of equal size in chunks of [`CHUNK_SIZE`]; the last one may have nearly twice as many."""
     waiting: list[torch.Tensor] = []
     for batch in batches:
         for images in pixel_values_of(batch).split(CHUNK_SIZE):

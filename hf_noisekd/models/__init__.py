@@ -1,1 +1,1 @@
-"""What answers: classifiers, where they are kept, and their BatchNorm statistics."""
+"""Classifiers: loading, saving, input sizes, costs, and their BatchNorm layers."""

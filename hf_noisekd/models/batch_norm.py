@@ -1,8 +1,8 @@
-"""BatchNorm layers: find them, and run them on the statistics of the batch at hand, or partly on these.
+"""Find BatchNorm layers, and use statistics of the batch in them, alone or mixed with the stored ones.
 
-Noise shifts all hidden layers of a teacher, as these normalise by the running statistics of real images. Those of the
-batch bring them back to about N(0, 1) (Raikwar & Mishra, NeurIPS 2022, section 3.2 and Algorithm 1). A mixture of both
-is between the two (Schneider et al., NeurIPS 2020, who adapt networks to corrupted images by it).
+Noise shifts all hidden layers of a teacher, which normalise by the running statistics of real images. Statistics of the
+batch bring them back to about N(0, 1) (Raikwar & Mishra, NeurIPS 2022, section 3.2 and Algorithm 1). Mixed statistics
+are in between (Schneider et al., NeurIPS 2020, who adapt networks to corrupted images in this way).
 """
 
 import random
@@ -19,7 +19,7 @@ from hf_noisekd.models.classifier import logits_of_blanks
 
 
 def find_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorm layers of `model` by name, in its order; frozen ones have no batch mode and do not count."""
+    """Return the BatchNorm layers of `model` by name, in its order, without frozen ones, which have no batch mode."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
@@ -29,20 +29,16 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def check_has_batch_norm(model: nn.Module) -> None:
-    """Raise a `ValueError` that names the normalisation layers that were found, unless one is BatchNorm."""
+    """Raise a `ValueError` that names the normalisation layers found, unless one is BatchNorm."""
     if has_batch_norm(model):
         return
-    # Heads and whole networks have the word in their names, too.
-    found = Counter(
-        type(module).__name__
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower()
-        and (not list(module.children()) or module._parameters or module._buffers)
-    )
+    # Heads and whole networks can have "norm" in their names, too.
+    names = [type(module).__name__ for module in model.modules() if module._parameters or module._buffers]
+    found = Counter(name for name in names if "norm" in name.lower())
     kinds = ", ".join(f"{count} {kind}" for kind, count in found.items()) or "no normalisation layer at all"
-    frozen = " Frozen BatchNorm cannot: replace it by nn.BatchNorm2d." if num_frozen(model) else ""
+    advice = " Replace frozen BatchNorm by nn.BatchNorm2d." if num_frozen(model) else ""
     raise ValueError(
-        f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}).{frozen}"
+        f"{type(model).__name__} has no BatchNorm layer that can use batch statistics (found {kinds}).{advice}"
     )
 
 
@@ -53,31 +49,30 @@ def channel_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def num_frozen(model: nn.Module) -> int:
-    """Return the number of frozen BatchNorm layers, which use what they store in any mode."""
+    """Return the number of frozen BatchNorm layers, which use stored statistics in any mode."""
     return sum("frozenbatchnorm" in type(module).__name__.lower() for module in model.modules())
 
 
 def stored_statistics(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return those of the layers of [`find_batch_norm`] that store a mean and a variance; none if there is none."""
+    """Return those of the layers of [`find_batch_norm`] that store a mean and a variance."""
     return {name: layer for name, layer in find_batch_norm(model).items() if layer.running_mean is not None}
 
 
 class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: `with batch_statistics(teacher): ...`
-    """Context under which BatchNorm layers normalise by the batch at hand (Raikwar & Mishra 2022, Algorithm 1).
+    """Context under which BatchNorm layers normalise by statistics of the batch (Raikwar & Mishra 2022, Algorithm 1).
 
-    With a `weight` below 1 they normalise by mixed moments: `weight` times mean and variance of the batch, and the rest
-    of what they store. No buffer changes, and no other module changes its mode: drop-out and drop-path of an `eval()`
-    model stay off. Modes set inside, as by `model.eval()`, hold for the layers from the exit on. Else, also after an
-    exception, everything is as it was then. It can be entered many times, also nested, so a training loop builds it
-    once.
+    With a `weight` below 1 they normalise by mixed moments: `weight * batch + (1 - weight) * stored`, for mean and
+    variance. No buffer changes, and no other module changes its mode: drop-out and drop-path of an `eval()` model stay
+    off. If `model.eval()` or `model.train()` is called inside, the layers take that mode at the exit; otherwise, also
+    after an exception, everything is as before. The context can be entered again and nested, so build it once.
 
     Args:
-        model: Any module with BatchNorm layers, of 1d, 2d, 3d, Sync, or timm's `BatchNormAct2d`.
-        fraction: Share of the layers to put on batch statistics, in [0, 1], rounded to the nearest layer. The others
-            keep the mode they have (Table 3 of the paper). A larger fraction contains a smaller one.
+        model: Any module with BatchNorm layers: 1d, 2d, 3d, Sync, or timm's `BatchNormAct2d`.
+        fraction: Share of the layers that use batch statistics, in [0, 1], rounded to the nearest layer. The others
+            keep their mode (Table 3 of the paper). The layers of a larger fraction include those of a smaller one.
         seed: Seed of the order in which layers are taken.
-        weight: Weight of the batch, in [0, 1], against what a layer stores: 0 is evaluation mode. A layer that stores
-            nothing has the batch alone.
+        weight: Weight of the batch, in [0, 1]: 0 is evaluation mode. A layer without stored statistics uses the batch
+            alone.
 
     Raises:
         ValueError: `model` has no BatchNorm layer, or `fraction` or `weight` is out of range.
@@ -91,7 +86,7 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
         layers = find_batch_norm(model)
         chosen = random.Random(seed).sample(list(layers), k=len(layers))[: round(fraction * len(layers))]
         self.layer_names = [name for name in layers if name in set(chosen)]
-        self.share = len(self.layer_names) / len(layers)  # what `fraction` came to
+        self.share = len(self.layer_names) / len(layers)  # `fraction`, rounded
         self._layers = [layers[name] for name in self.layer_names]
         self._weight = weight
         self._held: list[list[_Held]] = []
@@ -106,7 +101,7 @@ class batch_statistics(ContextDecorator):  # noqa: N801 - used like a function: 
 
 
 class _Held:
-    """A layer on the statistics of a context, whose `train` it takes the place of, until it is released."""
+    """A layer under the context, until `release`. It replaces the layer's `train`, to note modes set meanwhile."""
 
     def __init__(self, layer: _BatchNorm, weight: float):
         self._layer: Any = layer
@@ -122,7 +117,7 @@ class _Held:
         self._hook = layer.register_forward_pre_hook(self._mix) if mixes else None
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
-        """Keep the mode for later, and set that of what is inside the layer."""
+        """Note the mode for the release, and set that of the children of the layer."""
         if self._outer:
             self._outer(mode)
         else:
@@ -132,9 +127,9 @@ class _Held:
         return self._layer
 
     def _mix(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """Change the input so that the layer, which normalises by what it stores, normalises it by mixed moments."""
+        """Change the input so that normalising it by stored moments has the effect of mixed ones."""
         if layer.train is not self:
-            return None  # a context inside this one holds the layer
+            return None  # a nested context has the layer
         (x,) = inputs
         stored = layer.running_mean.float(), layer.running_var.float()
         mean, variance = (old.lerp(new, self._weight) for old, new in zip(stored, channel_moments(x), strict=True))
@@ -153,19 +148,16 @@ class _Held:
 
 
 def statistics_of_batch(model: nn.Module, **kwargs) -> AbstractContextManager:
-    """Return the context of [`batch_statistics`], or one that does nothing for a model without such layers."""
+    """Return the context of [`batch_statistics`], or one that does nothing for a model without BatchNorm."""
     return batch_statistics(model, **kwargs) if has_batch_norm(model) else nullcontext()
 
 
 def check_leaves_stored_statistics(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Check that under [`batch_statistics`] no normalisation of a forward pass uses or changes stored statistics.
+    """Raise a `ValueError` if a forward pass under [`batch_statistics`] uses or changes stored statistics.
 
-    A model that stores none, such as one with LayerNorm or GroupNorm, passes.
-
-    Raises:
-        ValueError: It does, as traced networks do, and such with frozen BatchNorm.
+    Traced networks and those with frozen BatchNorm do. A model that stores none, as with LayerNorm, passes.
     """
-    advice = "or set teacher_statistics=0 to use it as it is, which teaches less."
+    advice = "or set teacher_statistics=0 to use it as it is, which usually gives a worse student."
     if frozen := num_frozen(model):
         raise ValueError(
             f"{type(model).__name__} has {frozen} frozen BatchNorm layers, which cannot use batch statistics: replace "
@@ -175,21 +167,20 @@ def check_leaves_stored_statistics(model: nn.Module, input_size: tuple[int, int,
         logits_of_blanks(model, input_size, "teacher")
     if calls.on_stored_statistics:
         raise ValueError(
-            f"{type(model).__name__} cannot use batch statistics throughout: {calls.on_stored_statistics} of "
-            f"{calls.total} normalisations use stored ones whatever its BatchNorm layers are set to, as in a traced "
-            f"network. Give the network that it was made of, {advice}"
+            f"{type(model).__name__} cannot use batch statistics: {calls.on_stored_statistics} of {calls.total} "
+            f"normalisations use stored ones in any mode, as in a traced network. Give the original network, {advice}"
         )
 
 
 class _CountBatchNorm(TorchDispatchMode):
-    """Counts the normalisations of batches, and those among them that are given stored statistics."""
+    """Counts batch normalisations, and those that are passed stored statistics."""
 
     total = on_stored_statistics = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = [argument.name for argument in func._schema.arguments]
         if "batch_norm" in func.name() and "backward" not in func.name():
             self.total += 1
+            names = [argument.name for argument in func._schema.arguments]
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             self.on_stored_statistics += given.get("running_mean") is not None
         return func(*args, **(kwargs or {}))

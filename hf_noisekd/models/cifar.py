@@ -1,7 +1,4 @@
-"""The CIFAR-size networks of the paper, registered with timm.
-
-Their shapes and parameter counts are those of the authors' networks for 32x32 images.
-"""
+"""The paper's networks for 32x32 images, registered with timm; shapes and parameter counts are the authors'."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,12 +17,12 @@ from torch import nn
 class CifarResNet(ResNet):
     """timm's ResNet with a 3x3 stem and no pooling, for small images `[B, in_chans, H, W]`.
 
-    The stem and the first stage have `width` channels, an even number, and each further stage has twice as many, unless
-    `channels` has the number of each stage. A stem of stride 2 makes a network for CPUs that costs a quarter.
-    `norm_groups` makes a network with GroupNorm of so many groups in place of BatchNorm.
+    The stem and the first stage have `width` channels, an even number, and each further stage twice as many, unless
+    `channels` gives the number for each stage. With `stem_stride=2` the network costs a quarter, for CPUs.
+    `norm_groups` replaces BatchNorm by GroupNorm with that number of groups.
 
     Raises:
-        ValueError: The width of a stage is not a positive even number, or cannot be divided into the groups.
+        ValueError: `width` is not a positive even number, or cannot be divided into the groups.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class CifarResNet(ResNet):
             BasicBlock,
             layers,
             in_chans=in_chans,
-            # timm builds stages narrower than 64 channels for deep stems only; the stem itself is replaced below.
+            # timm narrows the first stage with deep stems only; the stem itself is replaced below.
             stem_type="deep",
             stem_width=width // 2,
             channels=channels,
@@ -57,7 +54,7 @@ class CifarResNet(ResNet):
             zero_init_last=False,
             **kwargs,
         )
-        # What a checkpoint has to record, beside the name, to build the same network again.
+        # A checkpoint records these to build the same network again.
         self.model_args: dict[str, Any] = {"width": width, "stem_stride": stem_stride}
         if channels != doubling:
             self.model_args["channels"] = channels
@@ -67,7 +64,7 @@ class CifarResNet(ResNet):
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
         for feature in self.feature_info:
-            # timm counts a stem of stride 2 and a pooling of stride 2; the first entry lies before the pooling.
+            # timm counts a stem and a pooling of stride 2 each; the first entry is before the pooling.
             feature["reduction"] = feature["reduction"] * stem_stride // (2 if feature["module"] == "act1" else 4)
 
 
@@ -85,9 +82,9 @@ class _CifarInvertedResidual(InvertedResidual):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018) as the authors used it: stem and second stage of stride 1, ReLU, not ReLU6.
+    """MobileNetV2 (Sandler et al., 2018) as in the paper: stem and second stage of stride 1, ReLU instead of ReLU6.
 
-    A stem of stride 2 makes a network for CPUs that costs a quarter.
+    With `stem_stride=2` the network costs a quarter, for CPUs.
     """
 
     # (expansion, channels, blocks, stride of the first block)
@@ -164,7 +161,7 @@ class CifarWideResNet(ResNetV2):
         self.stem = nn.Sequential(OrderedDict(conv=conv))
         nn.init.kaiming_normal_(conv.weight, mode="fan_in", nonlinearity="relu")
         for feature in self.feature_info:
-            # timm counts a stem of stride 2 and a pooling of stride 2; the first entry lies before the pooling.
+            # As in CifarResNet.
             feature["reduction"] //= 2 if feature["module"] == "stem.conv" else 4
 
 

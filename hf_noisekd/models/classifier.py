@@ -1,6 +1,6 @@
-"""What every other module needs to know about an image classifier, whichever library built it.
+"""Facts about an image classifier of any library, and its logits.
 
-It maps pixels `[B, C, H, W]` to logits `[B, num_classes]`, or, if it is a transformers model, to what carries `logits`.
+It maps pixels `[B, C, H, W]` to logits `[B, num_classes]`, or, in transformers, to an output with `logits`.
 """
 
 import hashlib
@@ -19,18 +19,14 @@ def compute_logits(model: nn.Module | Callable, pixel_values: torch.Tensor) -> t
 
 
 def logits_of_blanks(model: nn.Module, input_size: tuple[int, int, int], role: str) -> torch.Tensor:
-    """Return the logits `[2, num_classes]` of `model`, called `role` in errors, for two blank images.
-
-    Raises:
-        ValueError: It does not take images of this size, or gives something else than logits.
-    """
+    """Return the logits `[2, num_classes]` of `model` for two blank images, or raise a `ValueError` with its `role`."""
     pixel_values = to_device_of(model, torch.zeros(2, *input_size))
     try:
         with torch.no_grad(), evaluation_mode(model):
             logits = compute_logits(model, pixel_values)
     except (RuntimeError, ValueError, AssertionError) as error:
-        size = format_size(input_size)
-        raise ValueError(f"The {role} does not take images of {size}: {error}. Give another size.") from error
+        text = f"The {role} does not take images of {format_size(input_size)}: {error}. Give another size."
+        raise ValueError(text) from error
     if not torch.is_tensor(logits) or logits.ndim != 2:
         found = f"a tensor of shape {list(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"The {role} must map images to logits [B, num_classes], but it returned {found}.")
@@ -38,7 +34,7 @@ def logits_of_blanks(model: nn.Module, input_size: tuple[int, int, int], role: s
 
 
 def format_size(sizes: Iterable[int]) -> str:
-    """Return a size as people write it, such as 3x32x32."""
+    """Return a size as text, such as 3x32x32."""
     return "x".join(map(str, sizes))
 
 
@@ -55,10 +51,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Return the `(channels, height, width)` that `model` says it takes, or None where it says nothing."""
+    """Return the `(channels, height, width)` that `model` declares, or None."""
     cfg = pretrained_cfg_of(model)
     if cfg.get("input_size"):
-        # timm leaves the channels in `pretrained_cfg` as they were when a model is built with other `in_chans`.
+        # timm does not change the channels in `pretrained_cfg` for other `in_chans`.
         return (getattr(model, "in_chans", cfg["input_size"][0]), *cfg["input_size"][1:])
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
@@ -69,19 +65,19 @@ def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
 
 
 def declared_num_classes(model: nn.Module) -> int | None:
-    """Return the number of classes that `model` says it has, or None where it says nothing."""
+    """Return the number of classes that `model` declares, or None."""
     return model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
 
 
 def pretrained_cfg_of(model: nn.Module) -> dict:
     """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict."""
-    # transformers builds the timm model that it wraps without the entries of a checkpoint, and keeps those in `config`.
+    # transformers keeps the entries of a checkpoint in `config` alone, not in the timm model that it wraps.
     cfg = getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
     return dict(cfg or {}) | dict(getattr(getattr(model, "config", None), "pretrained_cfg", None) or {})
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """Return the timm model in transformers' wrapper of it; any other model as it is."""
+    """Return the timm model inside transformers' wrapper, or any other model as it is."""
     bare = getattr(model, "timm_model", model)
     return bare if isinstance(bare, nn.Module) else model
 
@@ -102,7 +98,7 @@ def check_finite(model: nn.Module, role: str) -> None:
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Context under which all modules of `models` are in evaluation mode; each gets its own mode back afterwards."""
+    """Context under which all modules of `models` are in evaluation mode; their modes are restored after it."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -114,16 +110,16 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def architecture_of(model: nn.Module) -> str:
-    """Return timm's name of the architecture, or the name of the class."""
+    """Return timm's name of the architecture, or else the name of the class."""
     return pretrained_cfg_of(model).get("architecture") or type(model).__name__
 
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
-    """Return the class names a model carries, or their numbers, for transformers would guess those of ImageNet."""
+    """Return the class names of a model, or else numbers: without names transformers would use those of ImageNet."""
     names = pretrained_cfg_of(model).get("label_names")
     if names is None:
         names = getattr(getattr(model, "config", None), "id2label", None) or ()
-    if isinstance(names, Mapping):  # from numbers, which JSON turns into texts
+    if isinstance(names, Mapping):  # by number, which JSON stores as a string
         names = [names[index] for index in sorted(names, key=int)]
     return list(map(str, names)) if len(names) == num_classes else [str(index) for index in range(num_classes)]
 
@@ -134,9 +130,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def teacher_identity(teacher_model: nn.Module) -> dict:
-    """Return what identifies a teacher: its architecture and size, and its Hub id and revision, or else a hash.
+    """Return the architecture and size of a teacher, with its Hub id and revision, or else a hash.
 
-    The hash is SHA-256 over the names, types, shapes and bytes of all parameters and buffers.
+    The hash is SHA-256 over names, types, shapes and bytes of all parameters and buffers.
     """
     identity = {"architecture": architecture_of(teacher_model), "parameters": count_parameters(teacher_model)}
     origin = getattr(teacher_model, "origin", {})

@@ -1,4 +1,4 @@
-"""What a forward pass of a network costs."""
+"""The cost of a forward pass."""
 
 import torch
 from torch import nn
@@ -9,12 +9,12 @@ from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_dev
 
 @torch.no_grad()
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Return the multiply-adds of each module for one image of `(channels, height, width)`; of all under `""`.
+    """Return the multiply-adds of each module by name, for one image of `(channels, height, width)`; `""` is the total.
 
-    Those of convolutions and matrix products count, as in most tables of networks.
+    Convolutions and matrix products count, as in most papers.
     """
     with evaluation_mode(model), FlopCounterMode(display=False) as counter:
         compute_logits(model, to_device_of(model, torch.zeros(1, *input_size)))
-    # Keys begin with the name of the class.
+    # The keys start with the name of the class.
     found = {path.partition(".")[2]: sum(flops.values()) // 2 for path, flops in counter.get_flop_counts().items()}
     return {name: found.get(name, 0) for name, _ in model.named_modules()}

@@ -1,5 +1,6 @@
-"""Work-arounds for what CPUs compute wrongly, each with the fault that it avoids."""
+"""Work-arounds for bugs of PyTorch on CPUs."""
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -9,10 +10,10 @@ from hf_noisekd.models.classifier import logits_of_blanks
 
 
 def training_memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """Return the memory format in which `model` trains fastest and correctly on `device`.
+    """Return the fastest memory format in which `model` trains correctly on `device`.
 
-    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels,
-    whose backward pass would corrupt the heap (oneDNN issue 6035, seen with torch 2.15).
+    That is channels last, except on CPUs for a model with a strided 1x1 convolution of fewer than 16 input channels:
+    its backward pass would corrupt the heap (oneDNN issue 6035, seen with torch 2.15).
     """
     breaks_channels_last = device.type == "cpu" and any(
         isinstance(module, nn.Conv2d)
@@ -27,8 +28,8 @@ def training_memory_format(model: nn.Module, device: torch.device) -> torch.memo
 def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:
     """Return the name of a convolution whose gradient a CPU computes wrongly in bfloat16, or None.
 
-    That is one whose maps, of images of `input_size`, have a side shorter than its stride or than half of its kernel,
-    unless it is 1x1 or depthwise: its gradient holds memory that nobody wrote (seen with torch 2.15 and its oneDNN).
+    For images of `input_size` its input has a side shorter than its stride or half its kernel, and it is neither 1x1
+    nor depthwise: its gradient contains uninitialised memory (seen with torch 2.15 and its oneDNN).
     """
     broken = []
 
@@ -37,14 +38,9 @@ def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int
             if kernel > 1 and side < max(stride, kernel // 2):
                 broken.append(name)
 
-    hooks = [
-        layer.register_forward_pre_hook(partial(look, name))
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Conv2d) and not 1 < layer.groups == layer.in_channels:
+                stack.enter_context(layer.register_forward_pre_hook(partial(look, name)))
         logits_of_blanks(model, input_size, "model")
-    finally:
-        for hook in hooks:
-            hook.remove()
     return broken[0] if broken else None

@@ -1,4 +1,4 @@
-"""The input size of a model, asked for in one place."""
+"""The input size of a model."""
 
 import logging
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:
     """Return the `(channels, height, width)` of the images of a model.
 
-    That is `given`, or else what the model declares in timm's `pretrained_cfg` or in `config.image_size`, what its
-    image processor makes, as for transformers' ResNets, or what a student was trained with.
+    That is `given`, or else the size in timm's `pretrained_cfg` or in `config.image_size`, the output size of the image
+    processor, as for transformers' ResNets, or the size of the noise that a student was trained with.
 
     Raises:
-        ValueError: Nothing says it.
+        ValueError: There is none of these.
     """
     if given is not None:
         channels, height, width = given
@@ -27,8 +27,8 @@ def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple
     declared, made = declared_input_size(model), preprocessing_of(model).get("input_size")
     if declared and made and declared != tuple(made):
         logger.warning(
-            "%s declares images of %s, and its image processor makes %s: it gets the first, unless you give another "
-            "input size.",
+            "%s declares images of %s, but its image processor makes %s. The first is used: give input_size for "
+            "another.",
             type(model).__name__,
             format_size(declared),
             format_size(made),

@@ -1,6 +1,6 @@
-"""Load a teacher or a student from where people keep them: a name, the Hub, a folder, a file.
+"""Load a teacher or a student from a timm name, the Hub, a folder or a file, without running pickled code.
 
-No pickled code runs. A loaded model keeps its Hub id, revision and licence in `origin`, as far as there are any.
+A loaded model has its Hub id, revision and licence, where known, in `origin`.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
 from hf_noisekd.models.classifier import nonfinite_tensor, pretrained_cfg_of
 
-# In how many batches a BatchNorm layer was trained, which no answer depends on.
-BATCH_COUNT = "num_batches_tracked"
+BATCH_COUNT = "num_batches_tracked"  # of BatchNorm, which no prediction depends on
 
 
 def load_teacher(
@@ -35,12 +34,12 @@ def load_teacher(
     Args:
         source: A module, returned as it is; a timm name with pretrained weights (`resnet34.a1_in1k`); a Hub id
             (`org/repo`, `hf-hub:org/repo@revision`); or a folder in timm's or transformers' layout, with safetensors.
-        checkpoint: File of weights for the timm architecture that `source` names: safetensors, or what `torch.save`
-            wrote, read with `weights_only=True`. The numbers of classes and of input channels are read off it.
-        trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
+        checkpoint: File of weights for the timm architecture `source`: safetensors, or a file of `torch.save`, loaded
+            with `weights_only=True`. Its shapes give the numbers of classes and of input channels.
+        trust_remote_code: Run the Python code that comes with a transformers model on the Hub.
 
     Raises:
-        ValueError: There is no such model, or it is damaged; the message says what was found.
+        ValueError: There is no such model, or it is damaged.
     """
     if checkpoint is not None:
         return _load_checkpoint(str(source), Path(checkpoint).expanduser())
@@ -57,12 +56,11 @@ def load_student(
 ) -> nn.Module:
     """Load a student like a teacher, or build one with random weights where `source` is a timm name.
 
-    `num_classes` and `input_size`, `(channels, height, width)`, are those of a model built by name, and `model_args`
-    what timm builds it with beside them. A checkpoint records these.
+    `num_classes`, `input_size`, `(channels, height, width)`, and further arguments of timm, `model_args`, are for a
+    model built by name. A checkpoint records them.
 
     Raises:
-        ValueError: There is no such model, or it is damaged, or timm does not build it with such arguments; the message
-            says what was found.
+        ValueError: There is no such model, it is damaged, or timm does not build it with these arguments.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if input_size is not None:
@@ -70,25 +68,20 @@ def load_student(
     if not model_args:
         return _load(source, trust_remote_code, pretrained=False, **kwargs)
     if isinstance(source, nn.Module) or has_weights(str(source)):
-        raise ValueError("Arguments for timm are for a student given by its timm name, and this one is built already.")
+        raise ValueError("Arguments for timm need a student given by its timm name, and this one is already built.")
     try:
         model = _load(source, trust_remote_code, pretrained=False, **kwargs | dict(model_args))
     except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm does not build {source!r} with {_as_text(model_args)}: {error}") from error
+        given = " ".join(f"{key}={value}" for key, value in model_args.items())
+        raise ValueError(f"timm does not build {source!r} with {given}: {error}") from error
     noted: Any = getattr(model, "model_args", {})
     model.model_args = noted | dict(model_args)
     return model
 
 
-def _as_text(model_args: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in model_args.items())
-
-
 def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: bool, **kwargs) -> nn.Module:
     if isinstance(source, nn.Module):
         return source
-    if not isinstance(source, str | Path):
-        raise ValueError(f"A model must be a name, a folder or an nn.Module, got {type(source).__name__}.")
     source = str(source)
     if has_weights(source):
         return _load_with_weights(source, trust_remote_code)
@@ -113,19 +106,19 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs)
     except (OSError, HFValidationError) as error:
-        raise ValueError(f"The weights of the timm model {name!r} could not be had: {_missing(error)}") from error
-    except RuntimeError as error:  # timm's answer to a weight tag it does not know
+        raise ValueError(f"The weights of the timm model {name!r} cannot be loaded: {_missing(error)}") from error
+    except RuntimeError as error:  # an unknown tag of weights
         raise ValueError(f"Cannot build the timm model {name!r}: {error}") from error
 
 
 def nearest_architecture(architecture: str) -> str:
-    """Return a question that names timm's architectures of a similar name, or nothing, for an error message."""
+    """Return a suggestion for an error message: timm's architectures of a similar name, if there are any."""
     nearest = difflib.get_close_matches(architecture, timm.list_models(), n=3)
     return f" Did you mean {', '.join(nearest)}?" if nearest else ""
 
 
 def has_weights(source: str) -> bool:
-    """Whether `source` points at saved weights, rather than naming an architecture."""
+    """Whether `source` is a place of saved weights, and not the name of an architecture."""
     return "/" in source or ":" in source or Path(source).exists()
 
 
@@ -133,20 +126,19 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
     origin: Any
     folder, origin = model_folder(source, trust_remote_code)
     if origin and not any(folder.glob("model*.safetensors")):
-        raise ValueError(f"{source} has no {WEIGHTS_NAME} on the Hub: ask for one there, or convert its weights.")
+        raise ValueError(f"{source} has no {WEIGHTS_NAME} on the Hub: convert its weights, or use another model.")
     check_model_folder(folder)
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
-        if not isinstance(config, dict):
-            raise ValueError(f"{CONFIG_NAME} holds no JSON object")
         if "architecture" in config:
             model = _load_timm_folder(folder, config["architecture"], config.get("model_args"))
         else:
             model = _load_transformers_folder(folder, trust_remote_code)
-    except Exception as error:  # a configuration may hold anything
+    except Exception as error:  # a configuration may contain anything
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
     if name := nonfinite_tensor(model):
-        raise ValueError(f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Get it again.")
+        text = f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Download or save it again."
+        raise ValueError(text)
     license = _license_text(pretrained_cfg_of(model).get("license")) or _card_license(folder)
     model.origin = origin | {"license": license}
     if config.get("noisekd"):
@@ -155,16 +147,12 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
 
 
 def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, dict]:
-    """Return the folder of a model, downloaded where `source` is no local one, and its Hub `id` and `revision`.
-
-    Raises:
-        ValueError: There is none, here or on the Hub.
-    """
+    """Return the folder of a model, and its Hub `id` and `revision` if it was downloaded; else a `ValueError`."""
     folder = Path(source.removeprefix("local-dir:")).expanduser()
     if folder.is_file():
         raise ValueError(
-            f"{source} is a file: a model is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}. For a file of weights "
-            "name its timm architecture, and pass the file as checkpoint."
+            f"{source} is a file, but a model is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}. For a file of "
+            "weights give its timm architecture as the model, and the file as checkpoint."
         )
     if folder.is_dir():
         return folder, {}
@@ -175,8 +163,8 @@ def model_folder(source: str, trust_remote_code: bool = False) -> tuple[Path, di
     files += ["model*.safetensors", *["*.py"] * trust_remote_code]
     try:
         copy = snapshot_download(repo_id, revision=revision or None, allow_patterns=files, library_name="hf_noisekd")
-    except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
-        text = f"There is no folder {source!r}, and no such model could be had from the Hub: {_missing(error)}"
+    except Exception as error:  # of the Hub's client, or of the HTTP libraries below it
+        text = f"There is no folder {source!r}, and it could not be downloaded from the Hub: {_missing(error)}"
         raise ValueError(text) from error
     return Path(copy), {"id": repo_id, "revision": Path(copy).name}
 
@@ -193,11 +181,11 @@ def _load_timm_folder(folder: Path, architecture: str, model_args: Mapping[str, 
         advice = nearest_architecture(architecture) or " Import the package that registers it, or update timm."
         raise ValueError(f"timm {timm.__version__} knows no architecture {architecture!r}.{advice}")
     model = timm.create_model(f"local-dir:{folder}", pretrained=False)
-    # So that it is saved again with what it was built with, which older versions of timm forget.
+    # For saving it again: older versions of timm do not keep them.
     model.model_args = getattr(model, "model_args", {}) | {
         key: value for key, value in (model_args or {}).items() if key not in ("num_classes", "in_chans")
     }
-    # By our own hand: timm would read whatever else lies in the folder, older versions by unpickling it.
+    # Not by timm, which would also load pickled weights.
     _fit(model, safetensors.torch.load_file(folder / WEIGHTS_NAME))
     return model
 
@@ -208,13 +196,11 @@ def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrain
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        dtype=torch.float32,  # whatever it is stored in
+        dtype=torch.float32,  # also if stored in another type
     )
-    # transformers would go on with random weights in place of those that are missing.
-    wrong = [
-        *(key for key in info["missing_keys"] if not key.endswith(BATCH_COUNT)),
-        *(key for key, *_ in info["mismatched_keys"]),
-    ]
+    # transformers would go on with random weights for these.
+    wrong = [key for key in info["missing_keys"] if not key.endswith(BATCH_COUNT)]
+    wrong += [key for key, *_ in info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"the weights do not fit the architecture: {len(wrong)} are missing, first {wrong[0]!r}.")
     return model
@@ -222,24 +208,23 @@ def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrain
 
 def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
     if not checkpoint.is_file():
-        raise ValueError(f"There is no file {str(checkpoint)!r}{', it is no ordinary one' * checkpoint.exists()}.")
+        raise ValueError(f"There is no file {str(checkpoint)!r}.")
     model = _create_timm_model(architecture, pretrained=False)
     cfg = pretrained_cfg_of(model)
     try:
         state_dict = _weights_among(_read_checkpoint(checkpoint), model.state_dict().keys())
         kwargs = {}
-        if f"{cfg.get('classifier')}.weight" in state_dict:
-            kwargs["num_classes"] = len(state_dict[f"{cfg['classifier']}.weight"])
-        if f"{cfg.get('first_conv')}.weight" in state_dict:
-            kwargs["in_chans"] = state_dict[f"{cfg['first_conv']}.weight"].shape[1]
+        for option, layer, dim in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
+            if f"{cfg.get(layer)}.weight" in state_dict:
+                kwargs[option] = state_dict[f"{cfg[layer]}.weight"].shape[dim]
         model = _create_timm_model(architecture, pretrained=False, **kwargs)
         _fit(model, state_dict)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"The checkpoint {str(checkpoint)!r} cannot be loaded: it is damaged, or holds Python objects beside "
-            "weights, which may run code. Save the `state_dict()` of the model alone."
+            f"The checkpoint {str(checkpoint)!r} cannot be loaded: it is damaged, or contains Python objects, which "
+            "may run code. Save only the `state_dict()` of the model."
         ) from error
-    except Exception as error:  # a file may hold anything
+    except Exception as error:  # a file may contain anything
         raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
     if name := nonfinite_tensor(model):
         raise ValueError(f"The checkpoint {str(checkpoint)!r} is damaged: its {name!r} holds a NaN or an infinity.")
@@ -254,18 +239,17 @@ def _read_checkpoint(path: Path) -> Any:
 
 
 def _weights_among(content: Any, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint that are called most like `names`; averaged weights before others."""
-    found = list(_named_tensors(content))
-    if not found:
-        raise ValueError("it holds no tensors with names")
+    """Return the tensors of a checkpoint with the most of `names`; averaged weights before others."""
+    if not (found := list(_named_tensors(content))):
+        raise ValueError("it contains no tensors with names")
     return max(found, key=lambda tensors: len(tensors.keys() & names))
 
 
 def _named_tensors(content: Any, depth: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the mappings from names to tensors in what was saved, also those below a prefix, such as `module.`."""
+    """Yield the mappings from names to tensors in a checkpoint, also those below a prefix like `module.`."""
     if not isinstance(content, Mapping) or depth == 0:
         return
-    # timm, too, takes the weights that were averaged over the training.
+    # Weights averaged over the training (EMA) come first, as in timm.
     for key in sorted(content, key=lambda key: "ema" not in str(key)):
         yield from _named_tensors(content[key], depth - 1)
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
@@ -277,11 +261,10 @@ def _named_tensors(content: Any, depth: int = 8) -> Iterator[dict[str, torch.Ten
 
 
 def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load weights, or raise a `ValueError` where names or shapes differ; older files do not count batches."""
+    """Load weights, or raise a `ValueError` if names or shapes differ. Old files may lack the batch counts."""
     uncounted = {name: tensor for name, tensor in model.state_dict().items() if name.endswith(BATCH_COUNT)}
     state_dict = uncounted | dict(state_dict)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: list(tensor.shape) for name, tensor in state_dict.items()}
+    expected, found = ({k: list(v.shape) for k, v in state.items()} for state in (model.state_dict(), state_dict))
     if names := differing(expected, found):
         raise ValueError(
             f"the weights do not fit the architecture: {len(names)} tensors differ, first {names[0]!r}: the model has "
@@ -291,7 +274,7 @@ def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
 
 
 def differing(expected: Mapping, found: Mapping) -> list[str]:
-    """Return the names under which two mappings do not hold the same, in order."""
+    """Return the names whose values differ between two mappings, sorted."""
     return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
 
 
@@ -300,10 +283,10 @@ def _card_license(folder: Path) -> str | None:
         data = ModelCard.load(folder / CARD_NAME, ignore_metadata_errors=True).data
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    license = _license_text(data.get("license"))
-    return _license_text(data.get("license_name")) or license if license == "other" else license
+    named = _license_text(data.get("license_name")) if data.get("license") == "other" else None
+    return named or _license_text(data.get("license"))
 
 
 def _license_text(license: Any) -> str | None:
-    """Return a licence, or several, as a text."""
+    """Return one licence or several as a string."""
     return ", ".join(map(str, license if isinstance(license, list | tuple) else [license])) if license else None

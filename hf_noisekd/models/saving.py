@@ -1,4 +1,4 @@
-"""Save a classifier so that timm and transformers read it."""
+"""Save a classifier so that timm and transformers can load it."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from hf_noisekd.record.schema import Provenance, noisekd_section
 
 logger = logging.getLogger(__name__)
 
-# What timm says about the published weights of an architecture, and does not hold for a student of that architecture.
+# Entries of timm about the published weights of an architecture, which are wrong for a student of it.
 OF_OTHER_WEIGHTS = (
     "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size",
     "test_crop_pct",
@@ -51,16 +51,15 @@ def save_model(
     teacher_model: nn.Module | None = None,
     provenance: Provenance | None = None,
 ) -> None:
-    """Save a classifier: transformers models in their format, timm models in timm's, which transformers reads too.
+    """Save a classifier: transformers models in their format, timm models in timm's, which transformers loads too.
 
-    A new folder appears whole or not at all; in one that is there each file is replaced whole.
+    A new folder appears complete or not at all; in an existing one each file is replaced as a whole.
 
     Args:
-        model: The classifier. Of one that is neither timm's nor transformers' only the weights can be saved, with a
-            warning.
+        model: The classifier. If it is neither timm's nor transformers', only its weights are saved, with a warning.
         folder: Where to save `config.json` and `model.safetensors`.
         teacher_model: The model whose preprocessing and class names it shares. Default: the model itself.
-        provenance: How it was made, the section `noisekd` of `config.json`. Default: what the model itself says of it.
+        provenance: How it was made, for the section `noisekd` of `config.json`. Default: that of the model itself.
     """
     bare = bare_model(model)
     section = noisekd_section(model) if provenance is None else to_dict(provenance)
@@ -76,7 +75,7 @@ def save_model(
             bare.save_pretrained(staging)
             _save_image_processor(staging, like, declared_input_size(like) or declared_input_size(bare))
             return
-        # Copies in the default memory format: safetensors stores contiguous tensors that share no memory.
+        # safetensors needs contiguous tensors that share no memory.
         state_dict = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, tensor in bare.state_dict().items()
@@ -85,51 +84,50 @@ def save_model(
         if pretrained_cfg_of(bare).get("architecture"):
             _save_timm_config(bare, staging / CONFIG_NAME, like, section)
         else:
-            text = "%s is not a timm or transformers model: its weights were saved, without a %s to build it from."
+            text = "%s is not a timm or transformers model: only its weights were saved, without a %s."
             logger.warning(text, type(model).__name__, CONFIG_NAME)
 
 
 def check_can_be_saved(
     model: nn.Module, input_size: tuple[int, int, int] | None, *, teacher_model: nn.Module | None = None
 ) -> None:
-    """Raise a `ValueError` if a timm or transformers model could not be loaded again, as it is, once it is saved.
+    """Raise a `ValueError` if a timm or transformers model, once saved, could not be loaded again unchanged.
 
-    It is built anew from the configuration that would be saved, takes the weights, and must answer alike to images of
-    `input_size`. Warn if it will not know how its teacher wants its images.
+    A model built from its saved configuration, with its weights, must give the same logits for images of `input_size`.
+    Warn if the preprocessing of its teacher cannot be saved with it.
     """
     bare = bare_model(model)
     is_transformers = isinstance(bare, PreTrainedModel)
-    is_timm = bool(pretrained_cfg_of(bare).get("architecture")) and not is_transformers
-    if is_timm or is_transformers:
-        try:
-            again = _built_anew(bare, model if teacher_model is None else teacher_model)
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise ValueError(
-                f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold, such "
-                "as texts and numbers."
-            ) from error
-        if difference := _difference(bare, again, input_size):
-            library = "transformers" if is_transformers else "timm"
-            raise ValueError(
-                f"The student could not be loaded again once it is saved: {library} builds {architecture_of(bare)} "
-                f"otherwise than it is ({difference}). Change it by the arguments of {library} and not by hand, or put "
-                "it into a module of your own, of which the weights alone are saved."
-            )
-    if teacher_model is None or not (is_timm or is_transformers):
+    if not is_transformers and not pretrained_cfg_of(bare).get("architecture"):
+        return
+    try:
+        again = _built_anew(bare, model if teacher_model is None else teacher_model)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold: strings "
+            "and numbers."
+        ) from error
+    if difference := _difference(bare, again, input_size):
+        library = "transformers" if is_transformers else "timm"
+        raise ValueError(
+            f"The student could not be loaded again after saving: {library} builds another {architecture_of(bare)} "
+            f"({difference}). Change it through the arguments of {library}, not by hand, or wrap it in your own "
+            "module, of which only the weights are saved."
+        )
+    if teacher_model is None:
         return
     takes_processor = is_transformers and image_processor_of(teacher_model) is not None
     if not takes_processor and (unknown := unknown_preprocessing(teacher_model)):
         logger.warning(
-            "The student will not know all of how its teacher wants its images: %s. Others may give it images as "
-            "ImageNet's models want them. Save an image processor beside the teacher, or set its `pretrained_cfg`, "
-            "with mean and std.",
+            "The teacher's preprocessing cannot all be saved with the student: %s. Users may apply that of ImageNet. "
+            "Save an image processor with the teacher, or set mean and std in its `pretrained_cfg`.",
             unknown,
         )
 
 
 def _built_anew(model: nn.Module, like: nn.Module) -> nn.Module:
-    """Return what is built from the configuration of `model`, with random weights, as when it is loaded again."""
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the training's numbers stay
+    """Return a model built from the configuration of `model`, as by loading it again, with random weights."""
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):  # the training's stay the same
         if isinstance(model, PreTrainedModel):
             config = copy.deepcopy(model.config)
             is_known = type(config) in AutoModelForImageClassification._model_mapping
@@ -140,7 +138,7 @@ def _built_anew(model: nn.Module, like: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _difference(model: nn.Module, again: nn.Module, input_size: tuple[int, int, int] | None) -> str:
-    """Return what tells `again` from `model`, whose weights it takes; nothing if they answer alike."""
+    """Return how `again`, with the weights of `model`, differs from it; an empty string if it does not."""
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, again)]
     if names := differing(*shapes):
         return f"{len(names)} tensors differ, first {names[0]!r}"
@@ -151,11 +149,11 @@ def _difference(model: nn.Module, again: nn.Module, input_size: tuple[int, int, 
     with evaluation_mode(model):
         logits, others = (compute_logits(each, pixel_values) for each in (model, again.to(pixel_values).eval()))
     same = torch.allclose(logits, others, rtol=0, atol=1e-3 * logits.abs().max().item(), equal_nan=True)
-    return "" if same else "with its weights it gives other answers"
+    return "" if same else "the same weights give other logits"
 
 
 def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, int, int] | None) -> None:
-    """Have the transformers model in a folder want its images as `like` does, its teacher or itself."""
+    """Give the saved transformers model in a folder the preprocessing of `like`, its teacher or itself."""
     cfg, known = pretrained_cfg_of(like), preprocessing_of(like)
     processor = None if cfg else image_processor_of(like)
     if processor is not None:
@@ -164,7 +162,7 @@ def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, 
     for key in ("pretrained_cfg", "image_processor_type"):
         config.pop(key, None)
     if cfg and input_size and {"mean", "std"} <= known.keys():
-        # transformers crops as timm does in this processor alone, which it makes of `config.json`.
+        # The only processor of transformers that crops as timm does; it is built from `config.json`.
         config["pretrained_cfg"] = known | {"input_size": input_size}
         config["image_processor_type"] = "TimmWrapperImageProcessor"
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -172,21 +170,18 @@ def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, 
 
 def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: dict) -> None:
     """Write the configuration of `model`, with the preprocessing and the classes of `like`, its teacher or itself."""
-    size: Any = declared_input_size(model)  # a timm model says it
+    size: Any = declared_input_size(model)  # of a timm model never None
     num_classes: Any = model.num_classes
     known = {"input_size": declared_input_size(like) or size} | preprocessing_of(like)
-    model_config = {
-        "pretrained_cfg": known,
-        "label_names": class_names(like, num_classes),
-    }
+    model_config = {"pretrained_cfg": known, "label_names": class_names(like, num_classes)}
     if section:
         model_config["noisekd"] = section
     model_args = {"in_chans": size[0]} | getattr(model, "model_args", {})
     save_config_for_hf(model, path, model_config=model_config, model_args=model_args)
     config = json.loads(path.read_text())
-    # transformers passes `num_classes` by itself and fails on a second one.
+    # transformers passes `num_classes` itself and fails on a second one.
     config["model_args"].pop("num_classes", None)
-    # What is not known is not to be that of the architecture, or timm's default.
+    # Otherwise unknown values would become those of the architecture, or timm's defaults.
     config["pretrained_cfg"] |= {key: None for key in PREPROCESSING_KEYS if key not in known}
     if bare_model(like) is not model:
         for key in OF_OTHER_WEIGHTS:

@@ -1,1 +1,1 @@
-"""What is drawn: distributions, what their names mean, and the data sets that serve them."""
+"""Noise: distributions, their names, and data sets of them."""

@@ -1,7 +1,4 @@
-"""The data set of noise: batches that depend on the seed, the rank and the step alone.
-
-So a resumed run, a second rank and a held-out evaluation need no stored state.
-"""
+"""Noise batches that depend on seed, rank and step alone, so that resuming a training needs no stored state."""
 
 import itertools
 import math
@@ -19,47 +16,45 @@ from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.noise import spec
 from hf_noisekd.noise.distributions import Distribution
 
-# Layout of the 32 bits that tell the draws of one seed apart; see `draw_seed`.
+# Layout of the 32 bits that distinguish the draws of one seed; see `draw_seed`.
 _STEP_BITS, _RANK_BITS = 23, 8
 MAX_STEPS, MAX_RANKS = 2**_STEP_BITS, 2**_RANK_BITS
 
-# Small noise images are no smaller than this, unless the full ones are.
-MIN_SIDE = 16
+MIN_SIDE = 16  # of small noise images, unless the full ones are smaller
 
 
 class NoiseDataset(DrawnDataset):
     """Batches of noise, drawn on the device that trains on them.
 
-    Iterating gives whole batches, `{"pixel_values": [B, C, H, W]}`, so a `DataLoader` over it needs `batch_size=None`.
-    It needs no worker processes; with some, the batches are the same.
+    Iterating gives whole batches, `{"pixel_values": [B, C, H, W]}`, so a `DataLoader` needs `batch_size=None`. It needs
+    no worker processes; with some, the batches are the same.
 
-    Step `k` of a rank is a function of `(seed, rank, k)` alone. Under one seed no two steps or ranks, nor the held-out
-    noise, ever share a batch. Two kinds of device give different numbers for the same step.
+    Step `k` of a rank is a function of `(seed, rank, k)` alone. With one seed, all steps, ranks and the held-out noise
+    have different batches. CPU and GPU give different numbers for the same step.
 
     Args:
         input_size: `(channels, height, width)` of one image.
         batch_size: Images in a batch.
-        num_steps: Batches in an epoch, which is then the length. None for neither end nor length.
+        num_steps: Batches in an epoch, which is then the length; None for no end.
         seed: Any integer.
-        rank: Process that this copy serves, in [0, 255].
-        held_out: Draw from a stream apart from the training noise of this seed.
+        rank: Index of the process, in [0, 255].
+        held_out: Draw noise that the training with this seed does not use.
         mean: Mean of the noise, in the units of the network's input.
-        std: Its standard deviation, likewise.
-        distribution: A text such as "dead_leaves:3,spectrum:1", see [`hf_noisekd.noise.spec`], or a function, see
+        std: Standard deviation of the noise, likewise.
+        distribution: A string such as "dead_leaves:3,spectrum:1", see [`hf_noisekd.noise.spec`], or a function, see
             [`hf_noisekd.noise.distributions`].
-        resolutions: Share of the steps for each size of the images, in this order, as a mapping or a text such as
-            "0.5:0.6,1:0.4". A size is relative to `input_size`, in (0, 1]; no side gets below 16 pixels, or below its
-            full size if that is less. [`NoiseKDTrainer`] rounds them up to what its models take. Small images first
-            teach more in the same time. Default: `{0.5: 0.6, 0.75: 0.25,
-            1: 0.15}` for structured noise that is not held out, else `{1: 1}`.
-        total_steps: Steps of the whole training, which those shares are of. [`NoiseKDTrainer`] fills it in.
+        resolutions: Share of the steps for each size of the images, in this order, as a mapping or a string such as
+            "0.5:0.6,1:0.4". A size is relative to `input_size`, in (0, 1], with sides of at least 16 pixels, or full
+            size if that is less. [`NoiseKDTrainer`] rounds sides up to what its models take. Default:
+            `{0.5: 0.6, 0.75: 0.25, 1: 0.15}` for structured noise that is not held out, else `{1: 1}`.
+        total_steps: Steps of the whole training, for these shares. [`NoiseKDTrainer`] sets it.
         device: Where to draw.
         dtype: Type of the pixels; `torch.bfloat16` saves a conversion under autocast.
         memory_format: Memory format of a batch.
 
     Raises:
-        ValueError: A size is not positive, a share or name is not known, or the rank or a step is out of range; when
-            drawing, the distribution gave another shape than it was asked for.
+        ValueError: A size is not positive, a share or name is invalid, or the rank or a step is out of range; when
+            drawing, the distribution returned another shape.
     """
 
     name = "held-out noise"
@@ -109,20 +104,19 @@ class NoiseDataset(DrawnDataset):
         self.device = torch.device(device)
         self.dtype = dtype
         self.memory_format = memory_format
-        self.size_multiple = 1  # that the sides of smaller images are rounded up to
+        self.size_multiple = 1  # to which the sides of smaller images are rounded up
         self.epoch = 0
 
     @classmethod
     def for_model(cls, model: nn.Module, **kwargs) -> "NoiseDataset":
-        """Build the noise that suits the input of `model`, usually the teacher.
+        """Build noise on the scale of the input of `model`, usually the teacher.
 
-        The paper's N(0, 1) fits inputs that were standardised. A model that takes raw pixels, such as those in [0, 1]
-        (mean 0, standard deviation 1) or from 0 to 255, gets the mean and the standard deviation that photos have,
-        about 0.5 and 0.25 of the range, on its scale.
+        The paper's N(0, 1) fits standardised inputs. For raw pixels in [0, 1] (mean 0, standard deviation 1) or
+        [0, 255] the noise has mean and standard deviation of photos, about 0.5 and 0.25 of the range.
 
         Args:
             model: The classifier.
-            **kwargs: Anything the constructor takes; it goes over what was read off the model.
+            **kwargs: Arguments of the constructor, which override those from the model.
 
         Raises:
             ValueError: The model does not declare an input size and none was given; see [`input_size_of`].
@@ -131,7 +125,7 @@ class NoiseDataset(DrawnDataset):
         kwargs["input_size"] = input_size_of(model, kwargs.get("input_size"))
         if {"mean", "std"} <= known.keys():
             pairs = list(zip(known["mean"], known["std"], strict=True))
-            # No pixels in [0, 1] have such statistics, so they only bring them to another scale.
+            # No pixels in [0, 1] have such statistics: mean and std only change the scale.
             if any(std**2 > 1.001 * mean * (1 - mean) for mean, std in pairs):
                 means, stds = zip(*(((0.5 - mean) / std, 0.25 / abs(std)) for mean, std in pairs), strict=True)
                 kwargs = {"mean": statistics.fmean(means), "std": statistics.fmean(stds)} | kwargs
@@ -141,12 +135,12 @@ class NoiseDataset(DrawnDataset):
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
         generator = torch.Generator(self.device).manual_seed(draw_seed(self.seed, self.rank, step, self.held_out))
         shape = (self.batch_size, self.input_size[0], *self.image_size(step))
-        with torch.autocast(self.device.type, enabled=False):  # that of the caller, which would round products
+        with torch.autocast(self.device.type, enabled=False):  # the caller's would round products
             noise = self.distribution(generator, shape)
         if noise.shape != shape:
             raise ValueError(
-                f"The noise {spec.noise_name(self.distribution)!r} gave the shape {tuple(noise.shape)} where {shape} "
-                "was asked for: a distribution takes a generator and a shape, and returns a tensor of that shape."
+                f"The noise {spec.noise_name(self.distribution)!r} returned the shape {tuple(noise.shape)}, expected "
+                f"{shape}: a distribution takes a generator and a shape, and returns a tensor of that shape."
             )
         if (self.mean, self.std) != (0.0, 1.0):
             noise = noise * self.std + self.mean
@@ -159,8 +153,8 @@ class NoiseDataset(DrawnDataset):
             return last
         if self.total_steps is None:
             raise ValueError(
-                f"The noise has several resolutions, {self.resolutions}, which are shares of the steps, but the number "
-                "of all steps is not known: pass total_steps, or resolutions={1: 1} for full size throughout."
+                f"The noise has several resolutions, {self.resolutions}, as shares of all steps, whose number is "
+                "missing: pass total_steps, or resolutions={1: 1} for full size throughout."
             )
         end = 0.0
         for size, share in others:
@@ -170,18 +164,18 @@ class NoiseDataset(DrawnDataset):
         return last
 
     def image_sizes(self) -> list[tuple[tuple[int, int], float]]:
-        """Return the sizes `(height, width)` in their order, each with its share of the steps; together 1."""
+        """Return the sizes `(height, width)` in order, each with its share of the steps; the sum is 1."""
         sizes: list[tuple[tuple[int, int], float]] = []
         for scale, share in self.resolutions.items():
-            height, width = (self._rounded(max(round(side * scale), MIN_SIDE), side) for side in self.input_size[1:])
+            multiples = (math.ceil(max(round(x * scale), MIN_SIDE) / self.size_multiple) for x in self.input_size[1:])
+            height, width = (
+                min(n * self.size_multiple, x) for n, x in zip(multiples, self.input_size[1:], strict=True)
+            )
             share /= sum(self.resolutions.values())
             if sizes and sizes[-1][0] == (height, width):
                 share += sizes.pop()[1]
             sizes.append(((height, width), share))
         return sizes
-
-    def _rounded(self, side: int, most: int) -> int:
-        return min(math.ceil(side / self.size_multiple) * self.size_multiple, most)
 
     def set_epoch(self, epoch: int) -> None:
         """Continue with the steps of `epoch`, counted from 0. Accelerate's data loaders call it."""
@@ -192,7 +186,7 @@ class NoiseDataset(DrawnDataset):
         yield from itertools.islice(itertools.count(self.epoch * (self.num_steps or 0)), self.num_steps)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        # A DataLoader takes from its workers in turn, so every n-th step from each keeps the order.
+        # A DataLoader takes batches from its workers in turn: with every n-th step from each, the order stays.
         worker = get_worker_info()
         for index, step in enumerate(self.steps()):
             if worker is None or index % worker.num_workers == worker.id:
@@ -202,8 +196,8 @@ class NoiseDataset(DrawnDataset):
 def draw_seed(seed: int, rank: int, step: int, held_out: bool) -> int:
     """Return the generator's seed for one draw.
 
-    torch's CPU generator looks at the low 32 bits of its seed only, too few for a hash: 300,000 draws would collide
-    about ten times. So the low half is a bijection of (held_out, rank, step), and the high half the seed's hash.
+    torch's CPU generator uses only the low 32 bits of its seed, too few for a hash: 300,000 draws would collide about
+    ten times. So the low half is a bijection of (held_out, rank, step), and the high half a hash of the seed.
     """
     if not 0 <= step < MAX_STEPS:
         raise ValueError(f"step must be in [0, {MAX_STEPS - 1}], got {step}.")

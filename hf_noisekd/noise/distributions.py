@@ -45,7 +45,7 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
     exponents = uniform(generator, (batch, 1, 1, 1), 0, 2) if exponent is None else exponent
     amplitude = torch.exp(-exponents * log_frequency).expand(batch, 1, -1, -1).clone()
     amplitude[..., 0, 0] = 0
-    # Of the half spectrum, the first column, and of an even width the last, stand for themselves; all others for two.
+    # In the half spectrum the first column, and for an even width the last, count once, all others twice.
     own = slice(None, None, width // 2 if width % 2 == 0 else width)
     power = 2 * amplitude.square().sum((-2, -1), keepdim=True)
     power = (power - amplitude[..., own].square().sum((-2, -1), keepdim=True)) / (height * width)
@@ -56,16 +56,16 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
         shared = torch.randn((batch, 1, *size[2:]), dtype=torch.complex64, generator=generator, device=device)
         correlation = uniform(generator, (batch, 1, 1, 1))
         field = field * (1 - correlation).sqrt() + shared * correlation.sqrt()
-    # Those have to be the conjugates of themselves mirrored, or what a GPU makes of them is not defined.
+    # These columns must be conjugate symmetric, or the result of a GPU is undefined.
     column = field[..., own]
     field[..., own] = (column + column.flip(-2).roll(1, -2).conj()) / math.sqrt(2)
     return torch.fft.irfft2(field * amplitude, s=(height, width), norm="ortho")
 
 
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
-    """Patterns of an iterated sine map: the coordinates of a pixel go through `z <- sin(W z + b)` with random `W`, `b`.
+    """Patterns of an iterated sine map: pixel coordinates go through `z <- sin(W z + b)` with random `W`, `b`.
 
-    Each of the `iterations`, 1 to 20, folds the pattern of the one before, and adds detail.
+    Each of the `iterations`, 1 to 20, adds detail.
     """
     batch, channels, height, width = shape
     iterations = _whole(iterations, "iterations", 20)
@@ -83,10 +83,10 @@ def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> 
 
 
 def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> torch.Tensor:
-    """Regions, `leaves` of them (1 to 100), that cover each other, each with a colour and a texture of its own.
+    """Overlapping regions, `leaves` of them (1 to 100), each with its own colour and texture.
 
-    The dead leaves of Matheron, with smooth random outlines in place of discs and the textures of [`spectrum`]: they
-    have the sharp edges and the even areas of photos, which Gaussian fields lack.
+    The dead leaves of Matheron, with smooth random outlines instead of discs and the textures of [`spectrum`]: unlike
+    Gaussian fields they have sharp edges and even areas, as photos do.
     """
     batch, channels, height, width = shape
     leaves = _whole(leaves, "leaves", 100)
@@ -98,7 +98,7 @@ def dead_leaves(generator: torch.Generator, shape: Shape, leaves: float = 6) -> 
     leaf = leaf.flatten(2)
     color = normal(generator, (batch, channels, count)) * 0.5 + normal(generator, (batch, 1, count)) * 0.65
     strength = uniform(generator, (batch, 1, count))
-    # Each leaf shows the texture of an image drawn at random, at the place where the leaf is.
+    # Each leaf shows a part of a random image's texture, the part at the position of the leaf.
     source = torch.randint(batch, (batch, 1, count), generator=generator, device=device) * texture[0].numel()
     place = torch.arange(texture[0].numel(), device=device).view(1, channels, -1)
     texture = texture.take(source.gather(2, leaf) + place)

@@ -1,4 +1,4 @@
-"""Noise together with a few real images, for those who kept some."""
+"""Noise together with a few real images."""
 
 import random
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
 class MixedDataset(NoiseDataset):
     """Noise in the even steps and real images in the odd ones, for distillation with few images.
 
-    Batches are of one kind each, because a teacher on batch statistics would normalise the images by the noise and the
-    noise by the images. Images are drawn with replacement, so a few fill a batch of any size; give them random
-    augmentation. As for noise, step `k` of a rank is a function of `(seed, rank, k)` alone. Labels are not used.
+    A batch is of one kind, because batch statistics of a mixed one would fit neither. Images are drawn with
+    replacement, so a few are enough; use random augmentation. As for noise, step `k` of a rank is a function of
+    `(seed, rank, k)` alone. Labels are ignored.
 
     Args:
         *args: As for [`NoiseDataset`].
@@ -24,7 +24,7 @@ class MixedDataset(NoiseDataset):
         **kwargs: As for [`NoiseDataset`].
 
     Raises:
-        ValueError: There are no images, or they have another size than the noise; or as [`NoiseDataset`].
+        ValueError: The images have another size than the noise; or as for [`NoiseDataset`].
     """
 
     def __init__(self, *args, images: SizedDataset, **kwargs):
@@ -43,21 +43,18 @@ class MixedDataset(NoiseDataset):
             return super().draw(step)
         with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
             indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
-            if hasattr(self.real_images, "__getitems__"):
-                samples = self.real_images.__getitems__(indices)
-            else:
-                samples = [self.real_images[index] for index in indices]
-            pixel_values = collate_images(samples)["pixel_values"]
+            several = getattr(self.real_images, "__getitems__", lambda many: [self.real_images[one] for one in many])
+            pixel_values = collate_images(several(indices))["pixel_values"]
         return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
 
 
 @contextmanager
 def _augmentation_seeded(seed: int) -> Iterator[None]:
-    """Context in which the global generators that augmentation draws from start at `seed`; they are restored after."""
+    """Context that seeds the global generators, which augmentation uses, and restores them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # not those of accelerators, which nobody would restore
+            torch.default_generator.manual_seed(seed)  # not those of GPUs, which would not be restored
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield

@@ -20,7 +20,7 @@ from hf_noisekd.noise.distributions import Distribution, Shape, uniform
 
 Augmentation = Callable[[torch.Generator, torch.Tensor, float], torch.Tensor]
 
-# What `noise="structured"` stands for, and its resolutions unless others are asked for.
+# What `noise="structured"` stands for, and its default resolutions.
 STRUCTURED = "dead_leaves"
 STRUCTURED_RESOLUTIONS = {0.5: 0.6, 0.75: 0.25, 1.0: 0.15}
 
@@ -36,11 +36,12 @@ def cutmix(generator: torch.Generator, images: torch.Tensor, probability: float)
     rows, columns = ((torch.arange(size, device=generator.device) + 0.5) / size for size in images.shape[2:])
     inside = ((rows - center[0]).abs() < side / 2)[:, :, None] & ((columns - center[1]).abs() < side / 2)[:, None]
     inside &= (uniform(generator, (batch,)) < probability)[:, None, None]
-    return torch.where(inside[:, None], _others(generator, images), images)
+    others = images[torch.randperm(batch, generator=generator, device=generator.device)]
+    return torch.where(inside[:, None], others, images)
 
 
 def mirror(generator: torch.Generator, images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Make the right half the mirror image of the left one, as of things that are symmetric."""
+    """Make the right half the mirror image of the left one."""
     half = images.shape[-1] // 2
     symmetric = torch.cat([images[..., : images.shape[-1] - half], images[..., :half].flip(-1)], -1)
     return torch.where(uniform(generator, (len(images), 1, 1, 1)) < probability, symmetric, images)
@@ -49,15 +50,11 @@ def mirror(generator: torch.Generator, images: torch.Tensor, probability: float)
 AUGMENTATIONS: dict[str, Augmentation] = {"cutmix": cutmix, "mirror": mirror}
 
 
-def _others(generator: torch.Generator, images: torch.Tensor) -> torch.Tensor:
-    return images[torch.randperm(len(images), generator=generator, device=generator.device)]
-
-
 @dataclass(frozen=True)
 class Mixture:
     """A [`Distribution`] made of several, with augmentations."""
 
-    name: str  # what it was asked for by: "structured", or the text of its parts
+    name: str  # "structured", or the string that was parsed
     weights: Mapping[str, float]  # of each distribution by its registered name
     augmentations: Mapping[str, float]  # the probability of each by its name; applied in this order
 
@@ -79,7 +76,7 @@ class Mixture:
 
 
 def parse_noise(text: str) -> Mixture:
-    """Return the mixture that a text means, see the top of this module, or raise a `ValueError`."""
+    """Return the mixture for a string, see the top of this module, or raise a `ValueError`."""
     parts = (STRUCTURED if text == "structured" else text).split("|")
     if len(parts) > 2:
         raise ValueError(f"noise is {text!r}: use one '|', between distributions and augmentations.")
@@ -95,7 +92,7 @@ def parse_noise(text: str) -> Mixture:
 
 
 def noise_name(distribution: Distribution) -> str:
-    """Return what a record says of a distribution: the text of a mixture, or the name of a function."""
+    """Return the name of a distribution for records: the string of a mixture, or the name of a function."""
     if isinstance(distribution, Mixture):
         return f"structured ({distribution})" if distribution.name == "structured" else str(distribution)
     return getattr(distribution, "__name__", type(distribution).__name__)
@@ -107,12 +104,12 @@ def _call(name: str, generator: torch.Generator, shape: Shape) -> torch.Tensor:
 
 
 def _check_distribution(name: str) -> None:
-    """Raise a `ValueError` if there is no such distribution, or if it does not take the parameter that it is given."""
+    """Raise a `ValueError` if there is no such distribution, or if it does not take this parameter."""
     function, number = _split_parameter(name)
     if function == "structured":
-        raise ValueError(f"'structured' stands alone: in mixtures use {STRUCTURED!r}, with resolutions of your choice.")
+        raise ValueError(f"'structured' stands alone: in mixtures use {STRUCTURED!r}, and set resolutions.")
     if (known := function.partition("(")[0]) != function and known in DISTRIBUTIONS:
-        raise ValueError(f"{name!r} has no parameter that can be read: use a plain number, such as {known}(2).")
+        raise ValueError(f"The parameter of {name!r} is no plain number: use one, such as {known}(2).")
     _check_known(name, function, DISTRIBUTIONS)
     if number is None:
         return
@@ -132,13 +129,13 @@ def _check_known(name: str, key: str, known: Mapping) -> None:
 
 
 def _split_parameter(name: str) -> tuple[str, float | None]:
-    """Return the parts of a name such as `"spectrum(1.5)"`; an unreadable number leaves the name as it is."""
+    """Return name and number of a string like `"spectrum(1.5)"`, or the whole string if it has no valid number."""
     match = re.fullmatch(r"(\w+)\((\d+\.?\d*|\.\d+)\)", name)
     return (match[1], float(match[2])) if match else (name, None)
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Return the numbers by name that a text such as `"white:3,spectrum"` holds; one left out is 1."""
+    """Return the numbers by name in a string such as `"white:3,spectrum"`; the default is 1."""
     weights: dict[str, float] = {}
     for part in text.split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
@@ -153,17 +150,17 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def _number_text(number: float) -> str:
-    """Return the shortest text that reads back as a number."""
+    """Return the shortest string for a number without a loss of precision."""
     return short if float(short := f"{number:g}") == number else repr(float(number))
 
 
 def parse_resolutions(text: str) -> dict[float, float]:
-    """Return the resolutions that a text such as `"0.5:0.6,1:0.4"` means; see [`NoiseDataset`]."""
+    """Return the resolutions for a string such as `"0.5:0.6,1:0.4"`; see [`NoiseDataset`]."""
     try:
         shares = parse_weights(text)
         resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
         if len(resolutions) < len(shares):
-            raise ValueError("a size is there twice")
+            raise ValueError("a size occurs twice")
         return resolutions
     except ValueError as error:
         raise ValueError(
@@ -172,18 +169,14 @@ def parse_resolutions(text: str) -> dict[float, float]:
 
 
 def resolutions_text(resolutions: Mapping[float, float]) -> str:
-    """Return the text that [`parse_resolutions`] reads as `resolutions`."""
+    """Return the string for which [`parse_resolutions`] returns `resolutions`."""
     return ",".join(f"{_number_text(scale)}:{_number_text(share)}" for scale, share in resolutions.items())
 
 
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
-    """Return resolutions as a new mapping, or raise a `ValueError` that says what is wrong with them."""
-    shares = list(resolutions.values())
-    if (
-        not all(0 < scale <= 1 for scale in resolutions)
-        or not all(share > 0 for share in shares)
-        or not (0 < sum(shares) < math.inf)
-    ):
+    """Return resolutions as a new mapping, or raise a `ValueError`."""
+    valid = all(0 < scale <= 1 and share > 0 for scale, share in resolutions.items())
+    if not valid or not 0 < sum(resolutions.values()) < math.inf:
         raise ValueError(
             f"resolutions must map sizes in (0, 1] to shares above 0, such as {{0.5: 0.6, 1: 0.4}}, got {resolutions}."
         )
@@ -191,14 +184,14 @@ def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
 
 
 def register_noise(name: str, distribution: Distribution) -> None:
-    """Make a distribution known by `name` in this process, to be used in mixtures.
+    """Register a distribution by name in this process, for use in mixtures.
 
     Args:
-        name: A Python identifier that none of this package's noises has. One that was registered before is replaced.
+        name: A Python identifier. It may replace one registered before, but none of this package's.
         distribution: A pure function of a generator and a shape; see [`hf_noisekd.noise.distributions`].
 
     Raises:
-        ValueError: The name is one of this package's or no identifier.
+        ValueError: The name is one of this package's, or not an identifier.
     """
     if name in (*BUILT_IN, *AUGMENTATIONS, "structured") or not name.isidentifier():
         raise ValueError(f"{name!r} is one of this package's names, or no identifier: choose another one.")
@@ -206,9 +199,9 @@ def register_noise(name: str, distribution: Distribution) -> None:
 
 
 def _counts(batch: int, weights: Mapping[str, float], seed: int) -> dict[str, int]:
-    """Return the number of images for each name, in proportion to its weight on average even in small batches."""
-    # Systematic sampling, on the host, so that no device waits.
+    """Return the number of images for each name, proportional to its weight, on average also in small batches."""
+    # Systematic sampling, on the CPU, so that no device waits.
     offset, total = random.Random(seed).random(), sum(weights.values())
     ends = [math.floor(end * batch / total + offset) for end in itertools.accumulate(weights.values())]
-    ends[-1] = batch  # whatever rounding made of it
+    ends[-1] = batch  # also after rounding
     return {name: end - start for name, start, end in zip(weights, [0, *ends], ends, strict=False)}

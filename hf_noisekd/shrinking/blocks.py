@@ -1,8 +1,9 @@
-"""Depth: the blocks of a network that can be left out, since they give back what they take in shape."""
+"""Depth: the blocks of a network that can be left out, because their output has the shape of their input."""
 
 import copy
 from collections.abc import Collection
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,34 +11,34 @@ from torch import nn
 
 from hf_noisekd.models.classifier import logits_of_blanks
 
-# A block has this many layers with weights at least: a convolution alone is a layer of one.
-MIN_LAYERS = 2
+MIN_LAYERS = 2  # with weights, in a block
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 class Place(NamedTuple):
-    """Where a block stands."""
+    """Where a block is."""
 
-    stage: str  # name of the module that runs it and its neighbours in turn
-    key: str  # its own name there
+    stage: str  # name of the module that runs the blocks one after another
+    key: str  # name of the block in that module
 
     @property
     def name(self) -> str:
-        """Its name in the network."""
+        """Name of the block in the network."""
         return f"{self.stage}.{self.key}" if self.stage else self.key
 
 
 def stages_of(model: nn.Module) -> dict[str, list[str]]:
-    """Return the modules of `model` that run blocks in turn, by name, with the keys of their blocks in order.
+    """Return the modules of `model` that run several blocks, by name, with the keys of their blocks in order.
 
-    These are `nn.Sequential`, `nn.ModuleList`, and modules whose children are all of one class, such as timm's RegNet
-    stages. A block has two layers with weights or more. A child that has fewer is none and does not count.
+    These are `nn.Sequential`, `nn.ModuleList`, and modules whose children are all of one class, like timm's RegNet
+    stages. A child counts as a block if it has at least two layers with weights.
     """
     stages = {}
     for name, module in model.named_modules():
         children = dict(module.named_children())
         if isinstance(module, nn.Sequential | nn.ModuleList) or len(set(map(type, children.values()))) == 1:
-            blocks = [key for key, child in children.items() if _num_layers(child) >= MIN_LAYERS]
+            num_layers = {key: sum(isinstance(x, WEIGHTED) for x in child.modules()) for key, child in children.items()}
+            blocks = [key for key, number in num_layers.items() if number >= MIN_LAYERS]
             if len(blocks) > 1:
                 stages[name] = blocks
     return stages
@@ -46,34 +47,27 @@ def stages_of(model: nn.Module) -> dict[str, list[str]]:
 def removable_blocks(model: nn.Module, input_size: tuple[int, int, int]) -> list[Place]:
     """Return the blocks that can be left out, in order: their output has the shape of their input.
 
-    The network must answer without them, which it does not where another layer reads what they give out, too. Of
-    blocks inside one another the outermost counts. The first block of a stage is not among them, so that none gets
-    empty; it is the one that changes the shape as a rule.
+    A forward pass without the block must work; it fails where another layer needs its output, too. Of nested blocks
+    only the outermost counts. The first block of a stage stays: no stage becomes empty, and it usually changes the
+    shape.
     """
-    places = {
-        Place(stage, key): model.get_submodule(Place(stage, key).name)
-        for stage, keys in stages_of(model).items()
-        for key in keys[1:]
-    }
-    shapes: dict[Place, list[bool]] = {place: [] for place in places}
+    same_shape = {Place(stage, key): list[bool]() for stage, keys in stages_of(model).items() for key in keys[1:]}
+
+    def compare(place: Place, block: nn.Module, inputs: tuple, output: Any) -> None:
+        shape = getattr(inputs[0], "shape", None) if inputs else None
+        same_shape[place].append(torch.is_tensor(output) and output.shape == shape)
+
     with ExitStack() as stack:
-        for place, block in places.items():
-
-            def compare(module: nn.Module, inputs: tuple, output: Any, place: Place = place) -> None:
-                shapes[place].append(
-                    bool(inputs) and torch.is_tensor(output) and output.shape == getattr(inputs[0], "shape", None)
-                )
-
-            stack.enter_context(block.register_forward_hook(compare))
+        for place in same_shape:
+            stack.enter_context(model.get_submodule(place.name).register_forward_hook(partial(compare, place)))
         logits_of_blanks(model, input_size, "model")
-    fitting = [place for place, same in shapes.items() if same == [True]]
+    fitting = [place for place, same in same_shape.items() if same == [True]]
     outermost = [place for place in fitting if not any(place.name.startswith(f"{other.name}.") for other in fitting)]
-    return [place for place in outermost if _answers_without(model, place, input_size)]
+    return [place for place in outermost if _works_without(model, place, input_size)]
 
 
-def _answers_without(model: nn.Module, place: Place, input_size: tuple[int, int, int]) -> bool:
-    rest = copy.deepcopy(model)
-    remove_blocks(rest, [place])
+def _works_without(model: nn.Module, place: Place, input_size: tuple[int, int, int]) -> bool:
+    remove_blocks(rest := copy.deepcopy(model), [place])
     try:
         logits_of_blanks(rest, input_size, "model")
     except (ValueError, IndexError, AttributeError, TypeError):
@@ -82,28 +76,13 @@ def _answers_without(model: nn.Module, place: Place, input_size: tuple[int, int,
 
 
 def remove_blocks(model: nn.Module, places: Collection[Place]) -> dict[str, str]:
-    """Leave blocks out of `model`, in place; those behind them in a stage move up and take their names.
-
-    Returns:
-        The name that each module of what is left had before, by its name now.
-    """
+    """Remove blocks of `model`, in place: later blocks of a stage take their names. Return old names by new ones."""
     before = {module: name for name, module in model.named_modules()}
-    by_stage: dict[str, set[str]] = {}
-    for place in places:
-        by_stage.setdefault(place.stage, set()).add(place.key)
-    # The innermost first: the names of the others still hold then.
-    for stage in sorted(by_stage, key=lambda name: name.count("."), reverse=True):
-        _keep_children(model.get_submodule(stage), stages_of(model)[stage], by_stage[stage])
+    # The innermost first: the names of the others do not change by that.
+    for stage in sorted({place.stage: None for place in places}, key=lambda name: name.count("."), reverse=True):
+        children, blocks = model.get_submodule(stage)._modules, stages_of(model)[stage]
+        kept = [children[key] for key in blocks if Place(stage, key) not in places]
+        children.update(zip(blocks, kept, strict=False))
+        for key in blocks[len(kept) :]:
+            del children[key]
     return {name: before[module] for name, module in model.named_modules()}
-
-
-def _keep_children(module: nn.Module, blocks: list[str], removed: Collection[str]) -> None:
-    kept = [module._modules[key] for key in blocks if key not in removed]
-    for key, child in zip(blocks, kept, strict=False):
-        module._modules[key] = child
-    for key in blocks[len(kept) :]:
-        del module._modules[key]
-
-
-def _num_layers(module: nn.Module) -> int:
-    return sum(isinstance(layer, WEIGHTED) for layer in module.modules())

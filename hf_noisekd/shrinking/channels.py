@@ -1,7 +1,7 @@
 """Width: the channels that layers of a network share, and a network with fewer of them.
 
-Which layers must lose the same channels is told by torch-pruning's dependency graph (Fang et al., "DepGraph: Towards
-Any Structural Pruning", CVPR 2023). Which of them are spared is told by the answers that would change without them.
+Which layers must lose the same channels is found by torch-pruning's dependency graph (Fang et al., "DepGraph: Towards
+Any Structural Pruning", CVPR 2023). Those channels are kept whose loss would change the predictions the most.
 """
 
 import math
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from hf_noisekd.models.classifier import compute_logits, evaluation_mode, logits
 LAYERS = (nn.Conv2d, nn.Linear)
 MULTIPLE = 8  # of the channels of a layer
 MIN_CHANNELS = 8
-# Layers that torch-pruning may come by for one group, again and again: 7,240 in a DenseNet-264, no end in a ReXNet.
+# Steps of torch-pruning's search for one group: a DenseNet-264 takes 7,240, and a ReXNet would never end.
 MAX_VISITS = 10_000
-# Of torch-pruning where it cannot follow a network, and of layers that do not fit after it.
+# What torch-pruning raises for a network that it cannot analyse, and what layers raise that no longer fit together.
 FAULTS = (ValueError, RuntimeError, IndexError, AssertionError, TypeError, KeyError, AttributeError)
 
 
@@ -31,9 +32,9 @@ FAULTS = (ValueError, RuntimeError, IndexError, AssertionError, TypeError, KeyEr
 class ChannelGroup:
     """Channels that layers share: the outputs of its root, counted from 0.
 
-    They go in runs of `unit` channels, as the groups of a convolution do, and each of `parts` equal parts must lose as
-    many, as for GroupNorm. `writers` are the layers whose outputs they are, and `readers` those that take them in: of
-    each, its inputs and the channels that they are.
+    They are removed in runs of `unit` channels, for grouped convolutions, and each of `parts` equal parts must lose
+    the same number, for GroupNorm. `writers` are the layers that output them. `readers` are the layers that have them
+    as input: name, indices of the inputs, and the channel of each.
     """
 
     root: str
@@ -44,7 +45,7 @@ class ChannelGroup:
     readers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
 
     def width(self, share: float) -> int:
-        """Return a share of its channels, in a number that hardware likes and that can be left."""
+        """Return a share of its channels, rounded to a number that hardware likes and that can be reached."""
         step = math.lcm(MULTIPLE, self.unit * self.parts)
         if self.channels % step:
             step = self.unit * self.parts
@@ -53,33 +54,26 @@ class ChannelGroup:
 
 
 class ChannelCutter:
-    """Finds the groups of channels of a model, and cuts them in place.
+    """Finds the groups of channels of a classifier, and cuts them in place.
 
-    Args:
-        model: A classifier.
-        input_size: `(channels, height, width)` of its images.
-
-    Attributes:
-        groups: Its groups by the name of their root; none where torch-pruning cannot follow the network.
+    `groups` are by the name of their root; there are none if torch-pruning cannot analyse the network.
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
         self._model, self._input_size = model, input_size
         self._num_classes = logits_of_blanks(model, input_size, "model").shape[-1]
-        # A layer with an output for each class is taken for the classifier, whose outputs stay.
-        layers = [layer for layer in model.modules() if isinstance(layer, LAYERS)]
-        heads = [layer for layer in layers if num_outputs(layer) == self._num_classes]
+        # A layer with one output for each class counts as the classifier, whose outputs stay.
+        heads = [x for x in model.modules() if isinstance(x, LAYERS) and num_outputs(x) == self._num_classes]
         self._modules = dict(model.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
         model.requires_grad_(True)
         self.groups: dict[str, ChannelGroup] = {}
-        # What torch-pruning cannot follow in a network ends it in one of these.
         with warnings.catch_warnings(), torch.enable_grad(), evaluation_mode(model), suppress(*FAULTS):
             warnings.simplefilter("ignore")
             self._graph = _BoundedGraph().build_dependency(
                 model,
                 to_device_of(model, torch.zeros(2, *input_size)),
-                # timm's 1d convolutions run over the channels, in place of their being mixed.
+                # timm's 1d convolutions run along the channels.
                 ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Conv1d)],
                 verbose=False,
             )
@@ -95,25 +89,23 @@ class ChannelCutter:
                 group.parts = math.lcm(group.parts, layer.num_groups)
             if _is_grouped(layer):
                 group.unit = math.lcm(group.unit, layer.out_channels // layer.groups)
-            if not isinstance(layer, LAYERS):
-                continue
-            if not is_input or _is_grouped(layer) or _is_depthwise(layer):
+            if isinstance(layer, LAYERS) and (not is_input or _is_grouped(layer) or _is_depthwise(layer)):
                 group.writers.append(self._names[layer])
-            else:
+            elif isinstance(layer, LAYERS):
                 group.readers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
         return group
 
     def _is_sound(self, group: ChannelGroup) -> bool:
-        """Whether the layers have the channels that the graph says they read."""
+        """Whether the layers have the inputs and channels that the graph lists."""
         return all(
             max(inputs, default=0) < num_inputs(self._modules[name]) and max(channels, default=0) < group.channels
             for name, inputs, channels in group.readers
         )
 
     def cut(self, removed: Mapping[str, Sequence[int]]) -> bool:
-        """Take channels out of the model, by the root of their group; return whether it still answers.
+        """Remove channels from the model, by the root of their group; return whether its forward pass still works.
 
-        It does not where the dependency graph missed what the forward pass does. The model is of no use then.
+        It fails where the dependency graph missed something. The model is unusable then.
         """
         try:
             for root, channels in removed.items():
@@ -133,36 +125,26 @@ def channel_importance(
     statistics: AbstractContextManager,
     seed: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """Return how much the answers to images would change without each channel, by the root of its group.
+    """Return how much the predictions for images would change without each channel, by the root of its group.
 
-    To second order that is, for the KL divergence of the answers, `E[(d log p(y) / d m)^2] / 2`: `m` scales the channel
-    wherever it is read, and `y` is drawn from the answer `p` (Theis et al., "Faster gaze prediction with dense networks
-    and Fisher pruning", 2018).
-
-    Args:
-        model: A classifier, whose parameters require gradients.
-        groups: Those of [`ChannelCutter`].
-        images: Batches `[B, C, H, W]`.
-        statistics: Context for the forward passes.
-        seed: Seed of the drawn classes.
+    As KL divergence, to second order, that is `E[(d log p(y) / d m)^2] / 2`: `m` scales the channel in the input of
+    each reader, and `y` is drawn from the prediction `p` (Theis et al., "Faster gaze prediction with dense networks and
+    Fisher pruning", 2018), with `statistics` as the context of the forward passes on batches `[B, C, H, W]`.
     """
     importance = {root: torch.zeros(group.channels) for root, group in groups.items()}
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, torch.Tensor] = {}
 
-    def keep(name: str):
-        def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            # A tensor of its own: the gradient of what this layer alone reads.
-            inputs[name] = args[0].clone() if args[0].requires_grad else args[0].detach().requires_grad_()
-            inputs[name].retain_grad()
-            return inputs[name], *args[1:]
-
-        return hook
+    def keep(name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        # A separate tensor, for the gradient through this layer alone.
+        inputs[name] = args[0].clone() if args[0].requires_grad else args[0].detach().requires_grad_()
+        inputs[name].retain_grad()
+        return inputs[name], *args[1:]
 
     readers = {name for group in groups.values() for name, *_ in group.readers}
     with ExitStack() as stack, torch.enable_grad(), evaluation_mode(model), statistics:
         for name in readers:
-            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(keep(name)))
+            stack.enter_context(model.get_submodule(name).register_forward_pre_hook(partial(keep, name)))
         for batch in images:
             inputs.clear()
             log_probs = compute_logits(model, to_device_of(model, batch)).float().log_softmax(-1)
@@ -181,7 +163,7 @@ def channel_importance(
 
 
 def least_important(group: ChannelGroup, importance: torch.Tensor, kept: int) -> list[int]:
-    """Return the channels to remove from a group so that `kept` are left, a multiple of its unit and its parts."""
+    """Return the channels to remove from a group to keep `kept`, a multiple of `unit * parts`."""
     by_part = importance.view(group.parts, -1, group.unit).sum(-1)
     if group.parts > 1:
         by_part = by_part.mean(0, keepdim=True).expand_as(by_part)
@@ -192,10 +174,7 @@ def least_important(group: ChannelGroup, importance: torch.Tensor, kept: int) ->
 
 
 class _BoundedGraph(DependencyGraph):
-    """A dependency graph in which grouped convolutions lose whole groups of channels.
-
-    The search for what goes together ends with a `RuntimeError` after [`MAX_VISITS`].
-    """
+    """A dependency graph where grouped convolutions lose whole groups, and whose searches end after [`MAX_VISITS`]."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +183,7 @@ class _BoundedGraph(DependencyGraph):
         self._out_channel_pruning_fn.add(self._whole_groups.prune_out_channels)
 
     def get_pruner_of_module(self, module: nn.Module) -> BasePruningFunc:
-        # torch-pruning registers pruners by class, and these layers differ from others of their class by a number.
+        # torch-pruning registers pruners by class, and the class of grouped convolutions is that of all others.
         return self._whole_groups if _is_grouped(module) else super().get_pruner_of_module(module)
 
     def build_dependency(self, *args, **kwargs):
@@ -220,11 +199,11 @@ class _BoundedGraph(DependencyGraph):
     def _count(self) -> None:
         self._visits += 1
         if self._visits > MAX_VISITS:
-            raise RuntimeError(f"The search for a group of channels came by {MAX_VISITS:,} layers, without an end.")
+            raise RuntimeError(f"The search for a group of channels did not end after {MAX_VISITS:,} steps.")
 
 
 class _Counted(list):
-    """A list that tells when somebody goes through it."""
+    """A list that calls a function whenever it is iterated over."""
 
     def __init__(self, items: Iterable, count: Callable[[], None]):
         super().__init__(items)
@@ -236,7 +215,7 @@ class _Counted(list):
 
 
 class _WholeGroups(BasePruningFunc):
-    """Takes whole groups out of a grouped convolution, whose outputs go with its inputs then."""
+    """Removes whole groups from a grouped convolution: outputs together with inputs."""
 
     def prune_out_channels(self, layer: nn.Conv2d, idxs: Sequence[int]) -> nn.Conv2d:
         kept = [index for index in range(layer.out_channels) if index not in set(idxs)]
@@ -258,22 +237,23 @@ class _WholeGroups(BasePruningFunc):
 def _by_channel(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     assert x.grad is not None
     product = (x * x.grad).detach().float()
-    product = product.flatten(1, -2).sum(1) if isinstance(layer, nn.Linear) and x.ndim > 2 else product
-    return (product.flatten(2).sum(2) if product.ndim > 2 else product).cpu()
+    if isinstance(layer, nn.Linear):  # channels last
+        return product.reshape(len(x), -1, x.shape[-1]).sum(1).cpu()
+    return product.flatten(2).sum(2).cpu()
 
 
 def num_outputs(layer: Any) -> int:
-    """Return the number of channels that a convolution or a linear layer gives out."""
+    """Return the number of output channels of a convolution or a linear layer."""
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
 def num_inputs(layer: Any) -> int:
-    """Return the number of channels that a convolution or a linear layer takes in."""
+    """Return the number of input channels of a convolution or a linear layer."""
     return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
 
 
 def _is_depthwise(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.out_channels
+    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.out_channels
 
 
 def _is_grouped(layer: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Cut a teacher down to a budget of multiply-adds or parameters, where its answers change the least."""
+"""Cut a teacher down to a budget of multiply-adds or parameters, with the least change of its predictions."""
 
 import copy
 import math
@@ -20,26 +20,22 @@ from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_i
 from hf_noisekd.shrinking.ranking import divergence_from, log_probs, order_of_removal
 from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 
-MAX_DEPTHS = 8  # numbers of blocks to leave out that are tried, beside none
-# A network that lost blocks alone stores statistics that nearly hold, and is taken even if it is so many times worse.
+MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
+# A network that lost only blocks keeps nearly correct BatchNorm statistics: it may diverge so many times more.
 PREFERENCE = 1.25
-RANKING_PIXELS = 2**20  # of the noise on which answers are compared
+RANKING_PIXELS = 2**20  # of the noise on which predictions are compared
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a network may cost: multiply-adds for an image, and parameters; either may be without limit."""
+    """The most a network may have: multiply-adds for an image, and parameters; either may be infinite."""
 
     macs: float = math.inf
     params: float = math.inf
 
     def holds(self, model: nn.Module, input_size: tuple[int, int, int]) -> bool:
-        """Return whether `model` costs no more."""
-        return self.holds_for(count_macs(model, input_size)[""], count_parameters(model))
-
-    def holds_for(self, macs: float, params: float) -> bool:
-        """Return whether these are no more."""
-        return macs <= self.macs and params <= self.params
+        """Return whether `model` is within the budget."""
+        return count_macs(model, input_size)[""] <= self.macs and count_parameters(model) <= self.params
 
     def __str__(self) -> str:
         limits = ((self.macs, "multiply-adds"), (self.params, "parameters"))
@@ -57,37 +53,47 @@ def shrink(
 ) -> tuple[nn.Module, StartFacts]:
     """Cut a smaller network out of a timm model, without training: whole blocks first, then channels.
 
-    Blocks go first whose loss changes the answers the least for the multiply-adds that it saves. For each number of
-    them all layers are narrowed by the same share until the budget is met, each to its most important channels; see
-    [`channel_importance`]. Of the networks so made the one is returned whose answers are the closest to the teacher's,
-    each answering on the statistics of the batch; one that lost blocks alone has the benefit of a quarter. The
-    BatchNorm layers store what is left of the teacher's statistics, which hold no longer where channels were cut;
-    [`recalibrate_batch_norm`] gives them some that do.
+    Those blocks are removed first that change the predictions the least for the multiply-adds they save. For several
+    numbers of removed blocks, all layers are narrowed by the same share until the budget is met, each to its most
+    important channels; see [`channel_importance`]. The network with the smallest KL divergence from the teacher, both
+    with batch statistics, is returned; one that lost only blocks may have 25 % more. The BatchNorm layers keep what is
+    left of the teacher's stored statistics, which are wrong once channels were cut: correct them with
+    [`recalibrate_batch_norm`].
 
     Args:
         teacher: A timm model. It does not change.
         keep: Share of the teacher's multiply-adds that the result may have, in (0, 1).
-        max_macs: Multiply-adds for an image that it may have.
-        max_params: Parameters that it may have.
+        max_macs: Most multiply-adds for an image.
+        max_params: Most parameters.
         input_size: `(channels, height, width)` of the images. Default: what the teacher declares.
-        images: Batches `[B, C, H, W]` to compare answers on. Default: noise of dead leaves.
+        images: Batches `[B, C, H, W]` to compare predictions on. Default: noise of dead leaves.
 
     Returns:
-        The network, in evaluation mode, which can be saved as any other, and what was cut.
+        The network, in evaluation mode, which can be saved like any other, and what was cut.
 
     Raises:
-        ValueError: There is no budget or it cannot be met, or the teacher is no timm model.
+        ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
     """
     teacher = timm_model_of(teacher)
     size = input_size_of(teacher, input_size)
     costs = count_macs(teacher, size)
-    budget = _budget(costs[""], count_parameters(teacher), keep, max_macs, max_params)
+    limits = {
+        "keep": (keep, 1),
+        "max_macs": (max_macs, costs[""]),
+        "max_params": (max_params, count_parameters(teacher)),
+    }
+    if all(limit is None for limit, _ in limits.values()):
+        raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
+    for name, (limit, whole) in limits.items():
+        if limit is not None and not 0 < limit < whole:
+            raise ValueError(f"{name} is {limit:,}: use a number between 0 and {whole:,}, which is the whole teacher.")
+    budget = Budget(min(costs[""] * (keep or 1), max_macs or math.inf), max_params or math.inf)
     images = ranking_noise(teacher, size) if images is None else images
     best = min(_cuts(teacher, budget, size, images), key=lambda found: found[0], default=None)
     if best is None:
         raise ValueError(
             f"{type(teacher).__name__} cannot be cut to {budget}: too few of its layers can be narrowed or "
-            "left out. Allow more, or name a smaller student."
+            "left out. Raise the limit, or give a smaller student."
         )
     _, cut, removed = best
     student = build_cut(cut, teacher, removed)
@@ -104,7 +110,7 @@ def shrink(
 def _cuts(
     teacher: nn.Module, budget: Budget, size: tuple[int, int, int], images: Sequence[torch.Tensor]
 ) -> Iterator[tuple[float, nn.Module, list[Place]]]:
-    """Yield networks that meet a budget, each with how much its answers change, and the blocks that it lost."""
+    """Yield networks within a budget: the change of the predictions, the network, and its removed blocks."""
     costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
     enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
     blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, images, enough=enough)
@@ -115,36 +121,17 @@ def _cuts(
         name_before = remove_blocks(cut, removed)
         fits = budget.holds(cut, size)
         narrow = cut if fits else _narrowed(cut, budget, size, images, fixed, name_before)
-        if narrow is not None and budget.holds(narrow, size):  # products without weights are not in the plan
+        if narrow is not None and budget.holds(narrow, size):  # `_widths` ignores products without weights
             yield divergence_from(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
         if fits:
-            return  # with fewer blocks it gets worse
-
-
-def _budget(macs: float, params: float, keep: float | None, max_macs: float | None, max_params: float | None) -> Budget:
-    if keep is not None and not 0 < keep < 1:
-        raise ValueError(f"keep is {keep}: use the share of the multiply-adds to keep, between 0 and 1, such as 0.5.")
-    for name, limit, found in (("max_macs", max_macs, macs), ("max_params", max_params, params)):
-        if limit is not None and not 0 < limit < found:
-            raise ValueError(f"{name} is {limit:,}: use a number between 0 and what the teacher has, {found:,}.")
-    if keep is None and max_macs is None and max_params is None:
-        raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
-    return Budget(min(macs * (keep or 1), max_macs or math.inf), max_params or math.inf)
+            return  # removing even more would only be worse
 
 
 def ranking_noise(model: nn.Module, input_size: tuple[int, int, int], seed: int = 0) -> list[torch.Tensor]:
-    """Return the noise `[B, C, H, W]` on which answers are compared by default, on the device of `model`."""
-    size = RANKING_PIXELS // (input_size[1] * input_size[2])
-    noise = NoiseDataset.for_model(
-        model,
-        input_size=input_size,
-        distribution="dead_leaves",
-        batch_size=min(256, max(32, size)),
-        held_out=True,
-        seed=seed,
-        device=device_of(model),
-    )
-    return [noise.draw(0)]
+    """Return the default noise to compare predictions on: a batch `[B, C, H, W]`, on the device of `model`."""
+    size = min(256, max(32, RANKING_PIXELS // (input_size[1] * input_size[2])))
+    options = {"distribution": "dead_leaves", "held_out": True, "seed": seed, "device": device_of(model)}
+    return [NoiseDataset.for_model(model, input_size=input_size, batch_size=size, **options).draw(0)]
 
 
 def _narrowed(
@@ -155,9 +142,9 @@ def _narrowed(
     fixed: set[str],
     name_before: Mapping[str, str],
 ) -> nn.Module | None:
-    """Return `whole` with all its layers narrowed by the same share to a budget, or None if that cannot be done.
+    """Return `whole` with all its layers narrowed by the same share to a budget, or None if that is impossible.
 
-    Layers that do not bear it stay as they are, and get into `fixed`, by their names in the teacher, `name_before`.
+    Layers that cannot be narrowed stay, and their names in the teacher, from `name_before`, are added to `fixed`.
     """
     while True:
         cut = copy.deepcopy(whole)
@@ -170,20 +157,20 @@ def _narrowed(
         removed = {root: least_important(groups[root], importance[root], width) for root, width in widths.items()}
         if cutter.cut(removed):
             return cut
-        failing = [root for root in removed if not _bears(whole, {root: removed[root]}, input_size)]
+        failing = [
+            root
+            for root, channels in removed.items()
+            if not ChannelCutter(copy.deepcopy(whole), input_size).cut({root: channels})
+        ]
         if not failing:
             return None
         fixed |= {name_before[root] for root in failing}
 
 
-def _bears(whole: nn.Module, removed: Mapping[str, Sequence[int]], input_size: tuple[int, int, int]) -> bool:
-    return ChannelCutter(copy.deepcopy(whole), input_size).cut(removed)
-
-
 def _widths(
     model: nn.Module, groups: Mapping[str, ChannelGroup], budget: Budget, input_size: tuple[int, int, int]
 ) -> dict[str, int] | None:
-    """Return the widths of all groups, the same share of what they are as far as can be, that meet a budget."""
+    """Return the widths of all groups that meet a budget: about the same share of each, or None."""
     costs = count_macs(model, input_size)
     params = {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()}
 
@@ -202,7 +189,8 @@ def _widths(
     for _ in range(12):
         share = (low + high) / 2
         widths = {root: group.width(share) for root, group in groups.items()}
-        if budget.holds_for(*cost(widths)):
+        macs, num_params = cost(widths)
+        if macs <= budget.macs and num_params <= budget.params:
             best, low = widths, share
         else:
             high = share

@@ -1,4 +1,4 @@
-"""A student that begins as a smaller copy of its teacher, where the one's layers correspond to the other's."""
+"""A student initialised from its teacher, where their layers correspond."""
 
 import copy
 from collections.abc import Sequence
@@ -9,41 +9,34 @@ from torch import nn
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import StartFacts
-from hf_noisekd.shrinking.blocks import removable_blocks, remove_blocks, stages_of
+from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
 from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
 from hf_noisekd.shrinking.ranking import order_of_removal
 
-# Of the tensors of both, those that must correspond; else the two are no kin, and the student begins at random.
+# Share of all tensors that must correspond; with fewer the student keeps its random weights.
 MIN_SHARE = 0.8
 
 
 def initialise_from_teacher(
     student: nn.Module, teacher: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
 ) -> StartFacts | None:
-    """Give a student with random weights those of its teacher, as far as their layers correspond.
+    """Initialise a student with random weights from its teacher, as far as their layers correspond.
 
-    Stages in which the teacher has more blocks keep those without which its answers change the most, and always their
-    first; layers in which it has more channels keep the most important ones; see [`channel_importance`].
+    Where the teacher has more blocks in a stage, the student takes the first and those whose loss would change the
+    teacher's predictions the most. Where it has more channels, the student takes the most important ones; see
+    [`channel_importance`]. Predictions are compared on `images`, batches `[B, C, H, W]`, such as noise.
 
-    Args:
-        student: A timm model. It is changed in place, or not at all.
-        teacher: A timm model.
-        input_size: `(channels, height, width)` of the images.
-        images: Batches `[B, C, H, W]` to compare answers on: noise will do, for the layers are on its statistics.
-
-    Returns:
-        What was taken from the teacher, or None if the two are no kin.
+    Returns what was taken from the teacher, or None, with an unchanged student, if fewer than 80 % of their tensors
+    correspond. Both are timm models.
     """
-    if isinstance(teacher, torch.jit.ScriptModule):  # which cannot be cut
+    if isinstance(teacher, torch.jit.ScriptModule):  # cannot be cut
         return None
     surplus = _surplus(teacher, student)
     removable = [place for place in removable_blocks(teacher, input_size) if place.stage in surplus] if surplus else []
-    some = [
-        place
-        for stage, number in surplus.items()
-        for place in [place for place in removable if place.stage == stage][:number]
-    ]
-    # Before answers are compared: which blocks go makes no difference to the names of the rest.
+    # The first ones stand in for those chosen below: the names of what is left are the same.
+    some: list[Place] = []
+    for stage, number in surplus.items():
+        some += [place for place in removable if place.stage == stage][:number]
     remove_blocks(cut := copy.deepcopy(teacher), some)
     names = cut.state_dict().keys() | student.state_dict().keys()
     if len(cut.state_dict().keys() & student.state_dict().keys()) < MIN_SHARE * len(names):
@@ -68,13 +61,13 @@ def initialise_from_teacher(
 
 
 def _surplus(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
-    """Return how many more blocks a teacher has than the student, of the stages in which it has more."""
-    wanted = {stage: len(blocks) for stage, blocks in stages_of(student).items()}
-    # A stage of one block is none to `stages_of`.
+    """Return how many more blocks a teacher has than the student, by stage, where it has more."""
+    wanted, modules = stages_of(student), dict(student.named_modules())
+    # `stages_of` leaves out stages of one block.
     surplus = {
-        stage: len(blocks) - wanted.get(stage, 1)
+        stage: len(blocks) - len(wanted.get(stage, [""]))
         for stage, blocks in stages_of(teacher).items()
-        if _has_module(student, stage)
+        if stage in modules
     }
     return {stage: number for stage, number in surplus.items() if number > 0}
 
@@ -82,13 +75,10 @@ def _surplus(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
 def _narrow(
     cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
 ) -> bool:
-    """Take channels out of `cut` until its layers are as wide as those of the student, where they can be.
-
-    Returns:
-        Whether it still answers.
-    """
+    """Narrow the layers of `cut` to the widths of the student where possible; return whether it still works."""
     widths = {name: num_outputs(module) for name, module in student.named_modules() if isinstance(module, LAYERS)}
-    if all(num_outputs(cut.get_submodule(name)) == width for name, width in widths.items() if _has_module(cut, name)):
+    modules = dict(cut.named_modules())
+    if all(num_outputs(modules[name]) == width for name, width in widths.items() if name in modules):
         return True
     cutter = ChannelCutter(cut, input_size)
     importance = channel_importance(cut, cutter.groups, images, statistics_of_batch(cut))
@@ -98,7 +88,3 @@ def _narrow(
         if kept < group.channels and kept % (group.parts * group.unit) == 0:
             removed[root] = least_important(group, importance[root], kept)
     return cutter.cut(removed)
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    return name in dict(model.named_modules())

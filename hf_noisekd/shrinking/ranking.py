@@ -1,7 +1,6 @@
-"""What can be cut out of a network with the least change of its answers: told on noise, without data.
+"""Which blocks of a network change its predictions the least when they are left out, compared on noise, without data.
 
-Each network, the whole and the cut one, answers with its BatchNorm layers on the statistics of the batch, so that what
-is left sees inputs of the usual size.
+Both networks, whole and cut, use BatchNorm statistics of the batch, so that later layers see inputs of the usual size.
 """
 
 import copy
@@ -16,46 +15,44 @@ from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 
-# Blocks that are looked at again, after another one was left out, before the next one is chosen.
-LOOK_AGAIN = 4
+CANDIDATES = 4  # blocks that are evaluated again at each step
 
 
 def order_of_removal(
     model: nn.Module,
     blocks: Sequence[Place],
-    worth: Mapping[Place, float],
+    savings: Mapping[Place, float],
     images: Sequence[torch.Tensor],
     *,
     enough: float = math.inf,
     at_most: Mapping[str, int] | None = None,
 ) -> list[Place]:
-    """Return blocks of `model` in the order in which to leave them out, the least missed first.
+    """Return blocks of `model` in the order in which to leave them out.
 
-    That is the one without which, and without those before it, the answers to batches `[B, C, H, W]` change the least,
-    for what it is `worth`; see [`divergence_from`]. To spare forward passes only a few are tried at each step: those
-    that were the least missed the last time. It ends where all of them are worth `enough`; what is beyond counts
-    nothing. Of a stage that `at_most` names there are so many at most.
+    Next is the block without which, and without those before it, the predictions for `images`, batches `[B, C, H, W]`,
+    change the least for what it saves; see [`divergence_from`]. To save forward passes, only those that changed the
+    least when last evaluated are tried. The order ends where the blocks save `enough` together; savings beyond that do
+    not count. `at_most` limits the number of blocks of a stage, by its name.
     """
     expected = log_probs(model, images)
 
     def change_without(removed: Sequence[Place]) -> float:
-        rest = copy.deepcopy(model)
-        remove_blocks(rest, removed)
+        remove_blocks(rest := copy.deepcopy(model), removed)
         return divergence_from(expected, rest, images)
 
     order: list[Place] = []
     changes = {block: change_without([block]) for block in blocks}
     total = 0.0
-    while changes and (missing := enough - sum(worth[block] for block in order)) > 0:
+    while (missing := enough - sum(savings[block] for block in order)) > 0:
 
         def price(block: Place, missing: float = missing) -> float:
-            return changes[block] / min(worth[block], missing)
+            return changes[block] / min(savings[block], missing)
 
         stages = Counter(block.stage for block in order)
         left = [block for block in changes if stages[block.stage] < (at_most or {}).get(block.stage, math.inf)]
         if not left:
             break
-        tried = sorted(left, key=price)[:LOOK_AGAIN]
+        tried = sorted(left, key=price)[:CANDIDATES]
         if order:
             changes.update({block: max(change_without([*order, block]) - total, 0.0) for block in tried})
         best = min(tried, key=price)
@@ -65,7 +62,7 @@ def order_of_removal(
 
 
 def divergence_from(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """Return the mean KL divergence, in nats, of answers from those of `model` to batches of images.
+    """Return the mean KL divergence, in nats, of the predictions of `model` for batches of images from others.
 
     `expected` are the [`log_probs`] of another model for the same images.
     """
@@ -74,7 +71,7 @@ def divergence_from(expected: torch.Tensor, model: nn.Module, images: Sequence[t
 
 @torch.no_grad()
 def log_probs(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the logarithms of the answers `[N, num_classes]` to batches `[B, C, H, W]`, on the CPU."""
+    """Return the log-probabilities `[N, num_classes]` for batches `[B, C, H, W]`, on the CPU."""
     with evaluation_mode(model), statistics_of_batch(model):
         logits = [compute_logits(model, to_device_of(model, batch)).float().cpu() for batch in images]
     return torch.cat(logits).log_softmax(-1)
