@@ -37,9 +37,8 @@ from transformers import (
 )
 
 from hf_noisekd.models.classifier import class_names, teacher_identity
-from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import load_student, load_teacher
-from hf_noisekd.models.preprocessing import unknown_preprocessing
+from hf_noisekd.models.preprocessing import input_size_of, unknown_preprocessing
 from hf_noisekd.models.saving import check_can_be_saved, save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 

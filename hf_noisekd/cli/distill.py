@@ -121,7 +121,7 @@ def distill(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _showing_initialisation() -> Iterator[None]:
     """Context in which the first process prints what the student's initial weights are, before the training."""
-    logger, handler = logging.getLogger("hf_noisekd.training.initial_student"), logging.StreamHandler(sys.stderr)
+    logger, handler = logging.getLogger("hf_noisekd.training.plan"), logging.StreamHandler(sys.stderr)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.addHandler(handler)
     try:
@@ -133,28 +133,24 @@ def _showing_initialisation() -> Iterator[None]:
 def _calibration_text(trainer: "NoiseKDTrainer") -> str:
     """Return what the student's running statistics are of, and the agreement that was measured without data."""
     record = trainer.record()
-    made = record.noisekd
-    assert made is not None
+    made: Any = record.noisekd
     if not record.model.has_batch_norm:
         return "It has no BatchNorm layers, and classifies single images."
+    if made.batch_norm == "batch":
+        advice = "Use it in batches, with batch statistics, or re-estimate them with `noisekd recalibrate`."
+        return f"Its running statistics are those of the training noise. {advice}"
+    of = "those of the training noise, which hold for images as well"
     if made.calibration:
-        measured = next(one for one in record.evaluations if one.dataset == "held-out calibration images")
-        return (
-            f"Its running statistics are of {made.calibration.images:,} images made without data, so it classifies "
-            f"single images. On {measured.images:,} other such images it agrees with its teacher on "
-            f"{measured.running['agreement']:.1f} %."
-        )
-    if made.start and not made.start.training_helped:
-        return "Its running statistics are its teacher's, so it classifies single images."
-    if made.batch_norm == "running":
-        return (
-            "Its running statistics are those of the training noise. They hold for images as well, as far as its "
-            "teacher used its own stored statistics for the noise, so it classifies single images."
-        )
-    return (
-        "Its running statistics are those of the training noise. Use it in batches, with batch statistics, or "
-        "re-estimate them with `noisekd recalibrate`."
+        of = f"of {made.calibration.images:,} images made without data"
+    elif made.start and not made.start.training_helped:
+        of = "its teacher's"
+    agreements = [one for one in record.evaluations if one.dataset == "held-out calibration images"]
+    agreement = "".join(
+        f" On {one.images:,} other such images it agrees with its teacher on {one.running['agreement']:.1f} %."
+        for one in agreements
+        if made.calibration
     )
+    return f"Its running statistics are {of}, so it classifies single images.{agreement}"
 
 
 def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:

@@ -93,7 +93,7 @@ def nonfinite_tensor(model: nn.Module) -> str | None:
 def check_finite(model: nn.Module, role: str) -> None:
     """Raise a `ValueError` if a parameter or buffer of `model`, called `role`, holds a NaN or an infinity."""
     if name := nonfinite_tensor(model):
-        raise ValueError(f"The {role}'s {name!r} holds a NaN or an infinity: its checkpoint is damaged, load it again.")
+        raise ValueError(f"The {role} is damaged: its {name!r} holds a NaN or an infinity. Download or save it again.")
 
 
 @contextmanager

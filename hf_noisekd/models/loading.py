@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
-from hf_noisekd.models.classifier import nonfinite_tensor, pretrained_cfg_of
+from hf_noisekd.models.classifier import check_finite, pretrained_cfg_of
 
 BATCH_COUNT = "num_batches_tracked"  # of BatchNorm, which no prediction depends on
 
@@ -88,11 +88,10 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: b
     model = _create_timm_model(source, pretrained=pretrained, **kwargs)
     if pretrained:
         cfg = pretrained_cfg_of(model)
-        origin: Any = {"id": cfg.get("hf_hub_id"), "license": _license_text(cfg.get("license"))}
         weights = try_to_load_from_cache(cfg["hf_hub_id"], WEIGHTS_NAME) if cfg.get("hf_hub_id") else None
-        if isinstance(weights, str):
-            origin["revision"] = Path(weights).parent.name
-        model.origin = origin
+        revision = {"revision": Path(weights).parent.name} if isinstance(weights, str) else {}
+        origin: Any = {"id": cfg.get("hf_hub_id"), "license": _license_text(cfg.get("license"))}
+        model.origin = origin | revision
     return model
 
 
@@ -136,9 +135,7 @@ def _load_with_weights(source: str, trust_remote_code: bool) -> nn.Module:
             model = _load_transformers_folder(folder, trust_remote_code)
     except Exception as error:  # a configuration may contain anything
         raise ValueError(f"The model {source!r} cannot be loaded: {error}") from error
-    if name := nonfinite_tensor(model):
-        text = f"The model {source!r} is damaged: its {name!r} holds a NaN or an infinity. Download or save it again."
-        raise ValueError(text)
+    check_finite(model, f"model {source!r}")
     license = _license_text(pretrained_cfg_of(model).get("license")) or _card_license(folder)
     model.origin = origin | {"license": license}
     if config.get("noisekd"):
@@ -226,8 +223,7 @@ def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
         ) from error
     except Exception as error:  # a file may contain anything
         raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
-    if name := nonfinite_tensor(model):
-        raise ValueError(f"The checkpoint {str(checkpoint)!r} is damaged: its {name!r} holds a NaN or an infinity.")
+    check_finite(model, f"checkpoint {str(checkpoint)!r}")
     return model
 
 

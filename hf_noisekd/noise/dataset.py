@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from hf_noisekd.batches import DrawnDataset
-from hf_noisekd.models.input_size import input_size_of
-from hf_noisekd.models.preprocessing import preprocessing_of
+from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
 from hf_noisekd.noise import spec
 from hf_noisekd.noise.distributions import Distribution
 

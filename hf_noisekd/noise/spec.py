@@ -11,6 +11,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -111,14 +112,11 @@ def _check_distribution(name: str) -> None:
     if (known := function.partition("(")[0]) != function and known in DISTRIBUTIONS:
         raise ValueError(f"The parameter of {name!r} is no plain number: use one, such as {known}(2).")
     _check_known(name, function, DISTRIBUTIONS)
-    if number is None:
-        return
-    try:
-        _call(name, torch.Generator(), (2, 1, 4, 4))
-    except TypeError as error:
-        raise ValueError(f"{function} takes no parameter, found {number:g}: leave it out.") from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{function} does not take the parameter {number:g}: {error}.") from error
+    if number is not None:
+        try:
+            _call(name, torch.Generator(), (2, 1, 4, 4))
+        except (TypeError, ValueError, RuntimeError) as error:  # a TypeError if it has no parameter
+            raise ValueError(f"{function} does not take the parameter {number:g}: {error}.") from error
 
 
 def _check_known(name: str, key: str, known: Mapping) -> None:
@@ -156,16 +154,13 @@ def _number_text(number: float) -> str:
 
 def parse_resolutions(text: str) -> dict[float, float]:
     """Return the resolutions for a string such as `"0.5:0.6,1:0.4"`; see [`NoiseDataset`]."""
-    try:
+    with suppress(ValueError):
         shares = parse_weights(text)
         resolutions = check_resolutions({float(scale): share for scale, share in shares.items()})
-        if len(resolutions) < len(shares):
-            raise ValueError("a size occurs twice")
-        return resolutions
-    except ValueError as error:
-        raise ValueError(
-            f"resolutions is {text!r}: use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
-        ) from error
+        if len(resolutions) == len(shares):
+            return resolutions
+    advice = "use sizes in (0, 1], each once, with shares above 0, such as '0.5:0.6,1:0.4'."
+    raise ValueError(f"resolutions is {text!r}: {advice}")
 
 
 def resolutions_text(resolutions: Mapping[float, float]) -> str:

@@ -18,8 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_noisekd.files import check_output_file
 from hf_noisekd.models.classifier import architecture_of, class_names, compute_logits, nonfinite_tensor
-from hf_noisekd.models.input_size import input_size_of
-from hf_noisekd.models.preprocessing import preprocessing_of
+from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
 from hf_noisekd.record.schema import Provenance
 
 MAX_BYTES = 3 * 2**29  # torch puts the weights of a larger model into a second file

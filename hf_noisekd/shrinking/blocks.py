@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,16 +63,13 @@ def removable_blocks(model: nn.Module, input_size: tuple[int, int, int]) -> list
         logits_of_blanks(model, input_size, "model")
     fitting = [place for place, same in same_shape.items() if same == [True]]
     outermost = [place for place in fitting if not any(place.name.startswith(f"{other.name}.") for other in fitting)]
-    return [place for place in outermost if _works_without(model, place, input_size)]
-
-
-def _works_without(model: nn.Module, place: Place, input_size: tuple[int, int, int]) -> bool:
-    remove_blocks(rest := copy.deepcopy(model), [place])
-    try:
-        logits_of_blanks(rest, input_size, "model")
-    except (ValueError, IndexError, AttributeError, TypeError):
-        return False
-    return True
+    removable = []
+    for place in outermost:
+        remove_blocks(rest := copy.deepcopy(model), [place])
+        with suppress(ValueError, IndexError, AttributeError, TypeError):
+            logits_of_blanks(rest, input_size, "model")
+            removable.append(place)
+    return removable
 
 
 def remove_blocks(model: nn.Module, places: Collection[Place]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from torch import nn
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
-from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import differing
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks
@@ -157,14 +157,14 @@ def _narrowed(
         removed = {root: least_important(groups[root], importance[root], width) for root, width in widths.items()}
         if cutter.cut(removed):
             return cut
-        failing = [
-            root
+        failing = {
+            name_before[root]
             for root, channels in removed.items()
             if not ChannelCutter(copy.deepcopy(whole), input_size).cut({root: channels})
-        ]
+        }
         if not failing:
             return None
-        fixed |= {name_before[root] for root in failing}
+        fixed |= failing
 
 
 def _widths(

@@ -72,7 +72,10 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
     `cut` is a copy of `teacher`, a timm model, without the blocks `removed` and some channels. If timm builds a model
     of the teacher's name with other layers, raise a `ValueError`.
     """
-    base, base_args = architecture_of(teacher), _arguments_of(teacher)
+    # timm notes the arguments of a model since about 1.0.30, without those for training.
+    noted = dict(getattr(teacher, "_model_args", {})) | dict(getattr(teacher, "model_args", {}))
+    base_args = {key: value for key, value in noted.items() if key not in ("num_classes", "in_chans")}
+    base = architecture_of(teacher)
     given: dict[str, Any] = {"num_classes": teacher.num_classes, "in_chans": _input_channels(teacher)}
     given["pretrained_cfg"] = pretrained_cfg_of(teacher)
     model = _resnet_like(cut, base, base_args | given) if isinstance(cut, ResNet) else None
@@ -84,14 +87,8 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
                 "student, or the teacher as timm builds it."
             )
         remove_blocks(whole, removed)
-        model = timm.create_model(
-            ARCHITECTURE,
-            base=base,
-            base_args=base_args,
-            removed=[tuple(place) for place in removed],
-            sizes=_sizes(cut, whole),
-            **given,
-        )
+        given |= {"removed": [tuple(place) for place in removed], "sizes": _sizes(cut, whole)}
+        model = timm.create_model(ARCHITECTURE, base=base, base_args=base_args, **given)
     model.load_state_dict(cut.state_dict())
     return model.eval()
 
@@ -99,13 +96,6 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
 def _input_channels(model: nn.Module) -> int:
     """Return the number of channels of a timm model's images."""
     return (declared_input_size(model) or (3,))[0]
-
-
-def _arguments_of(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments that a timm model was built with, without the numbers of classes and channels."""
-    # timm notes them since about 1.0.30, without those for training.
-    noted = dict(getattr(model, "_model_args", {})) | dict(getattr(model, "model_args", {}))
-    return {key: value for key, value in noted.items() if key not in ("num_classes", "in_chans")}
 
 
 def _resnet_like(cut: Any, base: str, base_args: Mapping[str, Any]) -> nn.Module | None:

@@ -22,10 +22,9 @@ from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.environment import Machine, versions
 from hf_noisekd.record.schema import Evaluation, Provenance, Record, current_evaluations
-from hf_noisekd.training.checkpoints import is_cut_off, name_last_checkpoint
+from hf_noisekd.training.checkpoints import check_weights, diverged, is_cut_off, name_last_checkpoint
 from hf_noisekd.training.checks import check_batch_norm_is_local
 from hf_noisekd.training.config import ClassifierConfig
-from hf_noisekd.training.diverging import check_weights, diverged
 from hf_noisekd.training.evaluation import counts_of, evaluate_loader, evaluated_dataset, evaluation_loader
 from hf_noisekd.training.provenance import describe_model
 

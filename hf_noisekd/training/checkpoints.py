@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: which is the last whole one, and whether one is of this training."""
+"""Checkpoints to resume from, and to go back to from a training whose numbers are no longer finite."""
 
 import json
 import logging
@@ -9,8 +9,9 @@ import safetensors
 from torch import nn
 
 from hf_noisekd.files import WEIGHTS_NAME
-from hf_noisekd.models.classifier import bare_model
+from hf_noisekd.models.classifier import bare_model, nonfinite_tensor
 from hf_noisekd.models.loading import differing
+from hf_noisekd.training.config import ClassifierConfig
 
 logger = logging.getLogger(__name__)
 
@@ -101,3 +102,18 @@ def check_length(folder: str, steps: int) -> None:
             f"its noise are shares of that number. Resume with max_steps={found}, or go on in full size with "
             "resolutions='1'."
         )
+
+
+def check_weights(model: nn.Module, args: ClassifierConfig, step: int) -> None:
+    """Raise a `FloatingPointError` if a weight or a buffer of the model that is trained holds a NaN or an infinity."""
+    if name := nonfinite_tensor(model):
+        raise diverged(f"The model's {name!r} holds a NaN or an infinity", model, args, step)
+
+
+def diverged(what: str, model: nn.Module, args: ClassifierConfig, step: int, cause: str = "") -> FloatingPointError:
+    """Return the error that says what is not finite after which step, and why; by default what is likely."""
+    causes = [f"a learning rate of {args.learning_rate} that is too high", "images with such values"]
+    if args.fp16:
+        causes.append("the small range of fp16 (bf16 has a larger one)")
+    cause = cause or f"Likely causes: {', or '.join(causes)}."
+    return FloatingPointError(f"{what} at step {step:,}. {cause} {name_last_checkpoint(args.output_dir, model)}")

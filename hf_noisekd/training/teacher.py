@@ -15,7 +15,7 @@ from hf_noisekd.models.batch_norm import (
     statistics_of_batch,
 )
 from hf_noisekd.models.classifier import compute_logits, logits_of_blanks, teacher_identity
-from hf_noisekd.models.input_size import input_size_of
+from hf_noisekd.models.preprocessing import input_size_of
 
 
 class Teacher:

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_noisekd.calibration.calibration_images import calibration_images
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.input_size import input_size_of
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx
 from hf_noisekd.onnx.int8 import quantize_onnx
 from hf_noisekd.workflows.inputs import UsageError, check_same_kind, usable_model

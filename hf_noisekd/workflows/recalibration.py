@@ -10,8 +10,8 @@ from hf_noisekd.calibration.calibration_images import calibration_images
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
 from hf_noisekd.image_datasets import load_images
-from hf_noisekd.models.input_size import input_size_of
 from hf_noisekd.models.loading import has_weights, model_folder
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts, Provenance, read_record
 from hf_noisekd.release.card import write_model_card

@@ -10,7 +10,7 @@ from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.training.initial_student import initial_student
+from hf_noisekd.training.plan import initial_student
 from hf_noisekd.training.teacher import Teacher
 
 KIN = {"width": 4, "stem_stride": 2}  # of the digits teacher, half as wide
