@@ -7,6 +7,7 @@ are in between (Schneider et al., NeurIPS 2020, who adapt networks to corrupted 
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ContextDecorator, nullcontext
 from typing import Any
 
@@ -113,8 +114,10 @@ class _Held:
         layer.training = layer.running_mean is None or weight == 1
         layer.track_running_stats = not layer.training
         layer.train = self  # type: ignore[method-assign]
-        mixes = weight > 0 and not layer.training
-        self._hook = layer.register_forward_pre_hook(self._mix) if mixes else None
+        self._forward: Callable = layer.forward
+        self._own_forward = layer.__dict__.get("forward")
+        if weight > 0 and not layer.training:
+            self._layer.forward = self._mixed  # no hook: a model that was compiled before would not notice it
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
         """Note the mode for the release, and set that of the children of the layer."""
@@ -126,21 +129,24 @@ class _Held:
                 child.train(mode)
         return self._layer
 
-    def _mix(self, layer: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+    def _mixed(self, x: torch.Tensor) -> torch.Tensor:
         """Change the input so that normalising it by stored moments has the effect of mixed ones."""
+        layer = self._layer
         if layer.train is not self:
-            return None  # a nested context has the layer
-        (x,) = inputs
+            return self._forward(x)  # a nested context has the layer
         stored = layer.running_mean.float(), layer.running_var.float()
         mean, variance = (old.lerp(new, self._weight) for old, new in zip(stored, channel_moments(x), strict=True))
         scale = ((stored[1] + layer.eps) / (variance + layer.eps)).sqrt()
         shape = (1, -1, *[1] * (x.ndim - 2))
-        return (torch.addcmul((stored[0] - mean * scale).view(shape), x.float(), scale.view(shape)).to(x.dtype),)
+        return self._forward(
+            torch.addcmul((stored[0] - mean * scale).view(shape), x.float(), scale.view(shape)).to(x.dtype)
+        )
 
     def release(self) -> None:
         self._layer.training, self._layer.track_running_stats = self._before
-        if self._hook:
-            self._hook.remove()
+        self._layer.__dict__.pop("forward", None)
+        if self._own_forward:
+            self._layer.forward = self._own_forward
         if self._outer:
             self._layer.train = self._outer
         else:
