@@ -117,7 +117,7 @@ class _Held:
         self._forward: Callable = layer.forward
         self._own_forward = layer.__dict__.get("forward")
         if weight > 0 and not layer.training:
-            self._layer.forward = self._mixed  # no hook: a model that was compiled before would not notice it
+            layer.__dict__["forward"] = self._mixed  # no hook: a model that was compiled before would not notice it
 
     def __call__(self, mode: bool = True) -> _BatchNorm:
         """Note the mode for the release, and set that of the children of the layer."""

@@ -11,6 +11,7 @@ from torch import nn
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
+from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import differing
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -77,11 +78,8 @@ def shrink(
     teacher = timm_model_of(teacher)
     size = input_size_of(teacher, input_size)
     costs = count_macs(teacher, size)
-    limits = {
-        "keep": (keep, 1),
-        "max_macs": (max_macs, costs[""]),
-        "max_params": (max_params, count_parameters(teacher)),
-    }
+    params = count_parameters(teacher)
+    limits = {"keep": (keep, 1), "max_macs": (max_macs, costs[""]), "max_params": (max_params, params)}
     if all(limit is None for limit, _ in limits.values()):
         raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
     for name, (limit, whole) in limits.items():
@@ -130,7 +128,9 @@ def _cuts(
 def ranking_noise(model: nn.Module, input_size: tuple[int, int, int], seed: int = 0) -> list[torch.Tensor]:
     """Return the default noise to compare predictions on: a batch `[B, C, H, W]`, on the device of `model`."""
     size = min(256, max(32, RANKING_PIXELS // (input_size[1] * input_size[2])))
-    options = {"distribution": "dead_leaves", "held_out": True, "seed": seed, "device": device_of(model)}
+    device = device_of(model)
+    options = {"distribution": "dead_leaves", "held_out": True, "seed": seed, "device": device}
+    options["memory_format"] = training_memory_format(model, device)  # the importance of channels takes gradients
     return [NoiseDataset.for_model(model, input_size=input_size, batch_size=size, **options).draw(0)]
 
 
