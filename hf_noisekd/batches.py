@@ -1,4 +1,4 @@
-"""Batches of images: drawn as a whole, or collated from samples; all of one size, with labels that fit."""
+"""Batches of images: drawn whole or collated from samples, with checked labels."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -8,7 +8,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 
 class DrawnDataset(IterableDataset):
-    """A data set that draws whole batches by their number, such as noise; it has no labels."""
+    """A data set that draws whole batches by step number, such as noise; without labels."""
 
     name: str  # in results
     batch_size: int
@@ -20,7 +20,7 @@ class DrawnDataset(IterableDataset):
 
     def __len__(self) -> int:
         if self.num_steps is None:
-            raise TypeError(f"This {type(self).__name__} is unbounded: it has no length. Pass num_steps for one.")
+            raise TypeError(f"This {type(self).__name__} has no length: pass num_steps.")
         return self.num_steps
 
 
@@ -33,18 +33,15 @@ class SizedDataset(Protocol):
 
 
 class FullBatchSampler(Sampler[list[int]]):
-    """Batches of equal size over a data set of `size` images in order; the last one is filled up from its start.
+    """Batches of equal size over `size` images in order; the last one is filled up with the first images.
 
-    A data set below `batch_size` is one batch. Process `rank` gets every `world_size`-th one. `counts` says how many
-    images of each batch are not filling. Batch statistics need 2 images; with fewer there is a `ValueError`.
+    Fewer images than `batch_size` are one batch. Process `rank` gets every `world_size`-th batch. `counts` is the
+    number of images of each batch without the filling. Fewer than 2 images are a `ValueError`: batch statistics need 2.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         if size < 2:
-            raise ValueError(
-                f"The evaluation data set has {size} image{'' if size == 1 else 's'}: it needs at least 2, and about "
-                "256 for batch statistics that mean something."
-            )
+            raise ValueError(f"The evaluation set has {size} image{'s' * (size != 1)}: use at least 2, better 256.")
         batch_size = min(batch_size, size)
         starts = range(rank * batch_size, size, world_size * batch_size)
         self.counts = [min(batch_size, size - start) for start in starts]
@@ -60,8 +57,10 @@ class FullBatchSampler(Sampler[list[int]]):
 def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
     """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
 
-    `label` counts as `labels`. A whole batch, as a data set may give from `__getitems__`, passes unchanged. Samples
-    without a tensor of pixels are a `ValueError`.
+    The key `label` is accepted, too. A whole batch from `__getitems__` is returned unchanged.
+
+    Raises:
+        ValueError: The samples have no tensor of pixels.
     """
     if isinstance(samples, dict):
         return samples
@@ -71,7 +70,7 @@ def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
     if not isinstance(first, dict) or not isinstance(first.get("pixel_values"), torch.Tensor):
         found = sorted(first) if isinstance(first, dict) else type(first).__name__
         raise ValueError(
-            'Images must come as {"pixel_values": tensor [C, H, W], "labels": int} or as (tensor, label), found '
+            'Samples must be {"pixel_values": tensor [C, H, W], "labels": int} or (tensor, label), found '
             f"{found}. Apply the model's preprocessing, for example with `dataset.with_transform(...)`."
         )
     batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
@@ -82,16 +81,16 @@ def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
 
 
 def check_labels(labels: torch.Tensor, num_classes: int) -> None:
-    """Raise a `ValueError` that names the first of `labels` out of [0, num_classes - 1], if there is one."""
+    """Raise a `ValueError` if any of `labels` is not in [0, num_classes - 1]."""
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.numel():
         raise ValueError(
             f"Found label {wrong[0].item()}, but the model has {num_classes} classes: labels must lie in "
-            f"[0, {num_classes - 1}]. Is this the data set of another teacher?"
+            f"[0, {num_classes - 1}]. Use a data set with the classes of the model."
         )
 
 
 def dataset_name(dataset: Dataset | SizedDataset) -> str | None:
-    """Return the name that a data set has (`name`, or that of `datasets`), or None."""
+    """Return the name of a data set (its `name`, or that in the `datasets` library), or None."""
     names = (getattr(dataset, "name", None), getattr(getattr(dataset, "info", None), "dataset_name", None))
     return next((name for name in names if isinstance(name, str)), None)

@@ -248,7 +248,7 @@ def test_pushes_a_folder(hub, tmp_path):
         (7, ("other", "7")),
     ],
 )
-def test_a_licence_that_the_hub_does_not_list_has_a_name(hub, tmp_path, caplog, license, expected):
+def test_a_licence_that_the_hub_does_not_list_has_a_name(hub, tmp_path, license, expected):
     save_model(teacher(), tmp_path / "teacher")
     config = json.loads((tmp_path / "teacher" / "config.json").read_text())
     config["pretrained_cfg"]["license"] = license
@@ -256,9 +256,7 @@ def test_a_licence_that_the_hub_does_not_list_has_a_name(hub, tmp_path, caplog, 
     args = NoiseKDConfig(str(tmp_path / "student"), max_steps=1, per_device_train_batch_size=4, disable_tqdm=True)
     args.num_calibration_images = 0
     run = NoiseKDTrainer("resnet10_cifar", str(tmp_path / "teacher"), args)
-    assert ("license: other" in caplog.text) == (expected[0] == "other")
     run.train()
-    run.save_model()
     run.create_model_card()
     push_model(tmp_path / "student", "alice/student")
     data = ModelCard.load("alice/student", ignore_metadata_errors=False).data

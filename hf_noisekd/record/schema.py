@@ -90,6 +90,15 @@ class StartFacts:
     macs: float  # its multiply-adds as a share of the teacher's
     training_helped: bool = True  # False if it has its initial weights again
 
+    def __str__(self) -> str:
+        some = "all" if self.from_teacher == self.tensors else f"{self.from_teacher} of"
+        parts = [f"{some} {self.tensors} tensors are the teacher's", f"{self.macs:.0%} of its multiply-adds"]
+        if self.cut:
+            parts[0] += f", {self.cut} of them with fewer channels"
+        if blocks := len(self.removed_blocks):
+            parts.insert(1, f"{blocks} of its blocks {'is' if blocks == 1 else 'are'} left out")
+        return "; ".join(parts)
+
 
 @dataclass(kw_only=True)
 class Provenance:

@@ -69,20 +69,11 @@ def end_without_data(
     """Make of a trained student the best candidate of the table of this module, and return that.
 
     Images that are not good enough for statistics are good enough to compare on. A teacher that stores no statistics
-    is compared with on noise.
+    is compared with on noise. `initial` are the weights from the teacher that the student was initialised with, if it
+    was, and `step` is the training step that it is of.
 
-    Args:
-        student: The student, after its training, to be changed in place.
-        teacher: The teacher.
-        num_images: Number of [`calibration_images`].
-        initial: The weights that it was initialised with from its teacher, or None.
-        seed: Seed of the images.
-        step: The training step that its weights are of.
-        show_progress: Show a progress bar.
-
-    Returns:
-        None if the student keeps the statistics of its training noise. A warning names the reason: the images are not
-        good enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
+    None if the student keeps the statistics of its training noise. A warning names the reason: the images are not good
+    enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
     """
     trained = _copy(student)
     try:

@@ -116,13 +116,8 @@ def initial_student(
 ) -> tuple[nn.Module, InitialWeights | None]:
     """Return a student, and what it was initialised with if that is its teacher.
 
-    Args:
-        source: A model, or the name of one, as [`load_student`] takes them; None for the teacher cut down.
-        teacher: The teacher.
-        args: What may be cut, and whether a student given by name may be initialised from the teacher.
-
-    Raises:
-        ValueError: There is no such model, or nothing determines the student, or two things do.
+    `source` is a model, or the name of one, as [`load_student`] takes them; None for the teacher cut down. There is a
+    `ValueError` if there is no such model, or nothing determines the student, or two things do.
     """
     teacher.model.to(args.device)  # where its logits are compared
     facts: StartFacts | None

@@ -22,23 +22,17 @@ class Teacher:
     """A trained classifier that never changes.
 
     Its logits for noise, and for whatever takes the place of noise in training, are computed with BatchNorm layers on
-    the statistics of the batch (Raikwar & Mishra 2022, Algorithm 1), or partly so: with a share of the layers, chosen
-    by the seed, and with moments mixed of those of the batch and the stored ones; see [`batch_statistics`]. Those for
-    images that a student is evaluated on are computed as it is deployed, with running statistics. A teacher without
-    BatchNorm is used as it is for both. The caller puts it on its device and into evaluation mode; see
-    [`Teacher.settle`].
+    the statistics of the batch (Raikwar & Mishra 2022, Algorithm 1), or partly so; see [`batch_statistics`]. Those for
+    images are computed as it is deployed, with running statistics. A teacher without BatchNorm is used as it is.
 
     Args:
         model: The classifier.
         input_size: `(channels, height, width)` of the training batches. Default: what the model declares.
-        statistics: Weight of the batch's moments, in [0, 1]: 0 are running statistics. Default: 1, where the model has
-            BatchNorm layers.
+        statistics: Weight of the batch's moments, in [0, 1]: 0 are running statistics. Default: 1 with BatchNorm.
         batch_norm_fraction: Share of its BatchNorm layers for which that holds.
         seed: Seed of their choice.
 
     Attributes:
-        statistics: That weight; 0 for a model without BatchNorm.
-        batch_norm_fraction: That share.
         weight_of_batch: How far its logits for noise depend on the statistics of the batch: 0 not at all, 1 wholly.
 
     Raises:

@@ -35,20 +35,10 @@ def describe_teacher(
 ) -> dict:
     """Return what decides whether a model can be a teacher: what it is, and what it predicts for the default noise.
 
-    Args:
-        source: The model, as [`load_teacher`] takes it.
-        input_size: `(channels, height, width)` of the noise. Default: that of [`input_size_of`].
-        checkpoint: File of weights for the timm architecture that `source` names.
-        batch_size: Images in each of the two batches of noise, which has full size.
-        trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
-
-    Returns:
-        Among others `class_names`, the first of them; `batch_norm`, the number of BatchNorm layers by kind;
-        `predictions`, as of [`describe_probs`] by kind of statistics, as far as there are any; `can_teach`; and
-        `verdict`, a sentence.
-
-    Raises:
-        ValueError: There is no such model, or it does not declare its input size and none was given.
+    `source` and `checkpoint` are as for [`load_teacher`], `input_size` is by default what the model declares, and there
+    are two batches of noise of full size. Among the results are `predictions`, as of [`describe_probs`] by kind of
+    statistics, as far as there are any; `can_teach`; and `verdict`, a sentence. Without such a model, or an input size,
+    there is a `ValueError`.
     """
     model = usable_model(source, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
