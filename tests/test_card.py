@@ -215,7 +215,7 @@ def test_other_sources_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"noisekd\.json"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("{}")
-    with pytest.raises(ValueError, match="distilled"):
+    with pytest.raises(ValueError, match=r"noisekd\.json"):
         write_model_card(tmp_path)
     (tmp_path / "noisekd.json").write_text("[")
     with pytest.raises(ValueError, match=r"noisekd\.json is damaged"):

@@ -415,7 +415,7 @@ def test_where_there_are_no_statistics_commands_that_need_them_say_so_first(teac
         error = run_error(capsys, "recalibrate", "--model", model, *other, *out)
         assert "no BatchNorm" in error
     error = run_error(capsys, "export", "--model", model, "--int8", "--output", tmp_path / "int8.onnx")
-    assert "--int8 " in error
+    assert "stored BatchNorm statistics" in error
     assert [path.name for path in tmp_path.iterdir()] == ["convnext"]
 
 
@@ -445,7 +445,7 @@ def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("failing", ["evaluate", pytest.param("create_model_card", marks=pytest.mark.slow), "_end"])
-def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path, capsys, monkeypatch, failing):
+def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path, capsys, caplog, monkeypatch, failing):
     def fail(*args, **kwargs):
         raise OSError("image file is truncated")
 
@@ -455,9 +455,9 @@ def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path,
     command += ["--save-strategy", "no", "--num-calibration-images", "0"]
     capsys.readouterr()
     assert main(command) == 1
-    *_, where, error = capsys.readouterr().err.strip().splitlines()
+    *_, error = capsys.readouterr().err.strip().splitlines()
     assert "truncated" in error
-    assert str(tmp_path / "out") in where
+    assert f"whole in {tmp_path / 'out'}" in caplog.text
     assert Provenance.of(load_teacher(str(tmp_path / "out"))).steps == 2
     assert (tmp_path / "out" / "noisekd.json").is_file() == (failing == "evaluate")
 
@@ -531,7 +531,7 @@ def test_any_other_command_ends_in_a_line_too(capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_noisekd.models.loading.load_teacher", stop)
+    monkeypatch.setattr("hf_noisekd.workflows.inputs.load_teacher", stop)
     assert main(["info", "--teacher", "resnet18"]) == 130
     assert capsys.readouterr().err == "noisekd info: interrupted.\n"
 
@@ -618,7 +618,7 @@ def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
     assert re.search("1x32x32 .*3x32x32", run_error(capsys, *other))
     wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
     for options in ([], ["--teacher", "t", "--dataset", "d"]):
-        assert re.search("--teacher.*--dataset", usage_error(capsys, *wrong, *options))
+        assert re.search("either a teacher.* data set", usage_error(capsys, *wrong, *options))
 
 
 def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
@@ -644,14 +644,14 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     text = capsys.readouterr().out
     assert facts["verdict"] in text
     for statistics, answers in facts["predictions"].items():
-        assert re.search(rf"on {statistics} statistics +{answers['class_balance']:.3f}", text)
+        assert re.search(rf"{statistics} statistics +{answers['class_balance']:.3f}", text)
 
 
 def test_info_of_a_teacher_without_batch_norm_and_of_what_cannot_be_one(tmp_path, capsys):
     save_model(timm.create_model("test_convnext", num_classes=7), tmp_path / "convnext")
     assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 0
     text = capsys.readouterr().out
-    assert "no BatchNorm" in text
+    assert "without BatchNorm" in text
     assert "7 classes" in text
     save_model(timm.create_model("test_convnext", num_classes=1), tmp_path / "one")
     assert main(["info", "--teacher", str(tmp_path / "one"), "--batch-size", "4"]) == 1
@@ -662,7 +662,7 @@ def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4, layer_type="basic")
     save_model(ResNetForImageClassification(config), tmp_path)
     command = ["info", "--teacher", str(tmp_path), "--batch-size", "4"]
-    assert "--input-size CHANNELS" in usage_error(capsys, *command)
+    assert "--input-size" in run_error(capsys, *command)
     assert main([*command, "--input-size", "3", "32", "32"]) == 0
     assert "5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
 
@@ -697,4 +697,4 @@ def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
     command = ["export", "--model", "m", "--output", "o"]
     assert "--int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")
-    assert re.search("--teacher .*--int8", usage_error(capsys, *command, "--teacher", "t"))
+    assert "needs images" in usage_error(capsys, *command, "--teacher", "t")

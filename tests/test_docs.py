@@ -34,7 +34,8 @@ def test_python_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
     namespace = {}
     for block in blocks(page, "python"):
         exec(compile(block.replace("max_steps=100", "max_steps=3"), page.name, "exec"), namespace)
-    assert (tmp_path / "student" / "config.json").is_file() == ("save_model()" in page.read_text())
+        if ".train()" in block or "distill(" in block:
+            assert (tmp_path / "student" / "config.json").is_file()
 
 
 def test_commands_are_known():

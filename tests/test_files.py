@@ -114,7 +114,8 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder(tmp_path):
 
 def test_only_an_ordinary_file_is_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe", Path(os.devnull)):
+    (tmp_path / "link").symlink_to(os.devnull)
+    for path in (tmp_path, tmp_path / "pipe", tmp_path / "link"):
         with pytest.raises(ValueError, match=f"{path} .*file"):
             check_output_file(path)
     check_output_file(tmp_path / "new.onnx")

@@ -202,9 +202,9 @@ def test_says_why_images_cannot_be_loaded(model, numbered, tmp_path):
         load_images(numbered("unlabelled", labels=(0, -1) * 5), model)
     with pytest.raises(ValueError, match=r"TinyCNN .*pretrained_cfg"):
         load_images(source, TinyCNN())
-    with pytest.raises(ValueError, match=r"1 channel .*mean for 3.*pretrained_cfg_overlay"):
+    with pytest.raises(ValueError, match=r"channels is 1.*pretrained_cfg_overlay"):
         load_images(source, timm.create_model("resnet10_cifar", width=4, in_chans=1))
     cfg = {"mean": (0.5,) * 4, "std": (0.5,) * 4}
     four_channels = timm.create_model("resnet10_cifar", width=4, in_chans=4, pretrained_cfg_overlay=cfg)
-    with pytest.raises(ValueError, match="4 channels"):
+    with pytest.raises(ValueError, match="4 input channels"):
         load_images(source, four_channels)

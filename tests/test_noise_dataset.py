@@ -70,7 +70,7 @@ def test_epochs_continue_and_length_is_that_of_an_epoch():
 
 def test_unbounded_form_has_no_length_and_no_end():
     noise = NoiseDataset((1, 2, 2), 2)
-    with pytest.raises(TypeError, match="unbounded"):
+    with pytest.raises(TypeError, match="num_steps"):
         len(noise)
     assert [step for step, _ in zip(noise.steps(), range(5), strict=False)] == [0, 1, 2, 3, 4]
 
@@ -189,7 +189,7 @@ def test_refuses_a_distribution_that_gives_another_shape():
     def half(generator, shape):
         return torch.zeros((*shape[:-1], shape[-1] // 2))
 
-    with pytest.raises(ValueError, match=r"'half' .*\(2, 1, 4, 2\) .*\(2, 1, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"'half' .*\(2, 1, 4, 2\).* \(2, 1, 4, 4\)"):
         NoiseDataset((1, 4, 4), 2, distribution=half).draw(0)
 
 

@@ -161,7 +161,7 @@ def test_training_ends_at_the_first_loss_that_is_not_finite(tiny_cnn, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-6").exists()
     recorder = Recorder()
     args = config(tmp_path / "new", max_steps=40, logging_steps=5, **DIVERGING)
-    with pytest.raises(FloatingPointError, match=r"(nan|inf) .*step 5\b.*max_grad_norm=1.*no whole checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"(nan|inf) .*step 5\b.*1e\+20.*no whole checkpoint"):
         NoiseKDTrainer(student(), tiny_cnn, args, callbacks=[recorder]).train()
     assert recorder.log == []
 

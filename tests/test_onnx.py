@@ -11,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from hf_noisekd import export
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.saving import save_model
-from hf_noisekd.onnx.floats import export_onnx, onnx_session
+from hf_noisekd.onnx.floats import OnnxClassifier, export_onnx, onnx_session
 from hf_noisekd.record.schema import NoiseFacts
 
 onnx = pytest.importorskip("onnx")
@@ -140,7 +140,7 @@ def test_refuses_a_student_on_batch_statistics(student, exportable, tmp_path):
 
 
 def test_refuses_what_makes_no_file(exportable, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="folder"):
+    with pytest.raises(ValueError, match="not a file"):
         export_onnx(exportable, tmp_path)
     with pytest.raises(ValueError, match=r"TinyCNN .*input_size"):
         export_onnx(TinyCNN(), tmp_path / "model.onnx")
@@ -161,10 +161,16 @@ def test_a_file_that_answers_differently_is_not_left(exportable, tmp_path):
     (tmp_path / "model.onnx").write_text("the file of yesterday")
     model = Noisy()
     model.pretrained_cfg = {"input_size": (1, 8, 8)}
-    with pytest.raises(RuntimeError, match=r"logits differ .*\b1 random image\b"):
+    with pytest.raises(RuntimeError, match=r"logits differ .*batch of 1:"):
         export_onnx(model, tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     assert (tmp_path / "model.onnx").read_text() == "the file of yesterday"
+
+
+def test_reads_only_files_of_its_own(exportable, tmp_path):
+    torch.onnx.export(exportable, (torch.zeros(1, 1, 8, 8),), tmp_path / "other.onnx", verbose=False)
+    with pytest.raises(ValueError, match=r"other\.onnx .*label_names"):
+        OnnxClassifier(tmp_path / "other.onnx")
 
 
 def test_says_what_to_install(exportable, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.data import TensorDataset
 from transformers import EarlyStoppingCallback
 
 from hf_noisekd import NoiseDataset, NoiseKDTrainer, evaluate, export
+from hf_noisekd.calibration.calibration_images import calibration_images
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Provenance
 
@@ -192,6 +194,7 @@ def test_a_student_is_exported_straight_after_each_ending(
 ):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", needed)
+    monkeypatch.setattr("hf_noisekd.training.ending.calibration_images", partial(calibration_images, max_steps=10))
     args = config(tmp_path, input_size=None, num_calibration_images=64, max_steps=3, **options)
     trainer = NoiseKDTrainer(None if "keep" in options else "resnet10_cifar", digits_teacher, args)
     trainer.train()

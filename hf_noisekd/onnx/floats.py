@@ -118,13 +118,20 @@ def onnx_logits(session: Any, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 class OnnxClassifier(nn.Module):
-    """A file of [`export_onnx`] as a module from pixels `[B, C, H, W]` to logits `[B, num_classes]`, on the CPU."""
+    """A file of [`export_onnx`] as a module from pixels `[B, C, H, W]` to logits `[B, num_classes]`, on the CPU.
+
+    Any other file is a `ValueError`.
+    """
 
     def __init__(self, path: str | Path):
         super().__init__()
         self._session = onnx_session(path)
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.pretrained_cfg = {key: json.loads(value) for key, value in metadata.items()}
+        if "label_names" not in metadata:
+            raise ValueError(f"{path} has no label_names in its metadata: give a file that `export` wrote.")
+        # The keys of onnxruntime's quantisation begin with "onnx.", and their values are not JSON.
+        own = {key: value for key, value in metadata.items() if not key.startswith("onnx.")}
+        self.pretrained_cfg = {key: json.loads(value) for key, value in own.items()}
         self.num_classes = len(self.pretrained_cfg["label_names"])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

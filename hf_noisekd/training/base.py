@@ -218,7 +218,7 @@ class BaseTrainer(Trainer):
             if self.args.should_save and is_cut_off(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise OSError(f"{error}. {name_last_checkpoint(self.args.output_dir, self.model)}") from error
+                raise OSError(f"{error} {name_last_checkpoint(self.args.output_dir, self.model)}") from error
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
