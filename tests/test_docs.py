@@ -26,8 +26,9 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
     """From the first to the last of a page, where `make demo` has left a teacher; in fewer steps."""
     monkeypatch.chdir(tmp_path)
-    # A teacher with random weights vouches for nothing.
+    # A teacher with random weights agrees with itself on nothing; and few steps are enough to run.
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._rounds", lambda *_: [2])
     cfg = {"input_size": (1, 8, 8)}
     teacher = timm.create_model("resnet10_cifar", width=16, in_chans=1, pretrained_cfg_overlay=cfg)
     save_model(teacher, "runs/digits/teacher")

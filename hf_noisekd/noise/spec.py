@@ -163,11 +163,6 @@ def parse_resolutions(text: str) -> dict[float, float]:
     raise ValueError(f"resolutions is {text!r}: {advice}")
 
 
-def resolutions_text(resolutions: Mapping[float, float]) -> str:
-    """Return the string for which [`parse_resolutions`] returns `resolutions`."""
-    return ",".join(f"{_number_text(scale)}:{_number_text(share)}" for scale, share in resolutions.items())
-
-
 def check_resolutions(resolutions: Mapping[float, float]) -> dict[float, float]:
     """Return resolutions as a new mapping, or raise a `ValueError`."""
     valid = all(0 < scale <= 1 and share > 0 for scale, share in resolutions.items())

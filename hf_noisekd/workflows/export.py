@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import calibration_images
+from hf_noisekd.files import check_output_file
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx
@@ -56,10 +57,10 @@ def export(
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
 
     Raises:
-        UsageError: The precision is none of the three, or a folder is in the way of the file.
+        UsageError: The precision is none of the three, or a teacher is given for another than int8.
         ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: The model is to be used with batch statistics, cannot be one ONNX file, or has no statistics to make
-            good enough images of for int8.
+        ValueError: `path` is a folder; or the model is to be used with batch statistics, cannot be one ONNX file, or
+            has no statistics to make good enough images of for int8.
         RuntimeError: The file would give other predictions; none is left.
     """
     path = Path(path)
@@ -67,8 +68,7 @@ def export(
         raise UsageError(f"precision is {precision!r}: use one of {', '.join(PRECISIONS)}.")
     if teacher_model is not None and precision != "int8":
         raise UsageError("A teacher is for int8, which needs images.")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: name the file to write, such as {path / 'model.onnx'}.")
+    check_output_file(path)
     classifier = usable_model(model, trust_remote_code=trust_remote_code)
     source = usable_model(classifier if teacher_model is None else teacher_model, trust_remote_code=trust_remote_code)
     check_same_kind(classifier, source)
