@@ -57,10 +57,7 @@ class FullBatchSampler(Sampler[list[int]]):
 def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
     """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
 
-    The key `label` is accepted, too. A whole batch from `__getitems__` is returned unchanged.
-
-    Raises:
-        ValueError: The samples have no tensor of pixels.
+    `label` is a key, too. A whole batch from `__getitems__` stays as it is. Without pixels there is a `ValueError`.
     """
     if isinstance(samples, dict):
         return samples

@@ -23,10 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False, repr=False)
 class Images(Dataset):
-    """Images of any size and kind, decoded and preprocessed on access.
-
-    A sample is `{"pixel_values": [C, H, W], "labels": int}`, or without labels.
-    """
+    """Images, decoded and preprocessed on access: `{"pixel_values": [C, H, W], "labels": int}`, or without labels."""
 
     images: Sequence[PIL.Image.Image]  # a column of a data set of the `datasets` library
     labels: Sequence[int] | None  # the class of each

@@ -1,10 +1,8 @@
 """Calibration images: noise optimised to have the statistics that a teacher's BatchNorm layers store.
 
-Each BatchNorm layer stores mean and variance of its inputs in training. Images are optimised to match these, as in
-DeepInversion (Yin et al., CVPR 2020) without its terms for classes and smoothness. They replace real images for a
-student's running statistics, int8 calibration, and the comparison of student and teacher.
-
-The images can show what the teacher memorised: keep them as private as the teacher.
+They are made as in DeepInversion (Yin et al., CVPR 2020), and replace real images for a student's running statistics,
+int8 calibration, and the comparison of student and teacher. They can show what the teacher memorised: keep them as
+private as the teacher.
 """
 
 import copy
@@ -33,10 +31,7 @@ MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrationImages:
-    """Images matched to a teacher, and how well they are; made by [`calibration_images`].
-
-    Iterating gives batches `[B, C, H, W]`, as [`recalibrate_batch_norm`] takes them.
-    """
+    """Images matched to a teacher, and how well they are; iterating gives batches `[B, C, H, W]`."""
 
     pixel_values: torch.Tensor  # [N, C, H, W], preprocessed as for the teacher
     held_out: torch.Tensor  # [M, C, H, W], others, made in the same way, to evaluate on
@@ -204,10 +199,7 @@ def _as_made(batches: Sequence[torch.Tensor], num_images: int, seed: int) -> Cal
 
 @torch.no_grad()
 def _self_agreement(teacher: nn.Module, images: CalibrationImages) -> float:
-    """Return for how many held-out images, in percent, a teacher with statistics of the images predicts the same class.
-
-    NaN if the teacher predicts one class for all, or if anything is not finite.
-    """
+    """Return `self_agreement` in percent; NaN if the teacher predicts one class for all, or anything is not finite."""
     if not all(batch.isfinite().all() for batch in (images.pixel_values, images.held_out)):
         return math.nan
     changed = copy.deepcopy(teacher)

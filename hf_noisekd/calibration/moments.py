@@ -67,10 +67,7 @@ def _store_moments(
 
 
 class _Moments:
-    """Count, mean and sum of squared deviations per channel of all inputs of a layer, in double precision.
-
-    By the pairwise update of Chan, Golub & LeVeque (1979).
-    """
+    """Count, mean and squared deviations per channel, in float64, by the update of Chan, Golub & LeVeque (1979)."""
 
     def __init__(self, name: str):
         self.name = name

@@ -19,10 +19,8 @@ class CifarResNet(ResNet):
 
     The stem and the first stage have `width` channels, an even number, and each further stage twice as many, unless
     `channels` gives the number for each stage. With `stem_stride=2` the network costs a quarter, for CPUs.
-    `norm_groups` replaces BatchNorm by GroupNorm with that number of groups.
-
-    Raises:
-        ValueError: `width` is not a positive even number, or cannot be divided into the groups.
+    `norm_groups` replaces BatchNorm by GroupNorm with that number of groups, which must divide the channels. A
+    `width` that does not fit is a `ValueError`.
     """
 
     def __init__(
@@ -82,10 +80,7 @@ class _CifarInvertedResidual(InvertedResidual):
 
 
 class CifarMobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018) as in the paper: stem and second stage of stride 1, ReLU instead of ReLU6.
-
-    With `stem_stride=2` the network costs a quarter, for CPUs.
-    """
+    """MobileNetV2 (Sandler et al., 2018) as in the paper: stem and second stage of stride 1, ReLU instead of ReLU6."""
 
     # (expansion, channels, blocks, stride of the first block)
     stages = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

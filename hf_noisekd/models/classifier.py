@@ -130,10 +130,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def teacher_identity(teacher_model: nn.Module) -> dict:
-    """Return the architecture and size of a teacher, with its Hub id and revision, or else a hash.
-
-    The hash is SHA-256 over names, types, shapes and bytes of all parameters and buffers.
-    """
+    """Return architecture and size of a teacher, with Hub id and revision, or else a SHA-256 over all its state."""
     identity = {"architecture": architecture_of(teacher_model), "parameters": count_parameters(teacher_model)}
     origin = getattr(teacher_model, "origin", {})
     identity |= {key: origin[key] for key in ("id", "revision", "license") if origin.get(key)}

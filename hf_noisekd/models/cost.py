@@ -9,10 +9,7 @@ from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_dev
 
 @torch.no_grad()
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Return the multiply-adds of each module by name, for one image of `(channels, height, width)`; `""` is the total.
-
-    Convolutions and matrix products count, as in most papers.
-    """
+    """Return multiply-adds of convolutions and matrix products by module for a `[C, H, W]` image; `""` is the total."""
     with evaluation_mode(model), FlopCounterMode(display=False) as counter:
         compute_logits(model, to_device_of(model, torch.zeros(1, *input_size)))
     # The keys start with the name of the class.

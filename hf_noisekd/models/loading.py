@@ -57,10 +57,7 @@ def load_student(
     """Load a student like a teacher, or build one with random weights where `source` is a timm name.
 
     `num_classes`, `input_size`, `(channels, height, width)`, and further arguments of timm, `model_args`, are for a
-    model built by name. A checkpoint records them.
-
-    Raises:
-        ValueError: There is no such model, it is damaged, or timm does not build it with these arguments.
+    model built by name. A checkpoint records them. There is a `ValueError` if timm does not build it with these.
     """
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if input_size is not None:

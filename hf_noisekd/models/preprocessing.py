@@ -40,13 +40,10 @@ def unknown_preprocessing(model: nn.Module) -> str:
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """Return the `(channels, height, width)` of the images of a model.
+    """Return the `(channels, height, width)` of the images of a model, or raise a `ValueError` if it is unknown.
 
     That is `given`, or else the size in timm's `pretrained_cfg` or in `config.image_size`, the output size of the image
     processor, as for transformers' ResNets, or the size of the noise that a student was trained with.
-
-    Raises:
-        ValueError: There is none of these.
     """
     if given is not None:
         channels, height, width = given

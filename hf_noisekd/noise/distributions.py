@@ -63,10 +63,7 @@ def spectrum(generator: torch.Generator, shape: Shape, exponent: float | None = 
 
 
 def fractal(generator: torch.Generator, shape: Shape, iterations: float = 3) -> torch.Tensor:
-    """Patterns of an iterated sine map: pixel coordinates go through `z <- sin(W z + b)` with random `W`, `b`.
-
-    Each of the `iterations`, 1 to 20, adds detail.
-    """
+    """Patterns of a sine map of the pixels, `z <- sin(W z + b)`, iterated 1 to 20 times, with random `W`, `b`."""
     batch, channels, height, width = shape
     iterations = _whole(iterations, "iterations", 20)
     hidden = 8

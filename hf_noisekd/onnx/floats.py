@@ -32,20 +32,11 @@ def export_onnx(
 ) -> None:
     """Export a classifier to ONNX in float32, and compare its logits with torch's before the file gets its name.
 
-    The input is `pixel_values`, float32 `[B, C, H, W]` for any B, preprocessed as for the model; the output is
-    `logits`, float32 `[B, num_classes]`. The file's metadata hold, each as JSON, `label_names` and what is known of
-    `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
-
-    Args:
-        model: The classifier, which is not changed.
-        path: The file to write; its folder is created if missing, and an existing file is replaced.
-        input_size: `(channels, height, width)` of the images. Default: that of [`input_size_of`].
-        name: Path or id of the model, for the advice in an error.
-
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: The model needs batch statistics, does not declare its input size, is too large, or is not finite.
-        RuntimeError: The file's logits differ from torch's; no file is written.
+    The input is `pixel_values`, float32 `[B, C, H, W]` for any B; the output is `logits`, float32 `[B, num_classes]`.
+    The file's metadata hold, each as JSON, `label_names` and what is known of `input_size`, `mean`, `std`,
+    `interpolation`, `crop_pct`, `crop_mode`. A missing folder is created. `name`, a path or id of the model, is for the
+    advice in an error. A model that needs batch statistics, has no known input size, is too large, or is not finite is
+    a `ValueError`; other logits than torch's are a `RuntimeError`, and no file is written.
     """
     require_onnx()
     path = Path(path)
@@ -64,12 +55,7 @@ def export_onnx(
 
 
 def halve_onnx(source: str | Path, path: str | Path) -> None:
-    """Convert a file of [`export_onnx`] to float16 weights and activations; input and output stay float32.
-
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-        RuntimeError: The logits of both files differ; no file is written.
-    """
+    """Convert a file of [`export_onnx`] to float16, except input and output; a `RuntimeError` if the logits differ."""
     require_onnx()
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16

@@ -23,22 +23,10 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
 
     Static quantisation of onnxruntime with QDQ nodes: int8 weights with a scale for each output channel, and uint8
     activations between the minimum and the maximum on the images (Jacob et al., CVPR 2018). Input, output and metadata
-    stay the same.
-
-    Args:
-        source: A file of [`export_onnx`] in float32.
-        path: The file to write; its folder is created if missing, and an existing file is replaced.
-        images: For the activation ranges: [`calibration_images`], or batches of real images in the forms of
-            [`recalibrate_batch_norm`].
-
-    Returns:
-        The share of images in percent on which the top-1 predictions of both files agree: of the held-out calibration
-        images, or else of the given ones.
-
-    Raises:
-        ImportError: onnx, onnxscript or onnxruntime is not installed.
-        ValueError: The images are noise, of poor quality, or missing, or `source` does not exist.
-        RuntimeError: Most predictions differ; no file is written.
+    stay the same. The images are [`calibration_images`], or batches as for [`recalibrate_batch_norm`]; noise, images of
+    poor quality, no images, and no `source` are a `ValueError`. Returned is the share in percent of the held-out
+    calibration images, or else of the given ones, on which the top-1 predictions of both files agree. If most differ,
+    there is a `RuntimeError` and no file.
     """
     require_onnx()
     if isinstance(images, DrawnDataset):

@@ -22,11 +22,7 @@ def to_dict(value: Any) -> Any:
 
 
 def from_dict(kind: type[Schema], data: Mapping) -> Schema:
-    """Return a mapping as a dataclass; unknown keys go to its field `others`, if it has one.
-
-    Raises:
-        ValueError: A required field is missing, or `data` or a part of it is of the wrong kind.
-    """
+    """Return a mapping as a dataclass, with unknown keys in `others`, if any; a `ValueError` if it does not fit."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} must be a mapping, found {type(data).__name__}")
     hints = typing.get_type_hints(kind)

@@ -126,11 +126,7 @@ class Provenance:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Provenance | None":
-        """Return the provenance of a student, or None for a model that this package did not make.
-
-        Raises:
-            ValueError: The section `noisekd` of its `config.json` is damaged.
-        """
+        """Return the provenance of a student, None if this package did not make it; a `ValueError` if damaged."""
         section = noisekd_section(model)
         try:
             return from_dict(cls, section) if section else None
@@ -224,12 +220,9 @@ def noisekd_section(model: nn.Module) -> dict:
 def better_statistics(evaluations: Sequence[Evaluation], *, taught_on_batch: bool) -> str:
     """Return the BatchNorm statistics to use a student with, `"batch"` or `"running"`.
 
-    Those with the higher accuracy on labelled images; batch statistics must lead by more than a percentage point, as
-    they need batches. Without labelled images, those that the teacher used on noise in training.
-
-    Args:
-        evaluations: Of the current weights; the last one with an accuracy counts.
-        taught_on_batch: Whether the student was trained on noise and its teacher used the statistics of the batch.
+    Those with the higher accuracy in the last of `evaluations` that has one; batch statistics must lead by more than a
+    percentage point, as they need batches. Without labelled images, `taught_on_batch` decides: whether the student was
+    trained on noise and its teacher used the statistics of the batch.
     """
     leads = [entry.batch["accuracy"] - entry.running["accuracy"] for entry in evaluations if "accuracy" in entry.batch]
     if leads:
@@ -240,22 +233,15 @@ def better_statistics(evaluations: Sequence[Evaluation], *, taught_on_batch: boo
 def current_evaluations(made: Sequence[tuple[Evaluation, bool]], step: int) -> list[Evaluation]:
     """Return the evaluations of the current weights, one for each data set.
 
-    Those made after training replace those made during it, and later ones replace earlier ones.
-
-    Args:
-        made: All evaluations, in order, each with whether it was made during training.
-        step: The training step of the weights; later evaluations do not count.
+    `made` are all in order, each with whether it was made during training. Those made after training replace those made
+    during it, later ones replace earlier ones, and those after `step`, that of the weights, do not count.
     """
     during_first = sorted(made, key=lambda entry: not entry[1])
     return list({evaluation.dataset: evaluation for evaluation, _ in during_first if evaluation.step <= step}.values())
 
 
 def read_record(folder: str | Path) -> Record:
-    """Return the record of the student in a folder.
-
-    Raises:
-        ValueError: There is none, or it is damaged.
-    """
+    """Return the record of the student in a folder; a `ValueError` if there is none, or it is damaged."""
     path = Path(folder).expanduser() / RECORD_NAME
     if not path.is_file():
         raise ValueError(f"There is no {path}: the trainer writes it beside a student.")

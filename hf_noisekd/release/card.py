@@ -25,20 +25,12 @@ LOSS_NAMES = {"soft_cross_entropy": "soft cross-entropy", "kl": "Kullback-Leible
 
 
 def write_model_card(
-    source: Record | str | Path,
-    output_dir: str | Path | None = None,
-    *,
-    repo_id: str | None = None,
+    source: Record | str | Path, output_dir: str | Path | None = None, *, repo_id: str | None = None
 ) -> Path:
     """Write the card of a student, `README.md` with figures, and its record `noisekd.json`; return the card's path.
 
-    Args:
-        source: The record of a student, or the folder of one.
-        output_dir: Where to write. Default: the folder, if `source` is one.
-        repo_id: Repository on the Hub that the card's code loads. Default: that of the record, else the folder itself.
-
-    Raises:
-        ValueError: `source` is no record of a distilled student, or `output_dir` is missing.
+    By default they go to the folder `source`, and the card's code loads the `repo_id` of the record, or else the
+    folder. A `source` that is no record of a distilled student, or a record without `output_dir`, is a `ValueError`.
     """
     if isinstance(source, Record):
         record = source
@@ -60,11 +52,7 @@ def write_model_card(
 
 
 def render_model_card(record: Record, figures: Mapping[str, str] | None = None) -> ModelCard:
-    """Render the card of a student; `figures` holds captions by file name.
-
-    Raises:
-        ValueError: The record is not of a distilled student.
-    """
+    """Render the card of a distilled student, else raise a `ValueError`; `figures` holds captions by file name."""
     made, architecture = record.noisekd, record.model.architecture
     if made is None:
         raise ValueError("The record has no section 'noisekd': a card describes a distilled student.")

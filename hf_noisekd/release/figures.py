@@ -44,10 +44,7 @@ def charted_evaluation(run: Record, metric: str) -> Evaluation | None:
 def plot_class_balance(
     frequencies: Sequence[float], path: str | Path, label_names: Sequence[str] | None = None
 ) -> None:
-    """Plot the teacher's mean predicted probability of each class on noise, and save it as a PNG.
-
-    Up to 30 classes are bars with names; more are a line, from the most to the least frequent.
-    """
+    """Save a PNG of the teacher's mean prediction on noise: a bar for each class, or above 30 a sorted line."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

@@ -46,10 +46,7 @@ def _api(token: str | None) -> HfApi:
 def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
     """Create `repo_id` on the Hub if it is missing, check that `token` can write to it, and return its full id.
 
-    `private` holds for a new repository; by default the organisation decides.
-
-    Raises:
-        HubError: The id has a bad form, there is no token or it cannot write, or the Hub cannot be reached.
+    `private` is for a new repository. A bad id, no token or one that cannot write, or no connection is a `HubError`.
     """
     api = _api(token)
     try:
@@ -62,11 +59,7 @@ def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | 
 
 
 def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> Any:
-    """Upload the `RELEASED_FILES` of a folder, and return the result of `HfApi.upload_folder`.
-
-    Raises:
-        HubError: The upload failed; the message has the command to push again.
-    """
+    """Upload the `RELEASED_FILES` as `HfApi.upload_folder` does; a `HubError` has the command to push again."""
     try:
         return _api(token).upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=RELEASED_FILES, **kwargs)
     except Exception as error:  # as above

@@ -18,19 +18,10 @@ def push_model(
 ) -> str:
     """Push a saved model to the Hub with its card, record and figures, and return the URL of the commit.
 
-    The card is rendered again first, so that its code loads the student from `repo_id`.
-
-    Args:
-        folder: Folder written by [`save_model`] or the trainer; its other files are not pushed.
-        repo_id: `organisation/name`, or a name alone for the user's own; created if missing.
-        private: Whether a new repository is private; by default the organisation decides.
-        token: By default that of `hf auth login` or of `HF_TOKEN`.
-        revision: Branch to commit to; the main one by default.
-        commit_message: Title of the commit.
-
-    Raises:
-        ValueError: `folder` holds no model.
-        HubError: The Hub refuses or cannot be reached.
+    The card is rendered again first, so that its code loads the student from `repo_id`, which is created if missing:
+    `organisation/name`, or a name alone for the user's own. By default the organisation decides on `private`, the token
+    is that of `hf auth login` or of `HF_TOKEN`, and `revision` is the main branch. A folder without a model is a
+    `ValueError`, and a refusal of the Hub a `HubError`.
     """
     folder = Path(folder).expanduser()
     has_record = (folder / RECORD_NAME).is_file()

@@ -54,10 +54,7 @@ class ChannelGroup:
 
 
 class ChannelCutter:
-    """Finds the groups of channels of a classifier, and cuts them in place.
-
-    `groups` are by the name of their root; there are none if torch-pruning cannot analyse the network.
-    """
+    """Cuts channels of a classifier in place; `groups`, by root, are empty if torch-pruning cannot analyse it."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
         self._model, self._input_size = model, input_size
@@ -103,10 +100,7 @@ class ChannelCutter:
         )
 
     def cut(self, removed: Mapping[str, Sequence[int]]) -> bool:
-        """Remove channels from the model, by the root of their group; return whether its forward pass still works.
-
-        It fails where the dependency graph missed something. The model is unusable then.
-        """
+        """Remove channels, by the root of their group; return False if the model has become unusable."""
         try:
             for root, channels in removed.items():
                 if channels:

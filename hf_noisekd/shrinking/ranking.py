@@ -62,10 +62,7 @@ def order_of_removal(
 
 
 def divergence_from(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """Return the mean KL divergence, in nats, of the predictions of `model` for batches of images from others.
-
-    `expected` are the [`log_probs`] of another model for the same images.
-    """
+    """Return the mean KL divergence, in nats, of `model` from `expected`, [`log_probs`] of another for the images."""
     return (expected.exp() * (expected - log_probs(model, images))).sum(-1).mean().item()
 
 

@@ -34,13 +34,9 @@ def shrunk(
 ) -> nn.Module:
     """Build a network that was cut out of a timm model.
 
-    Args:
-        pretrained: Load the weights that stand beside the configuration.
-        base: timm's name of the original model.
-        base_args: The arguments that the original was built with.
-        removed: The removed blocks, each as the name of its stage and its name there.
-        sizes: What changed in size after that, by module: shapes of tensors, and attributes like `out_channels`.
-        **kwargs: What timm passes to every model, such as `num_classes`.
+    `base` and `base_args` are timm's name and the arguments of the original. `removed` has each removed block as the
+    name of its stage and its name there; `sizes` is what changed in size after that, by module: shapes of tensors, and
+    attributes like `out_channels`. `pretrained` loads the weights that stand beside the configuration.
     """
     base_args, sizes, removed = dict(base_args or {}), dict(sizes or {}), [list(place) for place in removed]
     model = timm.create_model(base, **base_args | kwargs)

@@ -7,10 +7,7 @@ import torch
 
 
 class AgreementLog:
-    """The teacher's mean prediction and the student's agreement with it, since the last log entry and over all of them.
-
-    Sums are kept on the device, so that no step waits for it.
-    """
+    """The teacher's mean prediction and the agreement, since the last log and in all; no step waits for the sums."""
 
     def __init__(self, num_classes: int, device: torch.device):
         self._sums = torch.zeros(num_classes + 1, device=device)  # of each class's probability, and of the agreement

@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 def last_whole_checkpoint(output_dir: str, model: nn.Module) -> str | None:
     """Return the last whole checkpoint in a folder, passing over any that a kill cut off.
 
-    None if there is nothing to go on from yet, since the kill fell into the first one.
-
-    Raises:
-        ValueError: There is none of a training of `model`.
+    None if the kill fell into the first one; a `ValueError` if there is none of a training of `model`.
     """
     found = {path.name.removeprefix("checkpoint-"): path for path in Path(output_dir).glob("checkpoint-*")}
     problem = None

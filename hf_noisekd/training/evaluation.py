@@ -1,7 +1,6 @@
 """Evaluation: accuracy under running and under batch statistics, and agreement with the teacher.
 
-A student that learnt from noise can be read in these two ways (Raikwar & Mishra 2022, Algorithm 2 and section 4). Both
-are always measured and named.
+A student that learnt from noise can be read in these two ways (Raikwar & Mishra 2022, Algorithm 2 and section 4).
 """
 
 from collections.abc import Callable
@@ -33,10 +32,7 @@ def measured(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> Evaluation:
-    """Return how good a classifier is on a data set, as a record has it; the arguments are those of [`evaluate`].
-
-    `name` is that of the data set, and `step` the training step that the weights are of.
-    """
+    """Return what [`evaluate`] does, as a record has it; `name` is the data set's, and `step` that of the weights."""
     loader = evaluation_loader(dataset, batch_size, num_workers=num_workers)
     images = sum(counts_of(loader))
     scores = _compared(model, loader, teacher_model)

@@ -69,11 +69,7 @@ def plan_training(
     eval_dataset: Dataset | dict[str, Dataset] | None,
     collate_fn: Callable,
 ) -> Plan:
-    """Return what [`NoiseKDTrainer`], whose arguments these are, is to do; the given ones do not change.
-
-    Raises:
-        ValueError: The models or a data set do not fit each other or the method.
-    """
+    """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model)
@@ -183,10 +179,7 @@ def _with_defaults(
 def _train_noise(
     args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, models: Sequence[nn.Module]
 ) -> NoiseDataset | None:
-    """Return the training noise in sizes that all models take; None for a data set of real images.
-
-    Many networks take multiples of 2, 4, ... or 32 pixels alone, which only a trial finds out.
-    """
+    """Return the training noise in sizes that all models take, found by trial; None for a data set of real images."""
     if train_dataset is None:
         train_dataset = NoiseDataset.for_model(
             teacher.model,

@@ -8,12 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from hf_noisekd.models.batch_norm import (
-    batch_statistics,
-    has_batch_norm,
-    num_frozen,
-    statistics_of_batch,
-)
+from hf_noisekd.models.batch_norm import batch_statistics, has_batch_norm, num_frozen, statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, logits_of_blanks, teacher_identity
 from hf_noisekd.models.preprocessing import input_size_of
 
@@ -22,21 +17,12 @@ class Teacher:
     """A trained classifier that never changes.
 
     Its logits for noise, and for whatever takes the place of noise in training, are computed with BatchNorm layers on
-    the statistics of the batch (Raikwar & Mishra 2022, Algorithm 1), or partly so; see [`batch_statistics`]. Those for
-    images are computed as it is deployed, with running statistics. A teacher without BatchNorm is used as it is.
-
-    Args:
-        model: The classifier.
-        input_size: `(channels, height, width)` of the training batches. Default: what the model declares.
-        statistics: Weight of the batch's moments, in [0, 1]: 0 are running statistics. Default: 1 with BatchNorm.
-        batch_norm_fraction: Share of its BatchNorm layers for which that holds.
-        seed: Seed of their choice.
-
-    Attributes:
-        weight_of_batch: How far its logits for noise depend on the statistics of the batch: 0 not at all, 1 wholly.
-
-    Raises:
-        ValueError: The model has no BatchNorm layers to choose statistics of, or a number is out of range.
+    the statistics of the batch (Raikwar & Mishra 2022, Algorithm 1), or partly so: `statistics`, in [0, 1], is the
+    weight of the batch, by default 1 with BatchNorm; `batch_norm_fraction` and `seed` choose the layers, see
+    [`batch_statistics`]. `weight_of_batch` is how far these logits depend on the batch: 0 not at all, 1 wholly. Logits
+    for images are computed as it is deployed, with running statistics. A teacher without BatchNorm is used as it is; to
+    choose statistics of it is a `ValueError`. `input_size`, `(channels, height, width)`, is by default what the model
+    declares.
     """
 
     def __init__(

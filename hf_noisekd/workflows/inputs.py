@@ -16,10 +16,7 @@ class UsageError(ValueError):
 
 
 def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
-    """Return a module as it is, or load the model of a name, in evaluation mode, to the accelerator if there is one.
-
-    The name may be that of an ONNX file that [`export`] wrote. `kwargs` are those of [`load_teacher`].
-    """
+    """Return a module as it is, or load one by name, in evaluation mode, on the accelerator if any, or an ONNX file."""
     if isinstance(source, nn.Module):
         return source
     if Path(source).suffix == ".onnx":

@@ -83,10 +83,7 @@ def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDatas
 
 
 def probs_of_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
-    """Return the predictions `[N, num_classes]` of a teacher for all batches of `noise`, in float32.
-
-    `statistics` are `"batch"`, as in training, or `"running"`, as the teacher is deployed.
-    """
+    """Return a teacher's float32 predictions `[N, num_classes]` for `noise`, by `"batch"` or `"running"` statistics."""
     with evaluation_mode(teacher.model):
         logits = [teacher.logits(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
     return torch.cat(logits).softmax(-1)
