@@ -161,5 +161,6 @@ def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
         f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n"
         f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_calibration_text(trainer)}\n"
         f"Next:\n  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test"
+        f"\n  noisekd export --model {folder} --output student.onnx"
     )
     return text if trainer.args.push_to_hub else f"{text}\n  noisekd push --model {folder} --repo-id ORGANISATION/NAME"

@@ -58,7 +58,7 @@ def _teacher_text(facts: Mapping) -> str:
 
 
 def evaluate_options(parser: CommandParser) -> None:
-    options.add_model(parser, "the model:")
+    options.add_model(parser, "the model: an ONNX file, a timm name,")
     options.add_dataset(parser, split="test")
     add = parser.add_argument
     add("--label-column", metavar="NAME", help="its column of classes, where it has several")

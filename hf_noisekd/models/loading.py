@@ -103,8 +103,9 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except (OSError, HFValidationError) as error:
         raise ValueError(f"The weights of the timm model {name!r} cannot be loaded: {_missing(error)}") from error
-    except RuntimeError as error:  # an unknown tag of weights
-        raise ValueError(f"Cannot build the timm model {name!r}: {error}") from error
+    except RuntimeError as error:  # no weights, or none of this tag
+        found = str(error).partition(" Use `pretrained")[0]  # an argument that only timm has
+        raise ValueError(f"{found} Give a folder, a Hub id, or the weights of {name!r} as checkpoint.") from error
 
 
 def nearest_architecture(architecture: str) -> str:

@@ -84,7 +84,7 @@ def shrink(
         raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
     for name, (limit, whole) in limits.items():
         if limit is not None and not 0 < limit < whole:
-            raise ValueError(f"{name} is {limit:,}: use a number between 0 and {whole:,}, which is the whole teacher.")
+            raise ValueError(f"{name} is {limit:,}: use a number above 0 and below {whole:,}, the whole teacher.")
     budget = Budget(min(costs[""] * (keep or 1), max_macs or math.inf), max_params or math.inf)
     images = ranking_noise(teacher, size) if images is None else images
     best = min(_cuts(teacher, budget, size, images), key=lambda found: found[0], default=None)
