@@ -63,6 +63,6 @@ def plot_class_balance(
     entropy = -sum(p * math.log(p) for p in frequencies if p > 0) / math.log(count)
     title = f"The teacher's mean prediction on the training noise (class balance {entropy:.2f} of 1)"
     axis.set(title=title, ylabel="probability", ylim=(0, 1.25 * max(frequencies)))  # with room for the legend
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if max(frequencies) > 0.05 else 2))
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.legend(loc="upper right")
     figure.savefig(path, dpi=120)
