@@ -15,6 +15,7 @@ from .stopping import Terminated
 from .text import scores_table
 
 if TYPE_CHECKING:
+    from hf_noisekd.record.schema import Record
     from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
 
@@ -130,9 +131,8 @@ def _showing_initialisation() -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _calibration_text(trainer: "NoiseKDTrainer") -> str:
+def _calibration_text(record: "Record") -> str:
     """Return what the student's running statistics are of, and the agreement that was measured without data."""
-    record = trainer.record()
     made: Any = record.noisekd
     if not record.model.has_batch_norm:
         return "It has no BatchNorm layers, and classifies single images."
@@ -156,11 +156,13 @@ def _calibration_text(trainer: "NoiseKDTrainer") -> str:
 def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
     """Return what a distillation came to, and what can be done with it."""
     folder = trainer.args.output_dir
-    scores = trainer.record().evaluations[0]
+    record = trainer.record()
+    scores = record.evaluations[0]
     text = (
         f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n"
-        f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_calibration_text(trainer)}\n"
+        f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_calibration_text(record)}\n"
         f"Next:\n  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test"
-        f"\n  noisekd export --model {folder} --output student.onnx"
     )
+    if record.noisekd and record.noisekd.batch_norm == "running":  # an ONNX file has no others
+        text += f"\n  noisekd export --model {folder} --output student.onnx"
     return text if trainer.args.push_to_hub else f"{text}\n  noisekd push --model {folder} --repo-id ORGANISATION/NAME"
