@@ -75,7 +75,7 @@ def end_without_data(
     None if the student keeps the statistics of its training noise. A warning names the reason: the images are not good
     enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
     """
-    trained = _copy(student)
+    trained = copied_state(student)
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
         if stored_statistics(teacher.model):
@@ -130,7 +130,8 @@ def _become(student: nn.Module, candidate: Candidate) -> None:
         store_statistics(student, candidate.images)
 
 
-def _copy(student: nn.Module) -> State:
+def copied_state(student: nn.Module) -> State:
+    """Return a copy of all parameters and buffers."""
     return {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
 

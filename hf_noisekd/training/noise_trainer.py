@@ -25,7 +25,7 @@ from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.agreement import AgreementLog
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.ending import Candidate, end_without_data
+from hf_noisekd.training.ending import Candidate, copied_state, end_without_data
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer
 from hf_noisekd.training.plan import plan_training
@@ -172,7 +172,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
         if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
             return
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        before = copied_state(self.model)
         ending = end_without_data(
             self.model,
             self.teacher,
