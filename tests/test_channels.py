@@ -19,13 +19,13 @@ def resnet(**kwargs):
 def test_layers_that_are_added_up_share_their_channels():
     groups = ChannelCutter(resnet(), SIZE).groups
     assert groups["conv1"].channels == 8
-    assert set(groups["conv1"].writers) == {"conv1", "layer1.0.conv2"}
+    assert {name for name, *_ in groups["conv1"].writers} == {"conv1", "layer1.0.conv2"}
     assert {name for name, *_ in groups["conv1"].readers} == {
         "layer1.0.conv1",
         "layer2.0.conv1",
         "layer2.0.downsample.0",
     }
-    assert not any("fc" in group.writers for group in groups.values())
+    assert not any(name == "fc" for group in groups.values() for name, *_ in group.writers)
 
 
 def test_a_channel_that_is_not_read_makes_no_difference_and_is_the_first_to_go():
@@ -68,7 +68,9 @@ class Mean(nn.Module):
 def test_grouped_convolutions_lose_whole_groups():
     model = timm.create_model("regnetx_002", num_classes=3).eval()
     cutter = ChannelCutter(model, (3, 64, 64))
-    group = next(group for group in cutter.groups.values() if "s2.b1.conv2.conv" in group.writers)
+    group = next(
+        group for group in cutter.groups.values() if "s2.b1.conv2.conv" in [name for name, *_ in group.writers]
+    )
     assert group.unit == 8
     channels = least_important(group, torch.arange(float(group.channels)), group.channels - 16)
     assert channels == list(range(16))

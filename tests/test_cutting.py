@@ -7,6 +7,7 @@ from torch import nn
 from hf_noisekd.models.classifier import count_parameters
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.shrinking.cutting import Budget, _narrowed, shrink
+from hf_noisekd.shrinking.ranking import Comparison
 
 SIZE = (3, 32, 32)
 IMAGES = [torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))]
@@ -68,10 +69,11 @@ def test_layers_that_do_not_bear_it_stay_as_they_are():
     whole = Fixed()
     names = {name: name for name, _ in whole.named_modules()}
     budget = Budget(macs=0.6 * count_macs(whole, SIZE)[""])
-    narrow = _narrowed(whole, budget, SIZE, IMAGES, fixed, names)
+    narrow, kept = _narrowed(whole, budget, SIZE, Comparison.on(IMAGES), fixed, names)
     assert fixed == {"conv1"}
+    assert {name: len(outputs) for name, outputs in kept.items()} == {"conv2": 32}
     assert (narrow.conv1.out_channels, narrow.conv2.out_channels) == (16, 32)
-    assert _narrowed(whole, Budget(macs=1), SIZE, IMAGES, fixed, names) is None
+    assert _narrowed(whole, Budget(macs=1), SIZE, Comparison.on(IMAGES), fixed, names) == (None, {})
 
 
 @pytest.mark.parametrize(

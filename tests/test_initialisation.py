@@ -26,7 +26,7 @@ def build(name, **kwargs):
 )
 def test_a_shallower_student_has_whole_tensors_of_its_teacher(teacher, student):
     teacher, student = build(teacher[0], **teacher[1]), build(student[0], **student[1])
-    start = initialise_from_teacher(student, teacher, SIZE, NOISE)
+    start, _ = initialise_from_teacher(student, teacher, SIZE, NOISE)
     assert (start.from_teacher, start.cut) == (start.tensors, 0)
     assert len(start.removed_blocks) == len(block_names(teacher)) - len(block_names(student))
     held = {tensor.numpy().tobytes() for tensor in teacher.state_dict().values()}
@@ -50,7 +50,7 @@ def test_a_narrower_student_answers_more_like_its_teacher_than_a_random_one(teac
     expected = answers(teacher)
     before = digest(teacher)
     at_random = (expected - answers(student)).abs().mean()
-    start = initialise_from_teacher(student, teacher, SIZE, NOISE)
+    start, _ = initialise_from_teacher(student, teacher, SIZE, NOISE)
     assert start.from_teacher == start.tensors > start.cut > 0
     assert (expected - answers(student)).abs().mean() < at_random
     assert digest(teacher) == before
@@ -63,7 +63,7 @@ def answers(model):
 
 def test_layers_of_all_kinds_are_narrowed():
     teacher, student = build("mobilenetv2_100"), build("mobilenetv2_050")
-    start = initialise_from_teacher(student, teacher, SIZE, NOISE)
+    start, _ = initialise_from_teacher(student, teacher, SIZE, NOISE)
     assert start.from_teacher == start.tensors > start.cut > 0
 
 
@@ -73,7 +73,7 @@ def test_blocks_that_matter_the_least_are_left_out():
         teacher.layer3[block].bn2.weight.data.zero_()
         teacher.layer3[block].bn2.bias.data.zero_()
     student = build("resnet34_cifar", width=8, layers=(3, 4, 2, 3))
-    start = initialise_from_teacher(student, teacher, SIZE, NOISE)
+    start, _ = initialise_from_teacher(student, teacher, SIZE, NOISE)
     assert start.removed_blocks == [f"layer3.{block}" for block in (1, 2, 4, 5)]
     assert torch.equal(student.layer3[1].conv1.weight, teacher.layer3[3].conv1.weight)
 
@@ -81,7 +81,7 @@ def test_blocks_that_matter_the_least_are_left_out():
 def test_a_stage_that_is_deeper_in_the_student_keeps_its_random_blocks():
     teacher, student = build("regnety_008"), build("regnety_006")
     own = student.s4.b3.conv1.conv.weight.detach().clone()
-    start = initialise_from_teacher(student, teacher, SIZE, NOISE)
+    start, _ = initialise_from_teacher(student, teacher, SIZE, NOISE)
     assert start.tensors > start.from_teacher > start.cut > 0
     assert torch.equal(student.s4.b3.conv1.conv.weight, own)
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.shrinking.blocks import Place
-from hf_noisekd.shrinking.ranking import divergence_from, log_probs, order_of_removal
+from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
 
 IMAGES = [torch.randn(16, 6, 4, 4, generator=torch.Generator().manual_seed(0))]
 
@@ -28,7 +28,7 @@ def network(*scales):
 def removal(model, savings=None, **kwargs):
     places = [Place("0", str(index)) for index in range(len(model[0]))]
     savings = dict(zip(places, savings or [1.0] * len(places), strict=True))
-    return [int(place.key) for place in order_of_removal(model, places, savings, IMAGES, **kwargs)]
+    return [int(place.key) for place in order_of_removal(model, places, savings, Comparison.on(IMAGES), **kwargs)]
 
 
 def test_the_block_that_is_missed_the_least_goes_first():
@@ -52,7 +52,8 @@ def test_it_ends_where_there_is_enough():
 
 def test_the_change_is_a_divergence():
     model = network(1.0)
-    expected = log_probs(model, IMAGES)
+    compared = Comparison.on(IMAGES)
+    expected = compared.log_probs(model)
     assert expected.exp().sum(-1) == pytest.approx(torch.ones(16).tolist())
-    assert divergence_from(expected, model, IMAGES) == 0
-    assert divergence_from(expected, network(2.0), IMAGES) > 0
+    assert compared.divergence(expected, model) == 0
+    assert compared.divergence(expected, network(2.0)) > 0

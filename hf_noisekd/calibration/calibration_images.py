@@ -18,14 +18,15 @@ from tqdm.auto import tqdm
 from hf_noisekd.calibration.matching import LEARNING_RATE, match_statistics
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import check_finite, compute_logits, device_of
+from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.record.schema import CalibrationFacts
+from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts
 
 logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
+HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 
 
@@ -36,7 +37,8 @@ class CalibrationImages:
     pixel_values: torch.Tensor  # [N, C, H, W], preprocessed as for the teacher
     held_out: torch.Tensor  # [M, C, H, W], others, made in the same way, to evaluate on
     batch_size: int
-    seed: int
+    seed: int = 0
+    given: ImagesFacts | None = None  # of real images of the user's; None if they are made without data
     steps: int = 0  # of optimisation; 0 if the teacher stores no statistics, and these are noise
     distance: float | None = None  # mean KL divergence from the stored statistics, in nats; None for noise
     self_agreement: float | None = None  # in percent; NaN if meaningless; None for noise
@@ -60,6 +62,13 @@ class CalibrationImages:
         if self.self_agreement is None:
             return (
                 "The teacher has no stored BatchNorm statistics, so the calibration images are noise. Use real images."
+            )
+        if self.given:
+            if self.self_agreement >= MIN_SELF_AGREEMENT:
+                return None
+            return (
+                "The given images are too few, or too unlike the teacher's data, for statistics: with those of the "
+                f"images the teacher agrees with itself on {self.self_agreement:.0f} % of held-out ones."
             )
         after = f"after {self.steps:,} steps (distance {self.distance:.2g})"
         if math.isnan(self.self_agreement):
@@ -135,6 +144,23 @@ def calibration_images(
     frozen = copy.deepcopy(teacher).float().eval().requires_grad_(False)
     frozen.to(memory_format=training_memory_format(frozen, device_of(frozen)))
     return _matched(frozen, start, num_images, seed, _rounds(steps, max_steps), show_progress)
+
+
+def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:
+    """Return unlabelled images `[N, C, H, W]` of a teacher's task as calibration images; `name` is the data set's.
+
+    Every fourth is held out. Whether the teacher agrees with itself under statistics of the others tells if these are
+    enough to re-estimate statistics on; see [`CalibrationImages.problem`].
+    """
+    images = pixel_values.to(device_of(teacher))
+    held_out = torch.arange(len(images), device=images.device) % HELD_OUT == HELD_OUT - 1
+    given = CalibrationImages(
+        images[~held_out], images[held_out], batch_size=BATCH_SIZE, given=ImagesFacts(images=len(images), dataset=name)
+    )
+    if not stored_statistics(teacher):
+        return given
+    with evaluation_mode(teacher):
+        return replace(given, self_agreement=_self_agreement(teacher, given))
 
 
 def _matched(

@@ -1,6 +1,6 @@
 """Mean and variance of the inputs of BatchNorm layers."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -17,16 +17,21 @@ MAX_CHANGE = 1e-4  # mean KL divergence of a layer's old statistics from its new
 
 
 @torch.no_grad()
-def store_statistics(model: nn.Module, batches: Batches) -> int:
+def store_statistics(model: nn.Module, batches: Batches, names: Collection[str] | None = None) -> int:
     """Store the statistics of images in the BatchNorm layers of `model`; return the number of images.
 
-    See [`recalibrate_batch_norm`], which also updates the provenance. After an error the statistics are unchanged.
+    See [`recalibrate_batch_norm`], which also updates the provenance. After an error the statistics are unchanged. With
+    `names` only these layers get other statistics.
     """
     layers: dict[str, Any] = dict(stored_statistics(model))
+    if names is not None:
+        layers = {name: layer for name, layer in layers.items() if name in names}
     before = {name: (layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()}
     try:
         with evaluation_mode(model):
-            num_images, exact, change = _store_moments(model, layers, batches, batch_statistics(model))
+            statistics = batch_statistics(model) if names is None else nullcontext()
+            num_images, exact, change = _store_moments(model, layers, batches, statistics)
+            exact = exact and (names is None or len(layers) == 1)
             # Each pass makes at least one more layer exact, except for layers that are called several times.
             for _ in range(len(layers) + 10):
                 if exact or change < MAX_CHANGE:

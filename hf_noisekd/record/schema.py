@@ -88,6 +88,8 @@ class StartFacts:
     from_teacher: int
     cut: int
     macs: float  # its multiply-adds as a share of the teacher's
+    recalibrated: bool = False  # whether its statistics were re-estimated before the training
+    repaired_blocks: int = 0  # solved for the teacher's features before the training
     training_helped: bool = True  # False if it has its initial weights again
 
     def __str__(self) -> str:
@@ -97,6 +99,8 @@ class StartFacts:
             parts[0] += f", {self.cut} of them with fewer channels"
         if blocks := len(self.removed_blocks):
             parts.insert(1, f"{blocks} of its blocks {'is' if blocks == 1 else 'are'} left out")
+        if self.repaired_blocks:
+            parts.append(f"{self.repaired_blocks} blocks repaired")
         return "; ".join(parts)
 
 
@@ -119,6 +123,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     noise: NoiseFacts | None = None
     real_images: ImagesFacts | None = None  # used in every second step instead of noise
+    given_images: ImagesFacts | None = None  # unlabelled, to cut the teacher, repair the student and measure it on
     recalibration: ImagesFacts | None = None  # for running statistics
     calibration: CalibrationFacts | None = None  # for running statistics, made without data
     start: StartFacts | None = None  # None if initialised at random
@@ -147,8 +152,8 @@ class Provenance:
 
     @property
     def is_data_free(self) -> bool:
-        """Whether the student was trained on noise alone."""
-        return self.noise is not None and self.real_images is None
+        """Whether the student was made with noise alone, without any image."""
+        return self.noise is not None and self.real_images is None and self.given_images is None
 
 
 @dataclass(kw_only=True)

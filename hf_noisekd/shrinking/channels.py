@@ -6,7 +6,7 @@ Any Structural Pruning", CVPR 2023). Those channels are kept whose loss would ch
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,9 @@ from torch import nn
 from torch_pruning import DependencyGraph
 from torch_pruning.pruner.function import BasePruningFunc
 
+from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, logits_of_blanks, to_device_of
+from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit
 
 LAYERS = (nn.Conv2d, nn.Linear)
 MULTIPLE = 8  # of the channels of a layer
@@ -33,15 +35,15 @@ class ChannelGroup:
     """Channels that layers share: the outputs of its root, counted from 0.
 
     They are removed in runs of `unit` channels, for grouped convolutions, and each of `parts` equal parts must lose
-    the same number, for GroupNorm. `writers` are the layers that output them. `readers` are the layers that have them
-    as input: name, indices of the inputs, and the channel of each.
+    the same number, for GroupNorm. `writers` are the layers that output them, and `readers` those that have them as
+    input: name, indices of the outputs or inputs, and the channel of each.
     """
 
     root: str
     channels: int
     unit: int = 1
     parts: int = 1
-    writers: list[str] = field(default_factory=list)
+    writers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
     readers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
 
     def width(self, share: float) -> int:
@@ -65,6 +67,7 @@ class ChannelCutter:
         self._names = {module: name for name, module in self._modules.items()}
         model.requires_grad_(True)
         self.groups: dict[str, ChannelGroup] = {}
+        self.kept: dict[str, list[int]] = {}  # outputs that a narrowed layer has kept, by its name
         with warnings.catch_warnings(), torch.enable_grad(), evaluation_mode(model), suppress(*FAULTS):
             warnings.simplefilter("ignore")
             self._graph = _BoundedGraph().build_dependency(
@@ -87,7 +90,7 @@ class ChannelCutter:
             if _is_grouped(layer):
                 group.unit = math.lcm(group.unit, layer.out_channels // layer.groups)
             if isinstance(layer, LAYERS) and (not is_input or _is_grouped(layer) or _is_depthwise(layer)):
-                group.writers.append(self._names[layer])
+                group.writers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
             elif isinstance(layer, LAYERS):
                 group.readers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
         return group
@@ -104,6 +107,9 @@ class ChannelCutter:
         try:
             for root, channels in removed.items():
                 if channels:
+                    for name, outputs, of in self.groups[root].writers if root in self.groups else ():
+                        lost = _lost(outputs, of, channels)
+                        self.kept[name] = sorted(set(range(num_outputs(self._modules[name]))) - lost)
                     module = self._modules[root]
                     handler = self._graph.get_pruner_of_module(module).prune_out_channels
                     self._graph.get_pruning_group(module, handler, list(channels)).prune()
@@ -165,6 +171,87 @@ def least_important(group: ChannelGroup, importance: torch.Tensor, kept: int) ->
     runs = by_part.argsort(dim=1)[:, : num_units - kept // (group.parts * group.unit)]
     runs = runs + torch.arange(group.parts)[:, None] * num_units
     return sorted((runs.flatten()[:, None] * group.unit + torch.arange(group.unit)).flatten().tolist())
+
+
+@torch.no_grad()
+def compensate(
+    model: nn.Module,
+    groups: Mapping[str, ChannelGroup],
+    removed: Mapping[str, Sequence[int]],
+    images: Sequence[torch.Tensor],
+    statistics: AbstractContextManager,
+) -> None:
+    """Let the channels that stay stand for those to be removed, by root of their group, in the layers that read them.
+
+    What a reader loses is predicted linearly from the inputs that it keeps, and its weights take that in:
+    `W[kept] += W[removed] C`, with the coefficients `C` of ridge regression on batches `[B, C, H, W]` of images. A
+    constant goes into its bias, or into the stored mean of a BatchNorm layer behind it. In place, and to be called
+    before the cut; `statistics` is as for [`channel_importance`].
+    """
+    gone: dict[str, set[int]] = {}
+    for root, channels in removed.items():
+        for name, inputs, of in groups[root].readers:
+            gone.setdefault(name, set()).update(_lost(inputs, of, channels))
+    readers = {name: _Reader(model.get_submodule(name), lost) for name, lost in gone.items() if lost}
+    with ExitStack() as stack:
+        stack.enter_context(evaluation_mode(model))
+        stack.enter_context(statistics)
+        fits = {name: RidgeFit(sum(map(len, images))) for name in readers}
+        for name, reader in readers.items():
+            stack.enter_context(reader.layer.register_forward_hook(partial(reader.take_in, fits[name])))
+        for layer in find_batch_norm(model).values():
+            for reader in readers.values():
+                stack.enter_context(layer.register_forward_pre_hook(reader.note_norm))
+        for batch in images:
+            for chunk in batch.split(CHUNK_SIZE):
+                compute_logits(model, to_device_of(model, chunk))
+    for name, reader in readers.items():
+        reader.change(fits[name])
+
+
+def _lost(indices: Sequence[int], channels: Sequence[int], removed: Collection[int]) -> set[int]:
+    """Return the indices whose channels are removed."""
+    removed = set(removed)
+    return {index for index, channel in zip(indices, channels, strict=True) if channel in removed}
+
+
+class _Reader:
+    """A layer that loses inputs, and the BatchNorm layer behind it, if there is one."""
+
+    def __init__(self, layer: Any, lost: Collection[int]):
+        self.layer = layer
+        self.lost = sorted(lost)
+        self.kept = sorted(set(range(num_inputs(layer))) - set(lost))
+        self.norm: Any = None
+        self._output: torch.Tensor | None = None
+
+    def take_in(self, fit: RidgeFit, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """Take in what the layer got; a hook."""
+        x = args[0] if isinstance(layer, nn.Linear) else args[0].movedim(1, -1)
+        rows = x.reshape(len(x), -1, 1, x.shape[-1])
+        fit.add(rows[..., self.kept], rows[..., self.lost])
+        self._output = output
+
+    def note_norm(self, norm: Any, args: tuple) -> None:
+        """Note that a BatchNorm layer got the layer's output; a hook."""
+        if args[0] is self._output:
+            self.norm = norm
+
+    def change(self, fit: RidgeFit) -> None:
+        """Change the weights for the lost inputs to be zero."""
+        takes_offset = self.layer.bias is not None or getattr(self.norm, "running_mean", None) is not None
+        solution = fit.solve(has_offset=takes_offset)
+        if solution is None:
+            return
+        weight = self.layer.weight
+        lost = weight[:, self.lost].double().cpu()
+        # The rest of the weight's dimensions are positions of a kernel.
+        weight[:, self.kept] += torch.einsum("or...,kr->ok...", lost, solution.weights[0]).to(weight)
+        offset = torch.einsum("or...,r->o", lost, solution.offsets[0]).to(weight)
+        if self.layer.bias is not None:
+            self.layer.bias += offset
+        elif takes_offset:
+            self.norm.running_mean -= offset
 
 
 class _BoundedGraph(DependencyGraph):

@@ -2,13 +2,13 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import statistics_of_batch
+from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
 from hf_noisekd.models.classifier import count_parameters, device_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.cpu_faults import training_memory_format
@@ -16,9 +16,17 @@ from hf_noisekd.models.loading import differing
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
-from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks
-from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_importance, least_important, num_inputs
-from hf_noisekd.shrinking.ranking import divergence_from, log_probs, order_of_removal
+from hf_noisekd.shrinking.blocks import removable_blocks, remove_blocks
+from hf_noisekd.shrinking.channels import (
+    ChannelCutter,
+    ChannelGroup,
+    channel_importance,
+    compensate,
+    least_important,
+    num_inputs,
+)
+from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
+from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
 from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 
 MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
@@ -33,6 +41,25 @@ class Budget:
 
     macs: float = math.inf
     params: float = math.inf
+
+    @classmethod
+    def of(
+        cls,
+        teacher: nn.Module,
+        input_size: tuple[int, int, int],
+        keep: float | None = None,
+        max_macs: float | None = None,
+        max_params: float | None = None,
+    ) -> "Budget":
+        """Return the budget of the arguments of [`shrink`], or raise its `ValueError`."""
+        macs, params = count_macs(teacher, input_size)[""], count_parameters(teacher)
+        limits = {"keep": (keep, 1), "max_macs": (max_macs, macs), "max_params": (max_params, params)}
+        if all(limit is None for limit, _ in limits.values()):
+            raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
+        for name, (limit, whole) in limits.items():
+            if limit is not None and not 0 < limit < whole:
+                raise ValueError(f"{name} is {limit:,}: use a number above 0 and below {whole:,}, the whole teacher.")
+        return cls(min(macs * (keep or 1), max_macs or math.inf), max_params or math.inf)
 
     def holds(self, model: nn.Module, input_size: tuple[int, int, int]) -> bool:
         """Return whether `model` is within the budget."""
@@ -50,16 +77,19 @@ def shrink(
     max_macs: float | None = None,
     max_params: float | None = None,
     input_size: tuple[int, int, int] | None = None,
-    images: Sequence[torch.Tensor] | None = None,
+    images: CalibrationImages | Iterable[torch.Tensor] | None = None,
 ) -> tuple[nn.Module, StartFacts]:
     """Cut a smaller network out of a timm model, without training: whole blocks first, then channels.
 
     Those blocks are removed first that change the predictions the least for the multiply-adds they save. For several
     numbers of removed blocks, all layers are narrowed by the same share until the budget is met, each to its most
-    important channels; see [`channel_importance`]. The network with the smallest KL divergence from the teacher, both
-    with batch statistics, is returned; one that lost only blocks may have 25 % more. The BatchNorm layers keep what is
-    left of the teacher's stored statistics, which are wrong once channels were cut: correct them with
-    [`recalibrate_batch_norm`].
+    important channels; see [`channel_importance`]. The network with the smallest KL divergence from the teacher is
+    taken; one that lost only blocks may have 25 % more. What reads narrowed layers is changed, so that the channels
+    that stay stand for those removed; see [`compensate`].
+
+    With `images` the network is also repaired: the last layers of each block are solved for the teacher's features by
+    least squares. Without, the BatchNorm layers keep what is left of the teacher's statistics,
+    which are wrong once channels were cut: correct them with [`recalibrate_batch_norm`].
 
     Args:
         teacher: A timm model. It does not change.
@@ -67,7 +97,8 @@ def shrink(
         max_macs: Most multiply-adds for an image.
         max_params: Most parameters.
         input_size: `(channels, height, width)` of the images. Default: what the teacher declares.
-        images: Batches `[B, C, H, W]` to compare predictions on. Default: noise of dead leaves.
+        images: [`calibration_images`] of the teacher, or batches `[B, C, H, W]` of unlabelled images of its task,
+            preprocessed, to compare predictions and to repair on. Default: noise to compare on, and no repair.
 
     Returns:
         The network, in evaluation mode, which can be saved like any other, and what was cut.
@@ -75,52 +106,62 @@ def shrink(
     Raises:
         ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
     """
+    limits = {"keep": keep, "max_macs": max_macs, "max_params": max_params}
+    return cut_to_budget(teacher, input_size=input_size, images=images, **limits)[:2]
+
+
+def cut_to_budget(
+    teacher: nn.Module,
+    *,
+    input_size: tuple[int, int, int] | None,
+    images: CalibrationImages | Iterable[torch.Tensor] | None,
+    **limits: float | None,
+) -> tuple[nn.Module, StartFacts, Cut]:
+    """Return what [`shrink`] does, and what was cut."""
     teacher = timm_model_of(teacher)
     size = input_size_of(teacher, input_size)
-    costs = count_macs(teacher, size)
-    params = count_parameters(teacher)
-    limits = {"keep": (keep, 1), "max_macs": (max_macs, costs[""]), "max_params": (max_params, params)}
-    if all(limit is None for limit, _ in limits.values()):
-        raise ValueError("There is no budget to cut the teacher to: give keep, max_macs or max_params.")
-    for name, (limit, whole) in limits.items():
-        if limit is not None and not 0 < limit < whole:
-            raise ValueError(f"{name} is {limit:,}: use a number above 0 and below {whole:,}, the whole teacher.")
-    budget = Budget(min(costs[""] * (keep or 1), max_macs or math.inf), max_params or math.inf)
-    images = ranking_noise(teacher, size) if images is None else images
-    best = min(_cuts(teacher, budget, size, images), key=lambda found: found[0], default=None)
+    budget = Budget.of(teacher, size, **limits)
+    if images is not None and not isinstance(images, CalibrationImages):
+        images = given_images(teacher, torch.cat(list(images)))
+    cuts = _cuts(teacher, budget, size, Comparison.on(images or ranking_noise(teacher, size)))
+    best = min(cuts, key=lambda found: found[0], default=None)
     if best is None:
         raise ValueError(
             f"{type(teacher).__name__} cannot be cut to {budget}: too few of its layers can be narrowed or "
             "left out. Raise the limit, or give a smaller student."
         )
-    _, cut, removed = best
-    student = build_cut(cut, teacher, removed)
+    _, narrow, cut = best
+    student, removed = build_cut(narrow, teacher, cut.removed), cut.removed
+    recalibrated, repaired = fit_to_teacher(student, teacher, cut, images)
     remove_blocks(rest := copy.deepcopy(teacher), removed)
-    return student, StartFacts(
+    facts = StartFacts(
         removed_blocks=[place.name for place in removed],
         tensors=len(student.state_dict()),
         from_teacher=len(student.state_dict()),
         cut=len(differing(shapes_of(rest), shapes_of(student))),
-        macs=count_macs(student, size)[""] / costs[""],
+        macs=count_macs(student, size)[""] / count_macs(teacher, size)[""],
+        recalibrated=recalibrated,
+        repaired_blocks=repaired,
     )
+    return student, facts, cut
 
 
 def _cuts(
-    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], images: Sequence[torch.Tensor]
-) -> Iterator[tuple[float, nn.Module, list[Place]]]:
-    """Yield networks within a budget: the change of the predictions, the network, and its removed blocks."""
+    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison
+) -> Iterator[tuple[float, nn.Module, Cut]]:
+    """Yield networks within a budget: the change of the predictions, the network, and how it was cut."""
     costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
     enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
-    blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, images, enough=enough)
-    expected = log_probs(teacher, images)
+    blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, compared, enough=enough)
+    expected = compared.log_probs(teacher)
     fixed: set[str] = set()
     for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
         cut, removed = copy.deepcopy(teacher), blocks[:number]
         name_before = remove_blocks(cut, removed)
         fits = budget.holds(cut, size)
-        narrow = cut if fits else _narrowed(cut, budget, size, images, fixed, name_before)
+        narrow, kept = (cut, {}) if fits else _narrowed(cut, budget, size, compared, fixed, name_before)
         if narrow is not None and budget.holds(narrow, size):  # `_widths` ignores products without weights
-            yield divergence_from(expected, narrow, images) / (PREFERENCE if fits else 1), narrow, removed
+            yield compared.divergence(expected, narrow) / (PREFERENCE if fits else 1), narrow, Cut(removed, kept)
         if fits:
             return  # removing even more would only be worse
 
@@ -138,13 +179,14 @@ def _narrowed(
     whole: nn.Module,
     budget: Budget,
     input_size: tuple[int, int, int],
-    images: Sequence[torch.Tensor],
+    compared: Comparison,
     fixed: set[str],
     name_before: Mapping[str, str],
-) -> nn.Module | None:
+) -> tuple[nn.Module | None, dict[str, list[int]]]:
     """Return `whole` with all its layers narrowed by the same share to a budget, or None if that is impossible.
 
-    Layers that cannot be narrowed stay, and their names in the teacher, from `name_before`, are added to `fixed`.
+    Beside it are the outputs that narrowed layers keep. Layers that cannot be narrowed stay, and their names in the
+    teacher, from `name_before`, are added to `fixed`.
     """
     while True:
         cut = copy.deepcopy(whole)
@@ -152,18 +194,19 @@ def _narrowed(
         groups = {root: group for root, group in cutter.groups.items() if name_before[root] not in fixed}
         widths = _widths(whole, groups, budget, input_size)
         if widths is None:
-            return None
-        importance = channel_importance(cut, groups, images, statistics_of_batch(cut))
+            return None, {}
+        importance = channel_importance(cut, groups, compared.batches, compared.statistics(cut))
         removed = {root: least_important(groups[root], importance[root], width) for root, width in widths.items()}
+        compensate(cut, groups, removed, compared.batches, compared.statistics(cut))
         if cutter.cut(removed):
-            return cut
+            return cut, cutter.kept
         failing = {
             name_before[root]
             for root, channels in removed.items()
             if not ChannelCutter(copy.deepcopy(whole), input_size).cut({root: channels})
         }
         if not failing:
-            return None
+            return None, {}
         fixed |= failing
 
 
@@ -178,7 +221,7 @@ def _widths(
         share = dict.fromkeys(costs, 1.0)
         for root, group in groups.items():
             rest = widths[root] / group.channels
-            for name in group.writers:
+            for name, *_ in group.writers:
                 share[name] *= rest
             for name, inputs, _ in group.readers:
                 share[name] -= share[name] * (1 - rest) * len(inputs) / num_inputs(model.get_submodule(name))

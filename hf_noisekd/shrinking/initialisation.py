@@ -6,31 +6,43 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from hf_noisekd.models.batch_norm import statistics_of_batch
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
-from hf_noisekd.shrinking.channels import LAYERS, ChannelCutter, channel_importance, least_important, num_outputs
-from hf_noisekd.shrinking.ranking import order_of_removal
+from hf_noisekd.shrinking.channels import (
+    LAYERS,
+    ChannelCutter,
+    channel_importance,
+    compensate,
+    least_important,
+    num_outputs,
+)
+from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
+from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
 
 # Share of all tensors that must correspond; with fewer the student keeps its random weights.
 MIN_SHARE = 0.8
 
 
 def initialise_from_teacher(
-    student: nn.Module, teacher: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
-) -> StartFacts | None:
+    student: nn.Module,
+    teacher: nn.Module,
+    input_size: tuple[int, int, int],
+    images: CalibrationImages | Sequence[torch.Tensor],
+) -> tuple[StartFacts, Cut] | None:
     """Initialise a student with random weights from its teacher, as far as their layers correspond.
 
     Where the teacher has more blocks in a stage, the student takes the first and those whose loss would change the
     teacher's predictions the most. Where it has more channels, the student takes the most important ones; see
     [`channel_importance`]. Predictions are compared on `images`, batches `[B, C, H, W]`, such as noise.
 
-    Returns what was taken from the teacher, or None, with an unchanged student, if fewer than 80 % of their tensors
-    correspond. Both are timm models.
+    Returns what was taken from the teacher, and how it was cut, or None, with an unchanged student, if fewer than 80 %
+    of their tensors correspond. Both are timm models.
     """
     if isinstance(teacher, torch.jit.ScriptModule):  # cannot be cut
         return None
+    compared = Comparison.on(images)
     surplus = _surplus(teacher, student)
     removable = [place for place in removable_blocks(teacher, input_size) if place.stage in surplus] if surplus else []
     # The first ones stand in for those chosen below: the names of what is left are the same.
@@ -41,23 +53,28 @@ def initialise_from_teacher(
     names = cut.state_dict().keys() | student.state_dict().keys()
     if len(cut.state_dict().keys() & student.state_dict().keys()) < MIN_SHARE * len(names):
         return None
-    removed = order_of_removal(teacher, removable, dict.fromkeys(removable, 1.0), images, at_most=surplus)
+    removed = order_of_removal(teacher, removable, dict.fromkeys(removable, 1.0), compared, at_most=surplus)
     remove_blocks(cut := copy.deepcopy(teacher), removed)
     whole = {name: tensor.shape for name, tensor in cut.state_dict().items()}
-    if not _narrow(cut, student, input_size, images):
+    if (kept := _narrow(cut, student, input_size, compared)) is None:
         return None
+    made = Cut(removed, kept)
     weights, own = cut.state_dict(), student.state_dict()
     taken = [name for name in own if name in weights and weights[name].shape == own[name].shape]
     if len(taken) < MIN_SHARE * len(names):
         return None
     student.load_state_dict({name: weights[name] for name in taken}, strict=False)
-    return StartFacts(
+    recalibrated, repaired = fit_to_teacher(student, teacher, made, compared.images)
+    facts = StartFacts(
         removed_blocks=[place.name for place in removed],
         tensors=len(own),
         from_teacher=len(taken),
         cut=sum(weights[name].shape != whole[name] for name in taken),
         macs=count_macs(student, input_size)[""] / count_macs(teacher, input_size)[""],
+        recalibrated=recalibrated,
+        repaired_blocks=repaired,
     )
+    return facts, made
 
 
 def _surplus(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
@@ -72,19 +89,18 @@ def _surplus(teacher: nn.Module, student: nn.Module) -> dict[str, int]:
     return {stage: number for stage, number in surplus.items() if number > 0}
 
 
-def _narrow(
-    cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], images: Sequence[torch.Tensor]
-) -> bool:
-    """Narrow the layers of `cut` to the widths of the student where possible; return whether it still works."""
+def _narrow(cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int], compared: Comparison) -> dict | None:
+    """Narrow the layers of `cut` to the student's widths where possible; return the outputs kept, None if it breaks."""
     widths = {name: num_outputs(module) for name, module in student.named_modules() if isinstance(module, LAYERS)}
     modules = dict(cut.named_modules())
     if all(num_outputs(modules[name]) == width for name, width in widths.items() if name in modules):
-        return True
+        return {}
     cutter = ChannelCutter(cut, input_size)
-    importance = channel_importance(cut, cutter.groups, images, statistics_of_batch(cut))
+    importance = channel_importance(cut, cutter.groups, compared.batches, compared.statistics(cut))
     removed = {}
     for root, group in cutter.groups.items():
         kept = widths.get(root, group.channels)
         if kept < group.channels and kept % (group.parts * group.unit) == 0:
             removed[root] = least_important(group, importance[root], kept)
-    return cutter.cut(removed)
+    compensate(cut, cutter.groups, removed, compared.batches, compared.statistics(cut))
+    return cutter.kept if cutter.cut(removed) else None

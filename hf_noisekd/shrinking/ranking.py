@@ -1,16 +1,20 @@
-"""Which blocks of a network change its predictions the least when they are left out, compared on noise, without data.
+"""Which blocks of a network change its predictions the least when they are left out, compared on noise or on images.
 
-Both networks, whole and cut, use BatchNorm statistics of the batch, so that later layers see inputs of the usual size.
+Both networks, whole and cut, use BatchNorm statistics of the batch, so that later layers see inputs of the usual size;
+or stored ones, where there are images on which those of the batch spoil the teacher itself.
 """
 
 import copy
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
@@ -18,27 +22,60 @@ from hf_noisekd.shrinking.blocks import Place, remove_blocks
 CANDIDATES = 4  # blocks that are evaluated again at each step
 
 
+@dataclass
+class Comparison:
+    """What networks are compared on: batches `[B, C, H, W]`, and the context of their BatchNorm statistics."""
+
+    batches: list[torch.Tensor]
+    statistics: Callable[[nn.Module], AbstractContextManager] = statistics_of_batch
+    images: CalibrationImages | None = None  # that the batches are of, to repair on; None for noise
+
+    @classmethod
+    def on(cls, images: CalibrationImages | Sequence[torch.Tensor]) -> "Comparison":
+        """Compare on calibration images, with stored statistics if these images are not enough for others, or noise."""
+        if not isinstance(images, CalibrationImages):
+            return cls(list(images))
+        return cls(list(images), running_statistics if images.problem else statistics_of_batch, images)
+
+    @torch.no_grad()
+    def log_probs(self, model: nn.Module) -> torch.Tensor:
+        """Return the log-probabilities `[N, num_classes]`, on the CPU."""
+        with evaluation_mode(model), self.statistics(model):
+            # Copies, because some models change their input in place.
+            logits = [compute_logits(model, to_device_of(model, batch.clone())).float().cpu() for batch in self.batches]
+        return torch.cat(logits).log_softmax(-1)
+
+    def divergence(self, expected: torch.Tensor, model: nn.Module) -> float:
+        """Return the mean KL divergence, in nats, of `model` from `expected`, the log-probabilities of another."""
+        return (expected.exp() * (expected - self.log_probs(model))).sum(-1).mean().item()
+
+
+def running_statistics(model: nn.Module) -> AbstractContextManager:
+    """Return a context that changes nothing: in evaluation mode a model uses its running statistics."""
+    return nullcontext()
+
+
 def order_of_removal(
     model: nn.Module,
     blocks: Sequence[Place],
     savings: Mapping[Place, float],
-    images: Sequence[torch.Tensor],
+    compared: Comparison,
     *,
     enough: float = math.inf,
     at_most: Mapping[str, int] | None = None,
 ) -> list[Place]:
     """Return blocks of `model` in the order in which to leave them out.
 
-    Next is the block without which, and without those before it, the predictions for `images`, batches `[B, C, H, W]`,
-    change the least for what it saves; see [`divergence_from`]. To save forward passes, only those that changed the
+    Next is the block without which, and without those before it, the predictions change the least for what it saves;
+    see [`Comparison`]. To save forward passes, only those that changed the
     least when last evaluated are tried. The order ends where the blocks save `enough` together; savings beyond that do
     not count. `at_most` limits the number of blocks of a stage, by its name.
     """
-    expected = log_probs(model, images)
+    expected = compared.log_probs(model)
 
     def change_without(removed: Sequence[Place]) -> float:
         remove_blocks(rest := copy.deepcopy(model), removed)
-        return divergence_from(expected, rest, images)
+        return compared.divergence(expected, rest)
 
     order: list[Place] = []
     changes = {block: change_without([block]) for block in blocks}
@@ -59,16 +96,3 @@ def order_of_removal(
         total += changes.pop(best)
         order.append(best)
     return order
-
-
-def divergence_from(expected: torch.Tensor, model: nn.Module, images: Sequence[torch.Tensor]) -> float:
-    """Return the mean KL divergence, in nats, of `model` from `expected`, [`log_probs`] of another for the images."""
-    return (expected.exp() * (expected - log_probs(model, images))).sum(-1).mean().item()
-
-
-@torch.no_grad()
-def log_probs(model: nn.Module, images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return the log-probabilities `[N, num_classes]` for batches `[B, C, H, W]`, on the CPU."""
-    with evaluation_mode(model), statistics_of_batch(model):
-        logits = [compute_logits(model, to_device_of(model, batch)).float().cpu() for batch in images]
-    return torch.cat(logits).log_softmax(-1)
