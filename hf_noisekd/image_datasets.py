@@ -46,7 +46,7 @@ class Images(Dataset):
 
 
 def load_images(
-    name: str,
+    name: str | Path,
     model: nn.Module,
     *,
     split: str = "test",
@@ -75,7 +75,7 @@ def load_images(
         ValueError: There is no such data set, split or column, or too few images; the classes do not match those of the
             model; an image has no label; or the preprocessing of the model is unknown.
     """
-    mode, transform = _preprocessing(model)
+    name, (mode, transform) = str(name), _preprocessing(model)
     dataset = load_splits(name, split)[split]
     images = dataset[find_column(dataset.features, datasets.Image, image_column, name)]
     classes = None

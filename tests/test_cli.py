@@ -289,7 +289,7 @@ def test_a_file_that_is_not_there_is_wrong_usage(capsys, tmp_path):
 @pytest.mark.parametrize("command", ["distill", "recalibrate"])
 def test_an_output_folder_in_use_is_left_alone(capsys, tmp_path, command):
     (tmp_path / "precious").write_text("")
-    required = ["--model", "m", "--dataset", "d"] if command == "recalibrate" else THREE[:4]
+    required = ["--model", "m", "--images", "d"] if command == "recalibrate" else THREE[:4]
     for folder, message in ((tmp_path, "is not empty"), (tmp_path / "precious", "is a file")):
         assert message in usage_error(capsys, command, *required, "--output-dir", folder)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
@@ -411,7 +411,7 @@ def test_teachers_of_transformers_without_batch_norm(model_class, config, tmp_pa
 def test_where_there_are_no_statistics_commands_that_need_them_say_so_first(teacher, tmp_path, capsys):
     save_model(timm.create_model("test_convnext", num_classes=10), model := tmp_path / "convnext")
     out = ["--output-dir", tmp_path / "out"]
-    for other in (["--dataset", "no/such"], ["--teacher", teacher]):
+    for other in (["--images", "no/such"], ["--teacher", teacher]):
         error = run_error(capsys, "recalibrate", "--model", model, *other, *out)
         assert "no BatchNorm" in error
     error = run_error(capsys, "export", "--model", model, "--int8", "--output", tmp_path / "int8.onnx")
@@ -546,7 +546,7 @@ def test_weights_that_are_not_finite_are_not_measured(student, teacher, images, 
     for command in (
         ["evaluate", "--model", damaged, *on, "--label-column", "label"],
         ["evaluate", "--model", student[0], "--teacher", damaged, *on, "--label-column", "label"],
-        ["recalibrate", "--model", damaged, *on, *to],
+        ["recalibrate", "--model", damaged, "--images", images, *to],
         ["recalibrate", "--model", damaged, "--teacher", teacher, *to],
         ["export", "--model", damaged, "--output", tmp_path / "new"],
         ["info", "--teacher", damaged],
@@ -573,7 +573,7 @@ def test_evaluate(teacher, student, images, tmp_path, capsys):
 
 
 def test_recalibrate(student, images, tmp_path, capsys):
-    command = ["recalibrate", "--model", student[0], "--dataset", images, "--output-dir", str(tmp_path / "new")]
+    command = ["recalibrate", "--model", student[0], "--images", images, "--output-dir", str(tmp_path / "new")]
     assert main([*command, "--num-images", "64"]) == 0
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (student[0], tmp_path / "new"))
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
@@ -618,17 +618,40 @@ def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
     other = ["recalibrate", "--model", student[0], "--teacher", tmp_path / "rgb", "--output-dir", tmp_path / "other"]
     assert re.search("1x32x32 .*3x32x32", run_error(capsys, *other))
     wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
-    for options in ([], ["--teacher", "t", "--dataset", "d"]):
-        assert re.search("either a teacher.* data set", usage_error(capsys, *wrong, *options))
+    for options in ([], ["--teacher", "t", "--images", "d"]):
+        assert re.search("either a teacher.* real images", usage_error(capsys, *wrong, *options))
 
 
 def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
     table = datasets.load_dataset(images, split="train").remove_columns("label")
     (tmp_path / "images").mkdir()
     table.to_parquet(tmp_path / "images" / "train.parquet")
-    command = ["recalibrate", "--model", teacher, "--dataset", str(tmp_path / "images")]
+    command = ["recalibrate", "--model", teacher, "--images", str(tmp_path / "images")]
     assert main([*command, "--output-dir", str(tmp_path / "new"), "--num-images", "8"]) == 0
     assert Provenance.of(load_teacher(tmp_path / "new")) is None
+
+
+def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for index in range(40):
+        Image.fromarray(digits[0].images[index, 0].numpy()).save(tmp_path / "photos" / f"{index}.png")
+    with_images = ["--images", tmp_path / "photos"]
+    command = ["distill", "--teacher", teacher, "--keep", "0.6", "--output-dir", tmp_path / "student", *with_images]
+    command += ["--max-steps", "1", "--per-device-train-batch-size", "8", "--disable-tqdm", "--eval-noise-batches", "1"]
+    assert main([*map(str, command)]) == 0
+    made = Provenance.of(load_teacher(tmp_path / "student"))
+    assert made.given_images == ImagesFacts(images=40, dataset="photos")
+    assert (made.is_data_free, made.calibration) == (False, None)
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "40 real images of photos" in card
+    assert "data-free\n" not in card
+    command = ["export", "--model", tmp_path / "student", "--int8", "--output", tmp_path / "int8.onnx", *with_images]
+    assert main([*map(str, command)]) == 0
+    assert "of 40 given images" in capsys.readouterr().out
+    for index in range(15, 40):
+        (tmp_path / "photos" / f"{index}.png").unlink()
+    command = ["distill", "--teacher", teacher, "--keep", "0.6", "--output-dir", tmp_path / "few", *with_images]
+    assert "at least 16" in usage_error(capsys, *command)
 
 
 def test_info_of_a_teacher(teacher, digits_teacher, capsys):
@@ -698,4 +721,4 @@ def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}
     command = ["export", "--model", "m", "--output", "o"]
     assert "--int8 or --fp16" in usage_error(capsys, *command, "--int8", "--fp16")
-    assert "needs images" in usage_error(capsys, *command, "--teacher", "t")
+    assert "for int8" in usage_error(capsys, *command, "--teacher", "t")

@@ -6,12 +6,14 @@ import timm
 import torch
 from conftest import snapshot
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, recalibrate_batch_norm
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.record.schema import Provenance
+from hf_noisekd.record.schema import Provenance, StartFacts
 from hf_noisekd.shrinking.cutting import shrink
+from hf_noisekd.shrinking.repair import Cut
 from hf_noisekd.training import ending as ending_module
 from hf_noisekd.training.ending import end_without_data
+from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
 
 
@@ -30,6 +32,11 @@ def cut(digits_teacher):
     return student, spoilt
 
 
+def begun(student):
+    facts = StartFacts(removed_blocks=[], tensors=1, from_teacher=1, cut=0, macs=0.7)
+    return InitialWeights(facts, Cut([], {}), snapshot(student))
+
+
 def end(student, teacher, initial):
     return end_without_data(student, teacher, 64, initial=initial, seed=0, step=1, show_progress=False)
 
@@ -37,19 +44,18 @@ def end(student, teacher, initial):
 def test_a_student_that_training_spoilt_becomes_the_cut_again(cut, teacher, caplog):
     student, spoilt = cut
     with caplog.at_level(logging.WARNING):
-        ending = end(spoilt, teacher, snapshot(student))
+        ending = end(spoilt, teacher, begun(student))
     assert not ending.is_trained
     assert "Training did not help" in caplog.text
     assert torch.equal(spoilt.fc.weight, student.fc.weight)
-    if ending.images:
-        recalibrate_batch_norm(student, ending.images)
+    assert ending.images is None
     assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in spoilt.state_dict().items())
 
 
 def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
     student, spoilt = cut
     weight = student.fc.weight.detach().clone()
-    ending = end(student, teacher, snapshot(spoilt))
+    ending = end(student, teacher, begun(spoilt))
     assert ending.is_trained
     assert torch.equal(student.fc.weight, weight)
     assert ending.agreement.running["agreement"] > 50
@@ -61,7 +67,7 @@ def test_images_that_are_no_good_for_statistics_still_tell_whether_training_help
     monkeypatch.setattr(ending_module, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
     trained, before = copy.deepcopy(trained), snapshot(trained)
-    ending = end(trained, teacher, snapshot(start))
+    ending = end(trained, teacher, begun(start))
     if helped:  # it is read by the statistics of the batch
         assert ending is None
         assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
@@ -139,7 +145,7 @@ def test_a_network_without_batch_norm_is_compared_too(digits_teacher):
         if isinstance(module, torch.nn.BatchNorm2d):
             parent = student.get_submodule(name.rpartition(".")[0]) if "." in name else student
             setattr(parent, name.rpartition(".")[2], torch.nn.GroupNorm(2, module.num_features))
-    ending = end(student, Teacher(digits_teacher), snapshot(student))
+    ending = end(student, Teacher(digits_teacher), begun(student))
     assert ending.is_trained  # the trained one, where both are the same
-    ending = end(student, Teacher(student), snapshot(student))
+    ending = end(student, Teacher(student), begun(student))
     assert (ending.is_trained, ending.agreement.dataset) == (True, "held-out noise images")

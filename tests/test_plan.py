@@ -6,7 +6,7 @@ import torch
 from conftest import snapshot
 from torch import nn
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
@@ -88,3 +88,24 @@ def test_arguments_of_the_student_are_saved_with_it(digits_teacher, tmp_path):
     save_model(load_teacher(tmp_path / "out"), tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())["model_args"]
     assert again == saved
+
+
+@pytest.fixture
+def given(digits):
+    return [{"pixel_values": digits[0][index]["pixel_values"]} for index in range(64)]
+
+
+def test_a_cut_is_repaired_on_images_before_the_training(digits_teacher, digits, given, tmp_path):
+    cut, _ = start(digits_teacher, tmp_path, student=None, keep=0.5)
+    trainer = NoiseKDTrainer(None, digits_teacher, config(tmp_path / "given", keep=0.5), images=given)
+    assert trainer.start.facts.recalibrated
+    assert not trainer.provenance().is_data_free
+    with_images, without = (evaluate(model, digits[1])["running"]["accuracy"] for model in (trainer.model, cut))
+    assert with_images > without
+
+
+def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
+    small = [{"pixel_values": one["pixel_values"][:, :16, :16]} for one in given]
+    for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):
+        with pytest.raises(ValueError, match=message):
+            NoiseKDTrainer(None, digits_teacher, config(tmp_path, keep=0.5), images=images)

@@ -10,8 +10,8 @@ def recalibrate_options(parser: CommandParser) -> None:
     options.add_model(parser, "the student:")
     help = "its teacher, from whose stored statistics images are made without data: a timm name,"
     options.add_model(parser, help, "--teacher", required=False)
-    options.add_dataset(parser, split="train", required=False)
-    help = "images to use, made or drawn at random, at least 2 (default: 256)"
+    options.add_images(parser, "to use in place of images made without data")
+    help = "images to make, or to draw at random, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
     options.add_batch_size(parser, "real images that are read at a time")
@@ -28,8 +28,8 @@ def recalibrate(args: argparse.Namespace) -> int:
         args.model,
         args.output_dir,
         teacher_model=args.teacher,
-        dataset=args.dataset,
-        split=args.split,
+        images=args.images,
+        images_split=args.images_split,
         image_column=args.image_column,
         num_images=args.num_images,
         batch_size=args.batch_size,
@@ -40,7 +40,7 @@ def recalibrate(args: argparse.Namespace) -> int:
     of = "images" if made is None else f"images made without data (self-agreement of the teacher: {made:.1f} %)"
     print(
         f"{args.output_dir}: running statistics of {used.images:,} {of}. It classifies single images as any network "
-        f"does:\n  noisekd evaluate --model {args.output_dir} --dataset {args.dataset or 'FOLDER_OR_HUB_ID'} "
+        f"does:\n  noisekd evaluate --model {args.output_dir} --dataset {args.images or 'FOLDER_OR_HUB_ID'} "
         "--split test"
     )
     return 0
@@ -57,7 +57,8 @@ def export_options(parser: CommandParser) -> None:
     options.add_input_size(parser)
     help = "for --int8: the model from whose stored statistics the images are made (default: --model): a timm name,"
     options.add_model(parser, help, "--teacher", required=False)
-    help = "for --int8: images to make, at least 2 (default: 256)"
+    options.add_images(parser, "for --int8, in place of images made without data", column=False)
+    help = "for --int8: images to make, or to draw at random, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
     options.add_trust_remote_code(parser, "model")
@@ -75,12 +76,15 @@ def export(args: argparse.Namespace) -> int:
         precision="int8" if args.int8 else "float16" if args.fp16 else "float32",
         input_size=args.input_size,
         teacher_model=args.teacher,
+        images=args.images,
+        images_split=args.images_split,
         num_images=args.num_images,
         calibration_steps=args.calibration_steps,
         trust_remote_code=args.trust_remote_code,
     )
     print(f"{file.path}: {file.precision}, {file.megabytes:.2f} MB")
     if file.agreement is not None:
-        print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} other made images.")
+        of = "given" if args.images else "other made"
+        print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} {of} images.")
     print(f"Next:\n  noisekd evaluate --model {file.path} --dataset FOLDER_OR_HUB_ID --split test")
     return 0

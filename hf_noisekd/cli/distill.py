@@ -29,6 +29,7 @@ def distill_options(parser: CommandParser) -> None:
     options.add_teacher(group, "trained model to learn from")
     help = "model to train: a timm name, for a new model that fits the teacher, or, to train one further,"
     options.add_model(group, help, "--student", required=False)
+    options.add_images(group, "at least 16, of which up to 512 help to cut, repair and train", column=False)
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
     help = f"{options.DATASET}, to evaluate on (default: held-out noise)"
@@ -108,6 +109,8 @@ def distill(args: argparse.Namespace) -> int:
             eval_dataset=args.eval_dataset,
             eval_split=args.eval_split,
             eval_label_column=args.eval_label_column,
+            images=args.images,
+            images_split=args.images_split,
             resume_from_checkpoint=resume,
             trust_remote_code=args.trust_remote_code,
             **config_options(args),

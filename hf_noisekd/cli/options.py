@@ -66,7 +66,15 @@ def add_teacher(parser, use: str) -> None:
     add_trust_remote_code(parser, "teacher")
 
 
-def add_dataset(parser, *, split: str, required: bool = True) -> None:
-    parser.add_argument("--dataset", required=required, metavar="DATASET", help=DATASET)
+def add_images(parser, use: str, *, column: bool = True) -> None:
+    help = f"unlabelled images of the teacher's task, {use}: a Hub id, or a folder of image files"
+    parser.add_argument("--images", metavar="DATASET", help=help)
+    parser.add_argument("--images-split", default="train", metavar="SPLIT", help="their split (default: train)")
+    if column:
+        parser.add_argument("--image-column", metavar="NAME", help="their column, where there are several")
+
+
+def add_dataset(parser, *, split: str) -> None:
+    parser.add_argument("--dataset", required=True, metavar="DATASET", help=DATASET)
     parser.add_argument("--split", default=split, help=f"its split (default: {split})")
     parser.add_argument("--image-column", metavar="NAME", help="its column of images, where it has several")

@@ -7,15 +7,17 @@ A student is compared with its teacher on images that were held out, and becomes
 | trained | of calibration images | running statistics | these images are good enough |
 | trained | of the training | running statistics | the teacher used stored statistics in training, at least in part |
 | trained | of the training | batch statistics | else, and there are no good images |
-| initial | of calibration images | running statistics | the student was initialised from its teacher; as above |
-| initial | of the teacher | running statistics | the student was initialised from its teacher |
+| initial | as they were | running statistics | the student was initialised from its teacher |
+| initial, repaired | of calibration images | running statistics | as above, and these images are good enough |
 
-So a student that was initialised from its teacher is never worse than that cut was before the training.
+So a student that was initialised from its teacher is never worse than it was before the training. Repair solves a cut
+for its teacher's features; a trained student has features of its own, which that would spoil.
 """
 
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,25 +30,31 @@ from hf_noisekd.calibration.calibration_images import (
 )
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.record.schema import Evaluation
+from hf_noisekd.models.classifier import bare_model
+from hf_noisekd.record.schema import Evaluation, StartFacts
+from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
+from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 HELD_OUT = "held-out calibration images"
+HELD_OUT_GIVEN = "held-out given images"
 HELD_OUT_NOISE = "held-out noise images"
 
 State = Mapping[str, torch.Tensor]
 
 
-class Candidate(NamedTuple):
+@dataclass
+class Candidate:
     """What a student may become; see the table of this module."""
 
     weights: State
     is_trained: bool  # whether the weights are those of the training, rather than those it was initialised with
-    images: CalibrationImages | None  # that its running statistics are re-estimated on; None leaves those of `weights`
-    statistics: str  # that it is evaluated with, "running" or "batch"
+    images: CalibrationImages | None = None  # that its statistics are re-estimated on; None leaves those of `weights`
+    statistics: str = "running"  # that it is evaluated with, or "batch"
+    start: StartFacts | None = None  # of initial weights, how they came to be
     agreement: Evaluation | None = None  # with its teacher on held-out images
 
     @property
@@ -61,7 +69,8 @@ def end_without_data(
     teacher: Teacher,
     num_images: int,
     *,
-    initial: State | None,
+    initial: InitialWeights | None,
+    images: CalibrationImages | None = None,
     seed: int,
     step: int,
     show_progress: bool,
@@ -69,8 +78,8 @@ def end_without_data(
     """Make of a trained student the best candidate of the table of this module, and return that.
 
     Images that are not good enough for statistics are good enough to compare on. A teacher that stores no statistics
-    is compared with on noise. `initial` are the weights from the teacher that the student was initialised with, if it
-    was, and `step` is the training step that it is of.
+    is compared with on noise. `initial` is what the student was initialised with, if from its teacher, `step` the
+    training step that it is of, and `images` those of the teacher, if there are any already; else so many are made.
 
     None if the student keeps the statistics of its training noise. A warning names the reason: the images are not good
     enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
@@ -78,15 +87,19 @@ def end_without_data(
     trained = copied_state(student)
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
-        if stored_statistics(teacher.model):
+        if images is None and stored_statistics(teacher.model):
             images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
-            held_out, name, why = images.held_out, HELD_OUT, images.problem
+        if images is not None:
+            held_out, name, why = images.held_out, HELD_OUT_GIVEN if images.given else HELD_OUT, images.problem
         else:
             held_out = noise_images(teacher.model, default_held_out(num_images), **common)
-            images, name = None, HELD_OUT_NOISE
-            why = "Its teacher stores no statistics that images could be matched to."
-        table = _candidates(student, trained, initial, images, teacher.weight_of_batch)
-        tried = [one._replace(agreement=_agreement(student, one, teacher, held_out, name, step)) for one in table]
+            name, why = HELD_OUT_NOISE, "Its teacher stores no statistics that images could be matched to."
+        tried = _candidates(student, trained, initial, images, teacher.weight_of_batch)
+        samples: Any = [{"pixel_values": image} for image in held_out]
+        for one in tried:
+            _become(student, one, teacher, initial)
+            one.agreement = measured(student, samples, name=name, step=step, teacher_model=teacher.model)
+            one.weights = copied_state(student)
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tried = []
@@ -95,49 +108,52 @@ def end_without_data(
         student.load_state_dict(trained)
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
         return None
-    _become(student, best)
-    best = best._replace(weights={})  # which it has now
+    student.load_state_dict(best.weights)
+    best.weights = {}  # which it has now
     if not best.is_trained:
         logger.warning(
             "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "
-            "as it was initialised on %.1f %%. It has the weights that it was initialised with.",
+            "before the training on %.1f %%. It has the weights of then%s.",
             max(candidate.score for candidate in tried if candidate.is_trained),
             len(held_out),
             best.score,
+            ", repaired" if best.start and best.start.repaired_blocks else "",
         )
     return best
 
 
 def _candidates(
-    student: nn.Module, trained: State, initial: State | None, images: CalibrationImages | None, weight_of_batch: float
+    student: nn.Module,
+    trained: State,
+    initial: InitialWeights | None,
+    images: CalibrationImages | None,
+    weight_of_batch: float,
 ) -> list[Candidate]:
     """Return what a student may become; of equals the first is taken."""
     stores = bool(stored_statistics(student))
     good = images if stores and images and not images.problem else None
-    table = [(Candidate(trained, True, good, "running"), good is not None)]
+    table = [(Candidate(trained, True, good), good is not None)]
     # Statistics of the training hold for images as far as the teacher used its own stored statistics for the noise.
-    table += [(Candidate(trained, True, None, "running"), not stores or weight_of_batch < 1)]
-    table += [(Candidate(trained, True, None, "batch"), stores and good is None and weight_of_batch > 0)]
+    table += [(Candidate(trained, True), not stores or weight_of_batch < 1)]
+    table += [(Candidate(trained, True, statistics="batch"), stores and good is None and weight_of_batch > 0)]
     if initial is not None:
-        table += [(Candidate(initial, False, good, "running"), good is not None)]
-        table += [(Candidate(initial, False, None, "running"), True)]
+        used = good if initial.facts.recalibrated else None
+        table += [(Candidate(initial.state, False, used, start=initial.facts), True)]
+        repairs = good is not None and not good.given  # those that are given have repaired it before the training
+        table += [(Candidate(initial.state, False, good), repairs)]
     return [candidate for candidate, is_considered in table if is_considered]
 
 
-def _become(student: nn.Module, candidate: Candidate) -> None:
+def _become(student: nn.Module, candidate: Candidate, teacher: Teacher, initial: InitialWeights | None) -> None:
     student.load_state_dict(candidate.weights)
-    if candidate.images:
+    if candidate.is_trained and candidate.images:
         store_statistics(student, candidate.images)
+    elif not candidate.is_trained and initial and candidate.start is None:
+        recalibrated, repaired = fit_to_teacher(student, bare_model(teacher.model), initial.cut, candidate.images)
+        candidate.images = candidate.images if recalibrated else None
+        candidate.start = replace(initial.facts, recalibrated=recalibrated, repaired_blocks=repaired)
 
 
 def copied_state(student: nn.Module) -> State:
     """Return a copy of all parameters and buffers."""
     return {name: tensor.clone() for name, tensor in student.state_dict().items()}
-
-
-def _agreement(
-    student: nn.Module, candidate: Candidate, teacher: Teacher, held_out: torch.Tensor, name: str, step: int
-) -> Evaluation:
-    _become(student, candidate)
-    samples: Any = [{"pixel_values": image} for image in held_out]
-    return measured(student, samples, name=name, step=step, teacher_model=teacher.model)

@@ -13,6 +13,8 @@ from hf_noisekd.training.base import BaseTrainer
 class NoiseStepsTrainer(BaseTrainer):
     """A trainer whose training data may be a [`NoiseDataset`]."""
 
+    _needs_number = False  # of all steps, which sizes of the noise are shares of
+
     def get_train_dataloader(self) -> DataLoader:
         """Return the loader of the training batches: for noise of step numbers, which is drawn where the step runs.
 
@@ -33,6 +35,15 @@ class NoiseStepsTrainer(BaseTrainer):
         if "noise_step" in inputs:
             inputs = {"pixel_values": self.train_dataset.draw(inputs["noise_step"])}
         return super()._prepare_inputs(inputs)
+
+    def count_steps(self, needs_number: bool | None = None) -> int | None:
+        """Give the noise the number of all steps, if it needs that; return the number of updates then."""
+        if needs_number is not None:
+            self._needs_number = needs_number
+        if not self._needs_number:
+            return None
+        updates, self.train_dataset.total_steps = self._training_length()
+        return updates
 
     def _training_length(self) -> tuple[int, int]:
         """Return the numbers of updates and of batches of the whole training."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import TrainerCallback
 
-from hf_noisekd.batches import DrawnDataset, collate_images
+from hf_noisekd.batches import DrawnDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
@@ -67,6 +67,9 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         processing_class: Image processor to save with the student.
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
+        images: Unlabelled images of the teacher's task, at least 16, in the forms of [`collate_images`], preprocessed
+            as for the student. What is cut is chosen, repaired and compared on them, and takes statistics of them where
+            they are enough for that. Labels are never used. Default: images made without data.
 
     Raises:
         ValueError: The models or a data set do not fit each other or the method. Nothing is written then.
@@ -85,9 +88,10 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         processing_class=None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        images: SizedDataset | None = None,
     ):
         args = NoiseKDConfig() if args is None else args
-        plan = plan_training(model, teacher_model, args, train_dataset, eval_dataset, data_collator)
+        plan = plan_training(model, teacher_model, args, train_dataset, eval_dataset, data_collator, images)
         super().__init__(
             model=plan.model,
             args=plan.args,
@@ -98,20 +102,12 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.start = plan.initial
+        self.start, self._images = plan.initial, plan.images
         self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
-        self._counts_steps = plan.counts_steps
         self._agreement_log = AgreementLog(plan.teacher.num_classes, plan.args.device)
         self._ending: Candidate | None = None
         self.is_saved = False  # whether the output directory has the student after its last step
-        self._count_steps()
-
-    def _count_steps(self) -> int | None:
-        """Give the noise the number of all steps, if it needs it; return the number of updates then."""
-        if not self._counts_steps:
-            return None
-        updates, self.train_dataset.total_steps = self._training_length()
-        return updates
+        self.count_steps(plan.counts_steps)
 
     @property
     def teacher_model(self) -> nn.Module:
@@ -136,7 +132,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
                 logger.warning("The training starts anew: it was cut off in its first checkpoint.")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
-        updates = self._count_steps()  # once more: the arguments may have been changed
+        updates = self.count_steps()  # once more: the arguments may have been changed
         if updates and resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
             check_length(resume_from_checkpoint, updates)
         self._agreement_log.forget()
@@ -169,15 +165,17 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         There is nothing to do for a student with random initial weights and a teacher that stores no statistics: that
         is one function for noise and for images, so the statistics of the noise hold.
         """
+        made, wanted = self.provenance(), self._images or self.args.num_calibration_images
         could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
-        if not (could and self.args.num_calibration_images and self.provenance().is_data_free):
+        if not (could and wanted and made.noise and not made.real_images):
             return
         before = copied_state(self.model)
         ending = end_without_data(
             self.model,
             self.teacher,
             self.args.num_calibration_images,
-            initial=self.start and self.start.state,
+            initial=self.start,
+            images=self._images,
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
@@ -194,8 +192,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
 
     @property
     def calibration_images(self) -> CalibrationImages | None:
-        """The images that the student's running statistics are of, if they were made without data."""
-        return self._ending and self._ending.images
+        """The images that the student's running statistics are of."""
+        return self._ending.images if self._ending else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
@@ -248,14 +246,16 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
         made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
+        if self._images:
+            made = replace(made, given_images=self._images.given)
         if self.start:
             made = replace(made, start=self.start.facts)
         if self._ending:
             made = replace(made, batch_norm="running")
-            if self._ending.images:
-                made = replace(made, calibration=self._ending.images.facts)
-            if made.start:
-                made = replace(made, start=replace(made.start, training_helped=self._ending.is_trained))
+            if (images := self._ending.images) is not None:
+                made = replace(made, recalibration=images.given, calibration=None if images.given else images.facts)
+            if start := self._ending.start or made.start:
+                made = replace(made, start=replace(start, training_helped=self._ending.is_trained))
         return made
 
     def create_model_card(

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.trainer_utils import has_length
 
+from hf_noisekd.batches import SizedDataset, dataset_name
+from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
 from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
 from hf_noisekd.models.classifier import bare_model, format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
@@ -20,8 +22,9 @@ from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
-from hf_noisekd.shrinking.cutting import ranking_noise, shrink
+from hf_noisekd.shrinking.cutting import cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import initialise_from_teacher
+from hf_noisekd.shrinking.repair import Cut
 from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
@@ -39,12 +42,14 @@ RANDOM_LEARNING_RATE = 1e-2
 # knows images of full size alone: small ones have other features.
 CUT_LEARNING_RATE = 3e-3
 FULL_SIZE = "1"
+MIN_IMAGES = 16  # that a user gives
 
 
 class InitialWeights(NamedTuple):
-    """What a student was initialised with from its teacher: what was cut, and its weights, on the CPU."""
+    """What a student was initialised with from its teacher: how that was cut, and its weights, on the CPU."""
 
     facts: StartFacts
+    cut: Cut
     state: dict[str, torch.Tensor]
 
 
@@ -54,6 +59,7 @@ class Plan:
 
     model: nn.Module  # the student
     initial: InitialWeights | None  # what it was initialised with, if from its teacher
+    images: CalibrationImages | None  # those that were given
     teacher: Teacher
     args: NoiseKDConfig
     train_dataset: Any
@@ -68,6 +74,7 @@ def plan_training(
     train_dataset: Dataset | IterableDataset | None,
     eval_dataset: Dataset | dict[str, Dataset] | None,
     collate_fn: Callable,
+    images: SizedDataset | None = None,
 ) -> Plan:
     """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
     if teacher_model is None:
@@ -84,7 +91,12 @@ def plan_training(
         check_leaves_stored_statistics(teacher_model, teacher.input_size)
     check_batch_norm_is_local(teacher_model, args.world_size)
     set_seed(args.seed)  # before a student given by name gets its random weights
-    model, initial = initial_student(model, teacher, args)
+    calibration = None
+    if images is not None:
+        calibration = given_images(
+            teacher_model, pixels_of(images, teacher.input_size, collate_fn), dataset_name(images)
+        )
+    model, initial = initial_student(model, teacher, args, calibration)
     check_models(model, teacher, explicit_size=args.input_size is not None)
     args = _with_defaults(args, teacher, initial, train_dataset)
     noise = _train_noise(args, teacher, train_dataset, (model, teacher_model))
@@ -99,6 +111,7 @@ def plan_training(
     return Plan(
         model=model,
         initial=initial,
+        images=calibration,
         teacher=teacher,
         args=args,
         train_dataset=_on_device(train_dataset, args, memory_format, rank=args.process_index),
@@ -108,21 +121,25 @@ def plan_training(
 
 
 def initial_student(
-    source: str | Path | nn.Module | None, teacher: Teacher, args: NoiseKDConfig
+    source: str | Path | nn.Module | None,
+    teacher: Teacher,
+    args: NoiseKDConfig,
+    images: CalibrationImages | None = None,
 ) -> tuple[nn.Module, InitialWeights | None]:
     """Return a student, and what it was initialised with if that is its teacher.
 
-    `source` is a model, or the name of one, as [`load_student`] takes them; None for the teacher cut down. There is a
-    `ValueError` if there is no such model, or nothing determines the student, or two things do.
+    `source` is a model, or the name of one, as [`load_student`] takes them; None for the teacher cut down. What is
+    initialised from the teacher is repaired on `images`, if some are given. There is a `ValueError` if there is no such
+    model, or nothing determines the student, or two things do.
     """
     teacher.model.to(args.device)  # where its logits are compared
-    facts: StartFacts | None
+    found: Any
     if source is None:
         if not args.limits:
             raise ValueError("There is no student: give one, or keep, max_macs or max_params to cut the teacher down.")
         if args.model_init_kwargs:
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
-        student, facts = shrink(teacher.model, **args.limits, input_size=teacher.input_size)
+        student, *found = cut_to_budget(teacher.model, **args.limits, input_size=teacher.input_size, images=images)
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
@@ -135,13 +152,29 @@ def initial_student(
         if args.init_student == "random":
             logger.info("The student has random weights, by init_student='random'.")
             return student, None
-        images = ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-        facts = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, images)
-    if facts is None:
+        some = images or ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
+        found = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, some)
+    if not found:
         logger.info("The student has random weights: its layers do not correspond to those of the teacher.")
         return student, None
+    facts, cut = found
     logger.info("The student is initialised from its teacher: %s.", facts)
-    return student, InitialWeights(facts, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()})
+    return student, InitialWeights(
+        facts, cut, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
+    )
+
+
+def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:
+    """Return unlabelled images of a user as pixels `[N, C, H, W]`, or raise a `ValueError` where they do not fit."""
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"There are {len(images)} images: give at least {MIN_IMAGES}, better some hundreds.")
+    pixel_values = collate_fn([images[index] for index in range(len(images))])["pixel_values"]
+    if (found := tuple(pixel_values.shape[1:])) != input_size:
+        raise ValueError(
+            f"The images have the size {format_size(found)}, and the student is to take {format_size(input_size)}: "
+            "preprocess them as for it."
+        )
+    return pixel_values
 
 
 def _training_input_size(

@@ -6,14 +6,17 @@ from pathlib import Path
 from torch import nn
 from torch.utils.data import Dataset
 
+from hf_noisekd.batches import SizedDataset
 from hf_noisekd.image_datasets import load_images
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.training.checkpoints import find_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
-from hf_noisekd.workflows.inputs import UsageError, check_unused
+from hf_noisekd.workflows.inputs import UsageError, check_unused, unlabelled_images
 
 logger = logging.getLogger(__name__)
+
+MAX_IMAGES = 512  # that are used of those given by name
 
 
 def distill(
@@ -25,6 +28,8 @@ def distill(
     eval_dataset: str | Path | Dataset | None = None,
     eval_split: str = "test",
     eval_label_column: str | None = None,
+    images: str | Path | SizedDataset | None = None,
+    images_split: str = "train",
     resume_from_checkpoint: str | bool | None = None,
     trust_remote_code: bool = False,
     **options,
@@ -33,15 +38,17 @@ def distill(
 
     Args:
         teacher: The trained classifier: a timm name, a Hub id, a folder or a module; see [`load_teacher`].
-        student: What to train: a timm name, which is built to fit the teacher and initialised from it where their
-            layers correspond, or a model to train further. None cuts the teacher itself to `keep`, `max_macs` or
-            `max_params`.
+        student: What to train: a timm name, built to fit the teacher and initialised from it where their layers
+            correspond, or a model to train further. None cuts the teacher to `keep`, `max_macs` or `max_params`.
         output_dir: Folder of the student, its card and checkpoints; new or empty, unless a run in it is resumed.
         teacher_checkpoint: File of weights for the timm architecture that `teacher` names.
         eval_dataset: Images with labels to evaluate on: a data set, or a name as [`load_images`] takes it. Default:
             held-out noise, on which the agreement with the teacher is measured.
-        eval_split: Split of a data set given by name.
+        eval_split: Its split.
         eval_label_column: Its column of classes, where it has several.
+        images: Unlabelled images of the teacher's task, at least 16, see [`NoiseKDTrainer`]: a data set, or a name as
+            [`load_images`] takes it, such as a folder of files, of which up to 512 are drawn. Default: none.
+        images_split: Their split.
         resume_from_checkpoint: True, or a checkpoint folder, to go on with an interrupted run.
         trust_remote_code: Run the Python code that a transformers teacher on the Hub brings along.
         **options: Those of [`NoiseKDConfig`], such as `keep=0.5, max_steps=2000`.
@@ -50,7 +57,7 @@ def distill(
         The trainer, with the student in `model`.
 
     Raises:
-        UsageError: Options, models or data set do not fit each other, or the folder is in use. It is a `ValueError`.
+        UsageError: Options, models or data sets do not fit, or the folder is in use. It is a `ValueError`.
         ValueError: There is no such teacher or data set.
     """
     if not resume_from_checkpoint:
@@ -62,11 +69,12 @@ def distill(
     if bool(args.limits) == (student is not None):
         raise UsageError("Give either a student, or keep, max_macs or max_params to cut the teacher down.")
     teacher_model = load_teacher(teacher, checkpoint=teacher_checkpoint, trust_remote_code=trust_remote_code)
-    images = eval_dataset
+    if isinstance(eval_dataset, str | Path):
+        eval_dataset = load_images(eval_dataset, teacher_model, split=eval_split, label_column=eval_label_column)
     if isinstance(images, str | Path):
-        images = load_images(str(images), teacher_model, split=eval_split, label_column=eval_label_column)
+        images = unlabelled_images(images, teacher_model, split=images_split, at_most=MAX_IMAGES)
     try:
-        trainer = NoiseKDTrainer(student, teacher_model, args, eval_dataset=images)
+        trainer = NoiseKDTrainer(student, teacher_model, args, eval_dataset=eval_dataset, images=images)
     except ValueError as error:
         raise UsageError(str(error)) from error
     _train(trainer, resume_from_checkpoint)

@@ -1,11 +1,13 @@
 """What the functions of this folder are given: models and data sets by name, and folders to write to."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from hf_noisekd.image_datasets import Images, draw_indices, load_images
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.onnx.floats import OnnxClassifier
@@ -25,6 +27,14 @@ def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
     if not torch.accelerator.is_available():
         return model
     return model.to(torch.accelerator.current_accelerator())
+
+
+def unlabelled_images(
+    source: str | Path, model: nn.Module, *, split: str, at_most: int, image_column: str | None = None
+) -> Images:
+    """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random."""
+    images = load_images(str(source), model, split=split, image_column=image_column, labels=False)
+    return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
 
 
 def check_unused(output_dir: str | Path, advice: str = "") -> None:

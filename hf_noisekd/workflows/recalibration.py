@@ -9,13 +9,12 @@ from hf_noisekd.batches import collate_images
 from hf_noisekd.calibration.calibration_images import calibration_images
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
-from hf_noisekd.image_datasets import load_images
 from hf_noisekd.models.loading import has_weights, model_folder
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts, Provenance, read_record
 from hf_noisekd.release.card import write_model_card
-from hf_noisekd.workflows.inputs import UsageError, check_same_kind, check_unused, usable_model
+from hf_noisekd.workflows.inputs import UsageError, check_same_kind, check_unused, unlabelled_images, usable_model
 
 
 def recalibrate(
@@ -23,8 +22,8 @@ def recalibrate(
     output_dir: str | Path,
     *,
     teacher_model: str | Path | nn.Module | None = None,
-    dataset: str | Path | None = None,
-    split: str = "train",
+    images: str | Path | None = None,
+    images_split: str = "train",
     image_column: str | None = None,
     num_images: int = 256,
     batch_size: int = 256,
@@ -37,10 +36,11 @@ def recalibrate(
         model: The student, as [`load_teacher`] takes it. A module is changed in place.
         output_dir: Where the student goes then; new or empty.
         teacher_model: Its teacher, from whose stored statistics [`calibration_images`] are made, without data.
-        dataset: Or the name of a data set of real images, which need no labels, as [`load_images`] takes it.
-        split: Its split.
-        image_column: Its column of images, where it has several.
-        num_images: Images to make, or to draw at random.
+        images: Or unlabelled images of its task: the name of a data set as [`load_images`] takes it, such as a folder
+            of files, of which up to `num_images` are drawn at random.
+        images_split: Their split.
+        image_column: Their column, where there are several.
+        num_images: Images to make, or to draw.
         batch_size: Real images that are read at a time.
         calibration_steps: Steps at most to make images; large inputs and many classes need more.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
@@ -49,12 +49,12 @@ def recalibrate(
         Which images the statistics are of.
 
     Raises:
-        UsageError: There are both a teacher and a data set, or neither, or the folder is in use.
+        UsageError: There are both a teacher and images, or neither, or the folder is in use.
         ValueError: The model has no running statistics, the calibration images are not good enough, or something cannot
             be loaded.
     """
-    if (teacher_model is None) == (dataset is None):
-        raise UsageError("Give either a teacher, for images made without data, or a data set of real ones.")
+    if (teacher_model is None) == (images is None):
+        raise UsageError("Give either a teacher, for images made without data, or real images.")
     check_unused(output_dir)
     student = usable_model(model, trust_remote_code=trust_remote_code)
     check_recalibration(student)
@@ -66,12 +66,11 @@ def recalibrate(
         recalibrate_batch_norm(student, made)
         facts = made.facts
     else:
-        images = load_images(
-            str(dataset), student, split=split, num_images=num_images, image_column=image_column, labels=False
-        )
-        loader = DataLoader(images, batch_size=batch_size, collate_fn=collate_images)
-        recalibrate_batch_norm(student, loader, dataset=images.name, split=split)
-        facts = ImagesFacts(images=len(images), dataset=images.name, split=split)
+        assert images is not None
+        drawn = unlabelled_images(images, student, split=images_split, at_most=num_images, image_column=image_column)
+        loader = DataLoader(drawn, batch_size=batch_size, collate_fn=collate_images)
+        recalibrate_batch_norm(student, loader, dataset=drawn.name, split=images_split)
+        facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
     if not isinstance(model, nn.Module) and has_weights(str(model)):
         folder, _ = model_folder(str(model))
