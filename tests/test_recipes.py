@@ -142,6 +142,16 @@ def test_students_are_cut_out_of_their_teacher(cifar10, small_teacher, tmp_path,
 
 
 @pytest.mark.slow
+def test_students_are_repaired_on_images_of_all_kinds(cifar10, small_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--output-dir", tmp_path)
+    record = run_here("repair", monkeypatch, *options, "--students", "keep 0.5", "--images", 16)
+    rows = record["measurements"]["accuracy"]
+    assert [row["images"] for row in rows] == ["none, not repaired", "none", 16]
+    assert all(row["multiply-adds (%)"] <= 50 for row in rows)
+
+
+@pytest.mark.slow
 def test_what_is_cut_of_a_family_is_read_by_three_libraries(tmp_path, monkeypatch):
     record = run_here("families", monkeypatch, "--members", "mobilenetv2_050", "--output-dir", tmp_path)
     (row,) = record["measurements"]["families"]

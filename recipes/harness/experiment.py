@@ -247,6 +247,7 @@ class Experiment:
         student: str | None = None,
         *,
         train_dataset: Dataset | None = None,
+        images: Dataset | None = None,
         trainer_class: type[NoiseKDTrainer] = NoiseKDTrainer,
         **arguments,
     ) -> NoiseKDTrainer:
@@ -257,6 +258,7 @@ class Experiment:
             student: timm name of the student, which the recipe builds, or the trainer if `arguments` have
                 `model_init_kwargs`. Default: the preset's first, or none if they have `keep`.
             train_dataset: Training images. Default: white noise, or what the argument `noise` names.
+            images: Unlabelled images that the trainer may use. Default: none.
             trainer_class: The trainer's class, which may have a loss of its own.
             **arguments: Arguments of [`NoiseKDConfig`] that differ from the preset's.
         """
@@ -269,7 +271,8 @@ class Experiment:
         folder = self._folder(name, student)
         input_size = list(self.train_dataset.pretrained_cfg["input_size"])
         args = NoiseKDConfig.paper(folder, **(self._shared() | {"input_size": input_size} | arguments))
-        return trainer_class(model, self.teacher, args, train_dataset=train_dataset, eval_dataset=self.test_dataset)
+        datasets = {"train_dataset": train_dataset, "eval_dataset": self.test_dataset, "images": images}
+        return trainer_class(model, self.teacher, args, **datasets)
 
     def real_images(self, number: int, seed: int | None = None) -> DataLoader:
         """Return batches of up to `number` training images, drawn with a seed, by default the recipe's, as they are."""

@@ -14,6 +14,7 @@ from harness.shrink_tables import headline_table, shrunk_table
 
 WHITE, DEFAULT = "white", "structured, the default"
 # Of `deploy.py`: the students by preset, and what the README shows of them.
+REPAIRED = {"cpu": "ResNet-18", "cpu-wrn": "WRN-16-2"}  # presets of `repair.py`, and their teachers
 STATISTICS_TABLE, FILES_TABLE = "running statistics", "onnxruntime"
 DEPLOYED = {
     "cpu": "ResNet-10 of ResNet-18",
@@ -183,6 +184,18 @@ def _shrunk_table(results: Path) -> str:
     return shrunk_table(results, random)
 
 
+def _repaired_table(results: Path) -> str:
+    """Students that were cut and repaired, and never trained, by the images that were used."""
+    students: dict[tuple[str, str], dict[str, str]] = {}
+    for preset, teacher in REPAIRED.items():
+        for row in _measured(results, "repair", preset):
+            student = f"{row['student']} of {teacher}", f"{row['multiply-adds (%)']:.0f}"
+            students.setdefault(student, {})[str(row["images"])] = f"{row['accuracy']:.2f}"
+    images = list(dict.fromkeys(key for cells in students.values() for key in cells))
+    rows = [[*student, *(cells.get(key, "") for key in images)] for student, cells in students.items()]
+    return markdown_table(["accuracy (%) by images", "multiply-adds (%)", *images], rows)
+
+
 def _families_table(results: Path) -> str:
     """How many members of timm's families can be cut and loaded by all, and which cannot."""
     groups: dict[str, list[str]] = {}
@@ -260,6 +273,7 @@ def _runs_table(name: str, results: Path) -> str:
 
 
 TABLES = {
+    "repaired": _repaired_table,
     "deployed": _deployed_table,
     "statistics": _statistics_table,
     "files": _files_table,

@@ -1,0 +1,77 @@
+"""Cut and repaired in closed form, before any training step: accuracy without an image, and with a few unlabelled ones.
+
+    python recipes/repair.py --teacher runs/cifar10/teacher
+    python recipes/repair.py --preset cpu-wrn               # a Wide ResNet
+
+Beyond the paper. Students are initialised from their teacher, as `noisekd distill` does before its first step, and
+evaluated in ordinary evaluation mode. Images `none, not repaired` are students as they were cut, with statistics of
+calibration images; `none` are repaired on these images, which are made without data. A number is that of training
+images, without their labels. Seconds are of one core; those of `none` have the making of the images in them.
+"""
+
+import time
+
+import torch
+from harness.experiment import Experiment, experiment_parser, share_of_macs
+from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
+
+from hf_noisekd import calibration_images, evaluate
+
+CALIBRATION_IMAGES = 256
+KEPT = {f"keep {share}": {"keep": share} for share in (0.75, 0.5, 0.25, 0.125)}
+PRESETS = {
+    "cpu": NOISE_PAIRS["cpu"]
+    | {
+        "images": [64, 512],
+        "students": {
+            "ResNet-10": {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "stem_stride": 2}},
+            "half the width": {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}},
+        }
+        | KEPT,
+    },
+    "cpu-wrn": NOISE_PAIRS["cpu-wrn"]
+    | {
+        "images": [64, 512],
+        "students": {"WRN-10-2": {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}} | KEPT,
+    },
+}
+
+
+def main() -> None:
+    """Cut and repair the students, and print their table."""
+    parser = experiment_parser(__doc__, "repair", PRESETS)
+    parser.add_argument("--students", nargs="+", metavar="NAME", help="students to make; default: all of the preset")
+    parser.add_argument("--images", nargs="+", type=int, metavar="N", help="numbers of images; default: the preset's")
+    options = parser.parse_args()
+    preset = dict(PRESETS[options.preset])
+    preset["students"] = {name: preset["students"][name] for name in options.students or preset["students"]}
+    architectures = [one["student"] for one in preset["students"].values() if "student" in one]
+    experiment = Experiment("repair", options, preset | {"students": architectures})
+    teacher = experiment.prepare_teacher()
+    start = time.process_time()
+    made = calibration_images(teacher, CALIBRATION_IMAGES, seed=options.seed)
+    making = time.process_time() - start
+    numbers = options.images or preset["images"]
+    pixels = torch.cat([made.pixel_values, made.held_out])
+    given: dict = {"none": [{"pixel_values": image} for image in pixels]}
+    given |= {number: experiment.train_dataset.subset(number, options.seed) for number in numbers}
+    rows: list[dict] = []
+    for name, arguments in preset["students"].items():
+        for images in ("none, not repaired", *given):
+            start = time.process_time()
+            trainer = experiment.distillation_trainer(
+                name, **DISTILL_DEFAULTS | arguments, images=given.get(images), num_calibration_images=0
+            )
+            seconds = time.process_time() - start + making * (images == "none")
+            if images == "none, not repaired":
+                accuracy = experiment.recalibrated_accuracy(trainer.model, made)
+            else:
+                accuracy = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
+            facts = {"student": name, "multiply-adds (%)": 100 * share_of_macs(trainer), "images": images}
+            rows.append(facts | {"accuracy": accuracy, "seconds": seconds})
+            experiment.results.measure("accuracy", rows)
+    experiment.results.print_table()
+
+
+if __name__ == "__main__":
+    main()
