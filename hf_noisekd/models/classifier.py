@@ -124,6 +124,11 @@ def class_names(model: nn.Module, num_classes: int) -> list[str]:
     return list(map(str, names)) if len(names) == num_classes else [str(index) for index in range(num_classes)]
 
 
+def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of all parameters and buffers of `model`."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def count_parameters(model: nn.Module) -> int:
     """Return the number of parameters of `model`."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -204,7 +204,7 @@ def compensate(
                 stack.enter_context(layer.register_forward_pre_hook(reader.note_norm))
         for batch in images:
             for chunk in batch.split(CHUNK_SIZE):
-                compute_logits(model, to_device_of(model, chunk))
+                compute_logits(model, to_device_of(model, chunk.clone()))  # some models change their input
     for name, reader in readers.items():
         reader.change(fits[name])
 

@@ -8,7 +8,6 @@ of a network is known here: which layers reach the output of a block linearly is
 """
 
 import copy
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
+from hf_noisekd.models.classifier import compute_logits, copied_state, evaluation_mode, to_device_of
 from hf_noisekd.shrinking.blocks import WEIGHTED, Place, remove_blocks, stages_of
 from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit
 from hf_noisekd.shrinking.ranking import Comparison, running_statistics
-
-logger = logging.getLogger(__name__)
 
 TRIED_IMAGES = 4
 TOLERANCE = 1e-3
@@ -107,13 +104,13 @@ def fit_to_teacher(
     held_out = Comparison([*images.held_out.split(CHUNK_SIZE)], running_statistics)
     expected = held_out.log_probs(teacher)
     recalibrates = bool(stored_statistics(student)) and not images.problem
-    states, solved = [_copied(student)], 0
+    states = [copied_state(student)]
     solved = repair(student, teacher, cut, images, recalibrates=recalibrates)
-    states.append(_copied(student))
+    states.append(copied_state(student))
     if recalibrates:
         student.load_state_dict(states[0])
         store_statistics(student, images)
-        states.append(_copied(student))
+        states.append(copied_state(student))
     divergences = []
     for state in states:
         student.load_state_dict(state)
@@ -121,10 +118,6 @@ def fit_to_teacher(
     best = min(range(len(states)), key=lambda index: divergences[index])
     student.load_state_dict(states[best])
     return recalibrates and best > 0, solved if best == 1 else 0
-
-
-def _copied(student: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in student.state_dict().items()}
 
 
 def _in_order(model: nn.Module, names: Iterable[str], sample: torch.Tensor) -> list[str]:
@@ -216,6 +209,8 @@ class _Solver:
     ) -> "_Solver | None":
         """Return the solver of a pair of blocks, or None if there is nothing to solve."""
         block, goal = _Block(student, pair.student, sample), _Block(teacher, pair.teacher, sample)
+        if not all(torch.is_tensor(one.run(sample)[0]) for one in (block, goal)):
+            return None
         if (block.activation is None) != (goal.activation is None) or _are_close(block, goal, sample):
             return None
         found = [one for one in _linear_layers(block, sample) if one.scale.abs().min() > 0]

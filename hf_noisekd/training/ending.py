@@ -30,7 +30,7 @@ from hf_noisekd.calibration.calibration_images import (
 )
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import bare_model
+from hf_noisekd.models.classifier import bare_model, copied_state
 from hf_noisekd.record.schema import Evaluation, StartFacts
 from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
@@ -152,8 +152,3 @@ def _become(student: nn.Module, candidate: Candidate, teacher: Teacher, initial:
         recalibrated, repaired = fit_to_teacher(student, bare_model(teacher.model), initial.cut, candidate.images)
         candidate.images = candidate.images if recalibrated else None
         candidate.start = replace(initial.facts, recalibrated=recalibrated, repaired_blocks=repaired)
-
-
-def copied_state(student: nn.Module) -> State:
-    """Return a copy of all parameters and buffers."""
-    return {name: tensor.clone() for name, tensor in student.state_dict().items()}

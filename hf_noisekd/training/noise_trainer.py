@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_noisekd.batches import DrawnDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import class_names, compute_logits, declared_input_size
+from hf_noisekd.models.classifier import class_names, compute_logits, copied_state, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -25,7 +25,7 @@ from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.agreement import AgreementLog
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
-from hf_noisekd.training.ending import Candidate, copied_state, end_without_data
+from hf_noisekd.training.ending import Candidate, end_without_data
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer
 from hf_noisekd.training.plan import plan_training
