@@ -18,6 +18,7 @@ from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
 from hf_noisekd import calibration_images, evaluate
 
 CALIBRATION_IMAGES = 256
+FROM_TEACHER = DISTILL_DEFAULTS | {"init_student": "teacher", "num_calibration_images": 0}
 KEPT = {f"keep {share}": {"keep": share} for share in (0.75, 0.5, 0.25, 0.125)}
 PRESETS = {
     "cpu": NOISE_PAIRS["cpu"]
@@ -59,9 +60,7 @@ def main() -> None:
     for name, arguments in preset["students"].items():
         for images in ("none, not repaired", *given):
             start = time.process_time()
-            trainer = experiment.distillation_trainer(
-                name, **DISTILL_DEFAULTS | arguments, images=given.get(images), num_calibration_images=0
-            )
+            trainer = experiment.distillation_trainer(name, **FROM_TEACHER | arguments, images=given.get(images))
             seconds = time.process_time() - start + making * (images == "none")
             if images == "none, not repaired":
                 accuracy = experiment.recalibrated_accuracy(trainer.model, made)
