@@ -640,6 +640,7 @@ def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_pa
     command += ["--max-steps", "1", "--per-device-train-batch-size", "8", "--disable-tqdm", "--eval-noise-batches", "1"]
     assert main([*map(str, command)]) == 0
     made = Provenance.of(load_teacher(tmp_path / "student"))
+    assert ("of the given images" in capsys.readouterr().out) == bool(made.recalibration)
     assert made.given_images == ImagesFacts(images=40, dataset="photos")
     assert (made.is_data_free, made.calibration) == (False, None)
     card = (tmp_path / "student" / "README.md").read_text()

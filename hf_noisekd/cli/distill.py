@@ -145,13 +145,16 @@ def _calibration_text(record: "Record") -> str:
     of = "those of the training noise, which hold for images as well"
     if made.calibration:
         of = f"of {made.calibration.images:,} images made without data"
+    elif made.recalibration:
+        of = "of the given images"
     elif made.start and not made.start.training_helped:
         of = "its teacher's"
-    agreements = [one for one in record.evaluations if one.dataset == "held-out calibration images"]
+    held_out = ("held-out calibration images", "held-out given images")
+    agreements = [one for one in record.evaluations if one.dataset in held_out]
     agreement = "".join(
         f" On {one.images:,} other such images it agrees with its teacher on {one.running['agreement']:.1f} %."
         for one in agreements
-        if made.calibration
+        if made.calibration or made.recalibration
     )
     return f"Its running statistics are {of}, so it classifies single images.{agreement}"
 
