@@ -33,7 +33,7 @@ PRESETS = {
     "cpu-wrn": NOISE_PAIRS["cpu-wrn"]
     | {
         "images": [64, 512],
-        "students": {"WRN-10-2": {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}} | KEPT,
+        "students": {"WRN-10-2": {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}},
     },
 }
 
