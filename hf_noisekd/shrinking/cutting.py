@@ -25,14 +25,13 @@ from hf_noisekd.shrinking.channels import (
     least_important,
     num_inputs,
 )
-from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
+from hf_noisekd.shrinking.ranking import Comparison, num_ranked, order_of_removal
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
 from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 
 MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
 # A network that lost only blocks keeps nearly correct BatchNorm statistics: it may diverge so many times more.
 PREFERENCE = 1.25
-RANKING_PIXELS = 2**20  # of the noise on which predictions are compared
 
 
 @dataclass(frozen=True)
@@ -168,11 +167,10 @@ def _cuts(
 
 def ranking_noise(model: nn.Module, input_size: tuple[int, int, int], seed: int = 0) -> list[torch.Tensor]:
     """Return the default noise to compare predictions on: a batch `[B, C, H, W]`, on the device of `model`."""
-    size = min(256, max(32, RANKING_PIXELS // (input_size[1] * input_size[2])))
     device = device_of(model)
     options = {"distribution": "dead_leaves", "held_out": True, "seed": seed, "device": device}
     options["memory_format"] = training_memory_format(model, device)  # the importance of channels takes gradients
-    return [NoiseDataset.for_model(model, input_size=input_size, batch_size=size, **options).draw(0)]
+    return [NoiseDataset.for_model(model, input_size=input_size, batch_size=num_ranked(input_size), **options).draw(0)]
 
 
 def _narrowed(

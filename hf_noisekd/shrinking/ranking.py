@@ -19,6 +19,7 @@ from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 
+RANKED_PIXELS = 2**20  # of the images on which predictions are compared
 CANDIDATES = 4  # blocks that are evaluated again at each step
 
 
@@ -35,7 +36,8 @@ class Comparison:
         """Compare on calibration images, with stored statistics if these images are not enough for others, or noise."""
         if not isinstance(images, CalibrationImages):
             return cls(list(images))
-        return cls(list(images), running_statistics if images.problem else statistics_of_batch, images)
+        some = images.pixel_values[: num_ranked(images.pixel_values.shape[1:])]
+        return cls([some], running_statistics if images.problem else statistics_of_batch, images)
 
     @torch.no_grad()
     def log_probs(self, model: nn.Module) -> torch.Tensor:
@@ -48,6 +50,11 @@ class Comparison:
     def divergence(self, expected: torch.Tensor, model: nn.Module) -> float:
         """Return the mean KL divergence, in nats, of `model` from `expected`, the log-probabilities of another."""
         return (expected.exp() * (expected - self.log_probs(model))).sum(-1).mean().item()
+
+
+def num_ranked(input_size: Sequence[int]) -> int:
+    """Return the number of images of a size `(channels, height, width)` on which networks are compared."""
+    return min(256, max(32, RANKED_PIXELS // math.prod(input_size[1:])))
 
 
 def running_statistics(model: nn.Module) -> AbstractContextManager:
