@@ -186,14 +186,15 @@ def _shrunk_table(results: Path) -> str:
 
 def _repaired_table(results: Path) -> str:
     """Students that were cut and repaired, and never trained, by the images that were used."""
-    students: dict[tuple[str, str], dict[str, str]] = {}
+    students: dict[str, dict[str, str]] = {}
     for preset, teacher in REPAIRED.items():
         for row in _measured(results, "repair", preset):
-            student = f"{row['student']} of {teacher}", f"{row['multiply-adds (%)']:.0f}"
-            students.setdefault(student, {})[str(row["images"])] = f"{row['accuracy']:.2f}"
-    images = list(dict.fromkeys(key for cells in students.values() for key in cells))
-    rows = [[*student, *(cells.get(key, "") for key in images)] for student, cells in students.items()]
-    return markdown_table(["accuracy (%) by images", "multiply-adds (%)", *images], rows)
+            cells = students.setdefault(f"{row['student']} of {teacher}", {})
+            cells.setdefault("multiply-adds (%)", f"{row['multiply-adds (%)']:.0f}")  # about the same for all images
+            cells[str(row["images"])] = f"{row['accuracy']:.2f}"
+    columns = list(dict.fromkeys(key for cells in students.values() for key in cells))
+    rows = [[student, *(cells[key] for key in columns)] for student, cells in students.items()]
+    return markdown_table(["accuracy (%) by images", *columns], rows)
 
 
 def _families_table(results: Path) -> str:
