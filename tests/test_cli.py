@@ -643,6 +643,7 @@ def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_pa
     assert ("of the given images" in capsys.readouterr().out) == bool(made.recalibration)
     assert made.given_images == ImagesFacts(images=40, dataset="photos")
     assert (made.is_data_free, made.calibration) == (False, None)
+    assert made.recalibration is None or made.recalibration.images == 30  # the others are held out
     card = (tmp_path / "student" / "README.md").read_text()
     assert "40 real images of photos" in card
     assert "data-free\n" not in card

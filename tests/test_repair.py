@@ -24,6 +24,11 @@ NETWORKS = {
 }
 
 
+def place(name):
+    stage, _, key = name.rpartition(".")
+    return Place(stage, key)
+
+
 def build(name, **kwargs):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **kwargs)
@@ -49,7 +54,7 @@ def error(student, teacher, images):
 def test_a_network_without_a_block_comes_closer_to_its_teacher(name):
     kwargs, block = NETWORKS[name]
     teacher, images = build(name, **kwargs)
-    removed = [Place.of(block)]
+    removed = [place(block)]
     remove_blocks(student := copy.deepcopy(teacher), removed)
     before, state = error(student, teacher, images[48:]), copy.deepcopy(teacher.state_dict())
     assert repair(student, teacher, Cut(removed, {}), [images[:48]]) > 0
@@ -75,14 +80,14 @@ def test_a_network_that_is_its_teacher_stays_so():
 
 def test_a_block_answers_for_those_left_out_behind_it():
     teacher, _ = build("resnet18_cifar", width=8, layers=(3, 1, 1, 3))
-    removed = [Place.of("layer1.1"), Place.of("layer4.1"), Place.of("layer4.2")]
+    removed = [place("layer1.1"), place("layer4.1"), place("layer4.2")]
     pairs = pairs_of(teacher, removed)
     assert pairs == [Pair("layer1.0", "layer1.1"), Pair("layer1.1", "layer1.2"), Pair("layer4.0", "layer4.2")]
 
 
 def test_a_group_normalisation_in_between_is_left_out():
     teacher, images = build("resnet18_cifar", width=8, norm_groups=2)
-    removed = [Place.of("layer1.1")]
+    removed = [place("layer1.1")]
     remove_blocks(student := copy.deepcopy(teacher), removed)
     assert repair(student, teacher, Cut(removed, {}), [images]) == 0
 
@@ -115,7 +120,7 @@ def test_channels_that_stay_stand_for_those_removed(name, kwargs):
 
 def test_the_best_on_held_out_images_stays():
     teacher, images = build("resnet18_cifar", width=8, stem_stride=2)
-    removed = [Place.of("layer2.1")]
+    removed = [place("layer2.1")]
     remove_blocks(student := copy.deepcopy(teacher), removed)
     before = error(student, teacher, images)
     _, solved = fit_to_teacher(student, teacher, Cut(removed, {}), given_images(teacher, images))
@@ -133,3 +138,9 @@ def test_images_make_a_better_cut():
     assert shrink(teacher, 0.5)[1].repaired_blocks == 0
     without, _ = shrink(teacher, 0.5)
     assert error(plain, teacher, images[48:]) < error(without, teacher, images[48:])
+
+
+def test_real_images_that_statistics_are_of_are_counted_without_those_held_out():
+    teacher, images = build("resnet18_cifar", width=8, stem_stride=2)
+    given = given_images(teacher, images, "photos")
+    assert (given.given.images, given.real.images, len(given.held_out), given.real.dataset) == (64, 48, 16, "photos")

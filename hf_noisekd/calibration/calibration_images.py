@@ -57,6 +57,11 @@ class CalibrationImages:
         return CalibrationFacts(**sizes, steps=self.steps, seed=self.seed, self_agreement=self.self_agreement)
 
     @property
+    def real(self) -> ImagesFacts | None:
+        """The facts of real images that statistics are of, without those held out; None if they are made."""
+        return self.given and replace(self.given, images=len(self))
+
+    @property
     def problem(self) -> str | None:
         """Why no statistics should be re-estimated on them, as a sentence, or None if they are good enough."""
         if self.self_agreement is None:

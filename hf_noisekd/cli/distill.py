@@ -29,7 +29,9 @@ def distill_options(parser: CommandParser) -> None:
     options.add_teacher(group, "trained model to learn from")
     help = "model to train: a timm name, for a new model that fits the teacher, or, to train one further,"
     options.add_model(group, help, "--student", required=False)
-    options.add_images(group, "at least 16, of which up to 512 help to cut, repair and train", column=False)
+    options.add_images(
+        group, "to choose what is cut and repair it, at least 16, of which up to 512 are used", column=False
+    )
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
     help = f"{options.DATASET}, to evaluate on (default: held-out noise)"

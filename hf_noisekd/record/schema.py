@@ -88,8 +88,8 @@ class StartFacts:
     from_teacher: int
     cut: int
     macs: float  # its multiply-adds as a share of the teacher's
-    recalibrated: bool = False  # whether its statistics were re-estimated before the training
-    repaired_blocks: int = 0  # solved for the teacher's features before the training
+    recalibrated: bool = False  # whether the initial weights have statistics of images
+    repaired_blocks: int = 0  # of the initial weights, solved for the teacher's features
     training_helped: bool = True  # False if it has its initial weights again
 
     def __str__(self) -> str:

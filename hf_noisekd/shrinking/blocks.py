@@ -26,12 +26,6 @@ class Place(NamedTuple):
         """Name of the block in the network."""
         return f"{self.stage}.{self.key}" if self.stage else self.key
 
-    @classmethod
-    def of(cls, name: str) -> "Place":
-        """Return the place of a block by its name in the network."""
-        stage, _, key = name.rpartition(".")
-        return cls(stage, key)
-
 
 def stages_of(model: nn.Module) -> dict[str, list[str]]:
     """Return the modules of `model` that run several blocks, by name, with the keys of their blocks in order.

@@ -253,7 +253,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if self._ending:
             made = replace(made, batch_norm="running")
             if (images := self._ending.images) is not None:
-                made = replace(made, recalibration=images.given, calibration=None if images.given else images.facts)
+                made = replace(made, recalibration=images.real, calibration=None if images.given else images.facts)
             if start := self._ending.start or made.start:
                 made = replace(made, start=replace(start, training_helped=self._ending.is_trained))
         return made

@@ -33,7 +33,7 @@ def unlabelled_images(
     source: str | Path, model: nn.Module, *, split: str, at_most: int, image_column: str | None = None
 ) -> Images:
     """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random."""
-    images = load_images(str(source), model, split=split, image_column=image_column, labels=False)
+    images = load_images(source, model, split=split, image_column=image_column, labels=False)
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
 
 
