@@ -1,5 +1,6 @@
 import copy
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from conftest import TinyCNN, digest, made_by_noise, modes
 from torch import nn
 
 from hf_noisekd import calibration_images, recalibrate_batch_norm
+from hf_noisekd.calibration import calibration_images as module
 from hf_noisekd.calibration.calibration_images import _rounds
 from hf_noisekd.calibration.matching import _ChannelMoments
 from hf_noisekd.models.batch_norm import find_batch_norm
@@ -87,7 +89,7 @@ def test_a_batch_bounds_the_memory(tiny_cnn, monkeypatch):
     images = made(tiny_cnn, num_images=21, num_held_out=5, batch_size=8, steps=2, max_steps=2)
     assert max(size for size, with_gradient in sizes if with_gradient) == 7
     assert [len(batch) for batch in images] == [7, 7, 7]
-    assert sorted({size for size, _ in sizes}) == [5, 7, 21]
+    assert {size for size, _ in sizes} == {5, 7, 21} | {2}  # 5 and 2 of the batch that is tried first
     assert len(images) == 21
     assert len(images.held_out) == 5
 
@@ -96,9 +98,39 @@ def test_it_goes_on_until_the_images_are_good_enough(tiny_cnn):
     assert _rounds(60, 420) == [60, 120, 240]
     assert _rounds(60, 100) == [60, 40]
     assert _rounds(60, 20) == [20]
-    once = made(tiny_cnn, steps=1, max_steps=1)
+    once = made(tiny_cnn, steps=10, max_steps=10)
     assert once.self_agreement < 90
-    assert made(tiny_cnn, steps=1, max_steps=1000).steps in (3, 7, 15, 31, 63, 127, 255)
+    assert made(tiny_cnn, steps=10, max_steps=1000).steps in (30, 70, 150)
+
+
+@pytest.mark.parametrize(
+    ("agreements", "rounds"),
+    [((56, 50, 50), 1), ((80, 78, 95), 2), ((80, 84, 95), 2), ((80, 86, 95), 3), ((92,), 1), ((math.nan,), 1)],
+)
+def test_no_round_is_begun_that_would_not_do(tiny_cnn, monkeypatch, agreements, rounds):
+    found = iter(agreements)
+    monkeypatch.setattr(module, "_self_agreement", lambda *_: next(found))
+    images = made(tiny_cnn, steps=2, max_steps=14)
+    assert images.steps == sum([2, 4, 8][:rounds])
+    assert (images.problem is None) == (agreements[rounds - 1] >= 90)
+
+
+def test_of_many_batches_one_is_tried_first(tiny_cnn, monkeypatch):
+    monkeypatch.setattr(module, "_self_agreement", lambda *_: 50.0)
+    images = made(tiny_cnn, num_images=32, batch_size=8, steps=2)
+    assert (len(images), len(images.held_out)) == (6, 2)
+    assert "50 %" in images.problem
+    monkeypatch.setattr(module, "_self_agreement", lambda *_: 70.0)
+    assert len(made(tiny_cnn, num_images=32, batch_size=8, steps=2)) == 32
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes", "steps"), [(0, (6, 2), 2), (24, (8, 4), 2), (96, (32, 16), 2), (288, (32, 16), 6)]
+)
+def test_images_and_steps_go_by_what_they_may_cost(tiny_cnn, monkeypatch, most, sizes, steps):
+    monkeypatch.setattr(module, "_self_agreement", lambda *_: 80.0)
+    images = made(tiny_cnn, batch_size=8, steps=2, max_steps=6, max_image_steps=most)
+    assert ((len(images), len(images.held_out)), images.steps) == (sizes, steps)
 
 
 @pytest.mark.parametrize("library", ["timm", "plain"])

@@ -12,6 +12,7 @@ import timm
 import torch
 from conftest import digest, write_images
 from harness.presets import CIFAR10 as CIFAR10_PRESETS
+from harness.presets import DISTILL_DEFAULTS
 
 from hf_noisekd.models.loading import load_teacher
 
@@ -77,9 +78,10 @@ def test_digits_are_classified_by_a_process_that_has_only_the_id(hub, tmp_path, 
 def run_here(name, monkeypatch, *options):
     """Run a recipe in this process, which has imported what it needs, and return its results.
 
-    Students have a quarter of the width, which saves a minute of the tests.
+    Students have a quarter of the width, and few calibration images, which saves a minute of the tests.
     """
     monkeypatch.setitem(CIFAR10_PRESETS["cpu"]["model_args"], "width", 8)
+    monkeypatch.setitem(DISTILL_DEFAULTS, "num_calibration_images", 32)
     monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / f"{name}.py"), *map(str, options)])
     monkeypatch.setenv("TQDM_DISABLE", "1")
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -20,6 +20,7 @@ from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode
 from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
+MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
+MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
+ENOUGH_REAL = 64  # unlabelled images, where those made are not good enough
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -85,7 +89,7 @@ class CalibrationImages:
             return (
                 f"The calibration images are too unlike the teacher's data: {after} the teacher with statistics of "
                 f"these images agrees with itself on {self.self_agreement:.0f} % of held-out ones, below "
-                f"{MIN_SELF_AGREEMENT:.0f} %. Use more steps, more images, or real ones."
+                f"{MIN_SELF_AGREEMENT:.0f} %. Give unlabelled images of its task, {ENOUGH_REAL} or more, instead."
             )
         return None
 
@@ -105,6 +109,7 @@ def calibration_images(
     input_size: Sequence[int] | None = None,
     steps: int = 60,
     max_steps: int = 900,
+    max_image_steps: float = math.inf,
     batch_size: int | None = None,
     seed: int = 0,
     show_progress: bool = True,
@@ -115,10 +120,10 @@ def calibration_images(
     BatchNorm layers and their channels, of `KL(N(m, v) || N(M, V))`, with mean `m` and variance `v` of the batch, and
     the stored `M` and `V`. After `steps` steps the images are checked: a copy of the teacher with statistics of the
     images must predict the same class as the teacher for at least 90 % of the held-out images. Otherwise optimisation
-    continues, each time with twice as many steps, up to `max_steps` in all. The last share is `self_agreement`;
-    [`CalibrationImages.check`] refuses images that stay below, or that are all of one predicted class.
-
-    For a teacher without stored statistics the images are unchanged noise, with a warning.
+    continues, each time with twice as many steps, up to `max_steps` in all, as long as this share, growing as before,
+    would get there. Of many batches one is matched and checked first. The last share is `self_agreement`;
+    [`CalibrationImages.check`] refuses images that stay below, or that are all of one predicted class. For a teacher
+    without stored statistics they are unchanged noise, with a warning.
 
     Args:
         teacher: The classifier. It does not change; the images are made on its device, in float32.
@@ -127,6 +132,7 @@ def calibration_images(
         input_size: `(channels, height, width)`. Default: what the teacher declares.
         steps: Steps before the first check.
         max_steps: Most steps in all.
+        max_image_steps: Most images times steps in all; there are fewer images then, at least one batch of `steps`.
         batch_size: Images that are matched together, which bounds the memory. Each batch has the statistics alone, so
             small ones give less varied images. Default: as many as have a million pixels, in [32, 256].
         seed: Seed of the noise. The same seed gives the same images on the same device, on a GPU up to rounding.
@@ -136,11 +142,17 @@ def calibration_images(
         ValueError: A number is out of range, the input size is unknown, or the teacher is damaged.
     """
     num_held_out = default_held_out(num_images) if num_held_out is None else num_held_out
-    images = {"num_images": num_images, "num_held_out": num_held_out, "batch_size": batch_size}
-    for name, value in (images | {"steps": steps, "max_steps": max_steps}).items():
-        if value is not None and value < (least := 2 if name in images else 1):
+    numbers = {"num_images": num_images, "num_held_out": num_held_out, "batch_size": batch_size}
+    for name, value in (numbers | {"steps": steps, "max_steps": max_steps}).items():
+        if value is not None and value < (least := 2 if name in numbers else 1):
             raise ValueError(f"{name} is {value}: use at least {least}.")
     check_finite(teacher, "teacher")
+    input_size = input_size_of(teacher, input_size)
+    batch_size = batch_size or _default_batch_size(input_size)
+    if max_image_steps < math.inf:
+        number = max(int(max_image_steps / steps), batch_size)
+        num_images, num_held_out = _at_most(number, num_images, num_held_out)
+        max_steps = min(max_steps, max(steps, int(max_image_steps) // (num_images + num_held_out)))
     start = _noise(teacher, num_images, batch_size, held_out=False, input_size=input_size, seed=seed)
     start += _noise(teacher, num_held_out, batch_size, held_out=True, input_size=input_size, seed=seed)
     if not stored_statistics(teacher):
@@ -176,20 +188,37 @@ def _matched(
     rounds: Sequence[int],
     show_progress: bool,
 ) -> CalibrationImages:
-    """Match batches, `num_images` and the held-out images, until they are good enough or all rounds are over."""
-    batches, steps = list(start), 0
+    """Match batches, `num_images` and the held-out images, until they are good enough, or hopeless, or rounds end."""
+    batches, before = list(start), -math.inf
     with tqdm(disable=not show_progress, desc="Matching images") as bar:
         for index, count in enumerate(rounds):
-            bar.total = (steps + count) * len(start)
+            steps = sum(rounds[: index + 1])
+            bar.total = steps * len(start)
             options = {"learning_rate": LEARNING_RATE / 2**index, "on_step": bar.update}  # the first rate undoes it
-            matched = [match_statistics(teacher, batch, count, **options) for batch in batches]
-            batches, steps = [images for images, _ in matched], steps + count
-            distance = sum(len(images) * distance for images, distance in matched) / sum(map(len, batches))
-            made = replace(_as_made(batches, num_images, seed), steps=steps, distance=distance)
-            made = replace(made, self_agreement=_self_agreement(teacher, made))
-            if made.problem is None:
+            matched = []
+            for batch in batches:
+                matched.append(match_statistics(teacher, batch, count, **options))
+                if index == 0 and len(matched) == 1 and len(start) > 2:
+                    made, agreement = _checked(teacher, matched, -(-2 * len(batch) // 3), seed, steps)
+                    if agreement < MIN_OF_ONE_BATCH:
+                        return made
+            made, agreement = _checked(teacher, matched, num_images, seed, steps)
+            gain = min(agreement - before, MAX_GAIN)
+            if made.problem is None or not agreement + gain >= MIN_SELF_AGREEMENT:
                 break
+            batches, before = [images for images, _ in matched], agreement
     return made
+
+
+def _checked(
+    teacher: nn.Module, matched: Sequence[tuple[torch.Tensor, float]], num_images: int, seed: int, steps: int
+) -> tuple[CalibrationImages, float]:
+    """Return matched batches, each with its distance, as calibration images, and their self-agreement."""
+    batches = [images for images, _ in matched]
+    distance = sum(len(images) * distance for images, distance in matched) / sum(map(len, batches))
+    made = replace(_as_made(batches, num_images, seed), steps=steps, distance=distance)
+    agreement = _self_agreement(teacher, made)
+    return replace(made, self_agreement=agreement), agreement
 
 
 def _rounds(steps: int, max_steps: int) -> list[int]:
@@ -200,6 +229,14 @@ def _rounds(steps: int, max_steps: int) -> list[int]:
     return rounds
 
 
+def _at_most(number: int, num_images: int, num_held_out: int) -> tuple[int, int]:
+    """Return numbers of images and of held-out images in the same proportion, `number` together or fewer."""
+    if (wanted := num_images + num_held_out) <= number:
+        return num_images, num_held_out
+    num_held_out = max(2, number * num_held_out // wanted)
+    return max(2, number - num_held_out), num_held_out
+
+
 def default_held_out(num_images: int) -> int:
     """Return the default number of held-out images."""
     return max(2, num_images // 2)
@@ -207,14 +244,17 @@ def default_held_out(num_images: int) -> int:
 
 def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], seed: int) -> torch.Tensor:
     """Return the noise from which held-out calibration images are made, to compare a student with `teacher`."""
-    return torch.cat(_noise(teacher, number, None, held_out=True, input_size=input_size, seed=seed))
+    batch_size = _default_batch_size(input_size)
+    return torch.cat(_noise(teacher, number, batch_size, held_out=True, input_size=input_size, seed=seed))
 
 
-def _noise(teacher: nn.Module, number: int, batch_size: int | None, **kwargs) -> list[torch.Tensor]:
+def _default_batch_size(input_size: Sequence[int]) -> int:
+    return min(256, max(32, 2**20 // math.prod(input_size[1:])))
+
+
+def _noise(teacher: nn.Module, number: int, batch_size: int, **kwargs) -> list[torch.Tensor]:
     """Return noise images in batches of about equal size."""
     noise = NoiseDataset.for_model(teacher, distribution=START, device=device_of(teacher), **kwargs)
-    if batch_size is None:
-        batch_size = min(256, max(32, 2**20 // math.prod(noise.input_size[1:])))
     parts = math.ceil(number / batch_size)
     sizes = [number // parts + (part < number % parts) for part in range(parts)]
     batches = []

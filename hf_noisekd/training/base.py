@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,7 @@ class BaseTrainer(Trainer):
             if not self.is_in_train:
                 self._unwrap_model()
             return output
-        if self.args.world_size > 1:
-            for buffer in self.model.buffers():  # those of process 0 for all, as DDP does before each forward pass
-                torch.distributed.broadcast(buffer, src=0)
+        self._take_from_process_0(self.model.buffers())  # as DDP does before each forward pass
         self.callback_handler.eval_dataloader = dataloader
         # Out of training the model is measured as it will be deployed, in float32.
         with self.accelerator.autocast() if self.is_in_train else nullcontext():
@@ -236,6 +234,12 @@ class BaseTrainer(Trainer):
 
     def _on_prediction_step(self) -> None:
         self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+    def _take_from_process_0(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors if self.args.world_size > 1 else ():
+            of_first = tensor.contiguous()
+            torch.distributed.broadcast(of_first, src=0)
+            tensor.copy_(of_first)
 
     def _sum_over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.args.world_size == 1:

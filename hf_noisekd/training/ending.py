@@ -15,6 +15,7 @@ for its teacher's features; a trained student has features of its own, which tha
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,7 @@ from hf_noisekd.calibration.calibration_images import (
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import bare_model, copied_state
+from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import Evaluation, StartFacts
 from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
@@ -39,6 +41,7 @@ from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+SHARE = 0.15  # of the cost of a training that calibration images may have
 HELD_OUT = "held-out calibration images"
 HELD_OUT_GIVEN = "held-out given images"
 HELD_OUT_NOISE = "held-out noise images"
@@ -71,6 +74,7 @@ def end_without_data(
     *,
     initial: InitialWeights | None,
     images: CalibrationImages | None = None,
+    trained_on: float = math.inf,
     seed: int,
     step: int,
     show_progress: bool,
@@ -79,7 +83,8 @@ def end_without_data(
 
     Images that are not good enough for statistics are good enough to compare on. A teacher that stores no statistics
     is compared with on noise. `initial` is what the student was initialised with, if from its teacher, `step` the
-    training step that it is of, and `images` those of the teacher, if there are any already; else so many are made.
+    training step that it is of, and `images` those of the teacher, if there are any already. Else `num_images` are
+    made, or fewer, where these would take more than 15 % of the cost of a training on `trained_on` images of full size.
 
     None if the student keeps the statistics of its training noise. A warning names the reason: the images are not good
     enough, or something failed or was interrupted, as a trained student must not be lost to what comes after.
@@ -88,7 +93,9 @@ def end_without_data(
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
         if images is None and stored_statistics(teacher.model):
-            images = calibration_images(teacher.model, num_images, show_progress=show_progress, **common)
+            limit = SHARE * trained_on * _cost_of_a_training_image(student, teacher)
+            common |= {"max_image_steps": limit, "show_progress": show_progress}
+            images = calibration_images(teacher.model, num_images, **common)
         if images is not None:
             held_out, name, why = images.held_out, HELD_OUT_GIVEN if images.given else HELD_OUT, images.problem
         else:
@@ -120,6 +127,12 @@ def end_without_data(
             ", repaired" if best.start and best.start.repaired_blocks else "",
         )
     return best
+
+
+def _cost_of_a_training_image(student: nn.Module, teacher: Teacher) -> float:
+    """Return the multiply-adds of a training step, for an image, relative to those of matching one to the teacher."""
+    of_student, of_teacher = (count_macs(model, teacher.input_size)[""] for model in (student, teacher.model))
+    return (of_teacher + 3 * of_student) / max(3 * of_teacher, 1)  # a backward pass costs two forward passes
 
 
 def _candidates(

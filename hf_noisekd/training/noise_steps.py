@@ -45,6 +45,12 @@ class NoiseStepsTrainer(BaseTrainer):
         updates, self.train_dataset.total_steps = self._training_length()
         return updates
 
+    def noise_images(self) -> float:
+        """Return how many images of noise this process trained on so far, small ones as shares of one of full size."""
+        noise = self.train_dataset
+        share = sum(share * math.prod(size) for size, share in noise.image_sizes()) / math.prod(noise.input_size[1:])
+        return self.state.global_step * self.args.gradient_accumulation_steps * noise.batch_size * share
+
     def _training_length(self) -> tuple[int, int]:
         """Return the numbers of updates and of batches of the whole training."""
         updates, accumulation = self.args.max_steps, self.args.gradient_accumulation_steps

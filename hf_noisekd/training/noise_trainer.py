@@ -47,9 +47,9 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     the teacher's mean prediction relative to that of all classes equally often: near 1 the noise reaches every class,
     near 0 only one, and nothing will be learnt.
 
-    A training on noise alone ends with running statistics that are re-estimated on images made without data, the
-    attribute `calibration_images`, so that the student classifies single images in evaluation mode. Where these are not
-    good enough there is a warning, the student keeps the statistics of the noise, and the attribute is None, as it is
+    A training on noise alone ends with running statistics of images made without data, the attribute
+    `calibration_images`, so that the student classifies single images in evaluation mode. Where these are not good
+    enough there is a warning, the student keeps the statistics of the noise, and the attribute is None. It is also None
     where the teacher has no BatchNorm: the statistics of the noise hold for images then.
 
     Args:
@@ -60,16 +60,16 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         teacher_model: The teacher, likewise; a timm name loads its pretrained weights.
         args: Training arguments. [`NoiseKDConfig.paper`] has the authors' setting.
         data_collator: Collator for real images; noise needs none.
-        train_dataset: Training images. Default: the noise that `args` name, in the teacher's input size. A
-            [`NoiseDataset`] of yours keeps its seed and sizes, not its device and rank. A [`MixedDataset`] adds a few
-            real images. Real images alone, whose labels are not used, give ordinary distillation.
+        train_dataset: Training images. Default: the noise that `args` name, in the teacher's input size. Of your own
+            [`NoiseDataset`] seed and sizes are kept, not device and rank. A [`MixedDataset`] adds a few real images.
+            Real images alone, whose labels are not used, give ordinary distillation.
         eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise.
         processing_class: Image processor to save with the student.
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
         images: Unlabelled images of the teacher's task, at least 16, in the forms of [`collate_images`], preprocessed
-            as for the student. What is cut is chosen, repaired and compared on them, and takes statistics of them where
-            they are enough for that. Labels are never used. Default: images made without data.
+            as for the student. On them a cut is chosen, repaired and compared, and where they are enough for that, it
+            takes statistics of them. Default: images made without data.
 
     Raises:
         ValueError: The models or a data set do not fit each other or the method. Nothing is written then.
@@ -120,8 +120,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         The student is saved to the output directory straight after its last step, and again with the statistics that
         it is left with.
 
-        Resuming is exact: step `k` sees the noise it would have seen without the break. The number of all steps must
-        stay the same. True resumes from the last whole checkpoint, and starts anew if a kill fell into the first one.
+        Resuming is exact: step `k` sees the noise that it would have seen. The number of all steps must stay the same.
+        True goes on from the last whole checkpoint, and starts anew if a kill fell into the first one.
 
         Raises:
             ValueError: The checkpoint is missing, cut off or, for noise of several sizes, of another number of steps.
@@ -176,6 +176,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             self.args.num_calibration_images,
             initial=self.start,
             images=self._images,
+            trained_on=self.noise_images(),
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
@@ -183,10 +184,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         if self._sum_over_processes(torch.tensor([float(ending is not None)])) < self.args.world_size:
             self.model.load_state_dict(before)
             return
-        for tensor in self.model.state_dict().values() if self.args.world_size > 1 else ():
-            of_first = tensor.contiguous()
-            torch.distributed.broadcast(of_first, src=0)
-            tensor.copy_(of_first)
+        self._take_from_process_0(self.model.state_dict().values())
         self._ending = ending
         self._evaluations.clear()  # they were of another student
 
