@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 
@@ -30,6 +31,31 @@ class SizedDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any: ...
+
+
+class PixelsDataset(Dataset):
+    """Images `[N, C, H, W]` without labels.
+
+    With `augments` an image is shifted at random by up to an eighth of its side, where its reflection fills it up, and
+    mirrored or not.
+    """
+
+    def __init__(self, pixel_values: torch.Tensor, name: str | None = None, *, augments: bool = False):
+        self.name = name
+        self._pixel_values, self._augments = pixel_values, augments
+
+    def __len__(self) -> int:
+        return len(self._pixel_values)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = self._pixel_values[index]
+        if not self._augments:
+            return {"pixel_values": image}
+        height, width = image.shape[-2:]
+        y, x = height // 8, width // 8
+        top, left, mirrors = (int(torch.randint(number, ())) for number in (2 * y + 1, 2 * x + 1, 2))
+        padded = F.pad(image, (x, x, y, y), mode="reflect")[:, top : top + height, left : left + width]
+        return {"pixel_values": padded.flip(-1) if mirrors else padded}
 
 
 class FullBatchSampler(Sampler[list[int]]):

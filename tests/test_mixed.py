@@ -32,6 +32,14 @@ def test_noise_and_images_take_turns(images):
     assert len(set(found)) > 1
 
 
+def test_a_share_of_the_steps_uses_images(images):
+    for share, steps in ((0.25, [3, 7]), (0.5, [1, 3, 5, 7]), (1, range(8))):
+        mixed, noise = MixedDataset(SIZE, 4, images=images, share=share), NoiseDataset(SIZE, 4)
+        assert [step for step in range(8) if not torch.equal(mixed.draw(step), noise.draw(step))] == list(steps)
+    with pytest.raises(ValueError, match="share is 0"):
+        MixedDataset(SIZE, 4, images=images, share=0)
+
+
 def test_a_step_is_a_function_of_seed_rank_and_step_alone(images):
     torch.manual_seed(1)
     expected = MixedDataset(SIZE, 16, images=images, seed=3).draw(5)

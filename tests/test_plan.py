@@ -7,9 +7,11 @@ from conftest import snapshot
 from torch import nn
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate
+from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
+from hf_noisekd.record.schema import Provenance
 from hf_noisekd.training.plan import initial_student
 from hf_noisekd.training.teacher import Teacher
 
@@ -109,3 +111,33 @@ def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):
         with pytest.raises(ValueError, match=message):
             NoiseKDTrainer(None, digits_teacher, config(tmp_path, keep=0.5), images=images)
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_given_images_are_trained_on(digits_teacher, given, tmp_path, monkeypatch, fit):
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0 if fit else 101)
+    args = config(tmp_path / "out", keep=0.5, learning_rate=1e-4, max_steps=4)
+    trainer = NoiseKDTrainer(None, digits_teacher, args, images=given)
+    before = snapshot(trainer.model)
+    trainer.train()
+    made = Provenance.of(load_teacher(args.output_dir))
+    assert made.real_images.images == 48  # the others are compared on
+    assert (made.noise is not None) == fit
+    assert (made.teacher_statistics, made.batch_norm) == (float(fit), "running")
+    trainer.evaluate()
+    trainer.create_model_card()
+    assert [entry.dataset for entry in trainer.record().evaluations] == ["held-out given images"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("Some steps use" if fit else "Each step uses") + " a batch from 48 real images" in card
+    if not fit:  # the statistics of its teacher are the right ones
+        assert torch.equal(trainer.model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_images_are_shifted_and_mirrored_but_not_those_to_compare_on():
+    pixels = torch.rand(2, 1, 16, 16)
+    assert torch.equal(PixelsDataset(pixels)[1]["pixel_values"], pixels[1])
+    shifted = PixelsDataset(pixels, augments=True)
+    several = [shifted[0]["pixel_values"] for _ in range(20)]
+    assert {one.shape for one in several} == {(1, 16, 16)}
+    assert len({one.sum().item() for one in several}) > 5
+    assert all(set(one.flatten().tolist()) <= set(pixels[0].flatten().tolist()) for one in several)

@@ -12,7 +12,7 @@ from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
 
 
 class MixedDataset(NoiseDataset):
-    """Noise in the even steps and real images in the odd ones, for distillation with few images.
+    """Noise in some steps and real images in the others, for distillation with few images.
 
     A batch is of one kind, because batch statistics of a mixed one would fit neither. Images are drawn with
     replacement, so a few are enough; use random augmentation. As for noise, step `k` of a rank is a function of
@@ -21,14 +21,18 @@ class MixedDataset(NoiseDataset):
     Args:
         *args: As for [`NoiseDataset`].
         images: Real images, preprocessed as for the teacher, in the forms that [`collate_images`] takes.
+        share: Share of the steps that use images, evenly spread, above 0 and up to 1. With 1 there is no noise.
         **kwargs: As for [`NoiseDataset`].
 
     Raises:
-        ValueError: The images have another size than the noise; or as for [`NoiseDataset`].
+        ValueError: The images have another size than the noise, the share is out of range; or as for [`NoiseDataset`].
     """
 
-    def __init__(self, *args, images: SizedDataset, **kwargs):
+    def __init__(self, *args, images: SizedDataset, share: float = 0.5, **kwargs):
         super().__init__(*args, **kwargs)
+        if not 0 < share <= 1:
+            raise ValueError(f"share is {share}: use a share of the steps above 0 and up to 1.")
+        self.share = share
         if not len(images):
             raise ValueError("images is empty: pass at least one, or use NoiseDataset.")
         with _augmentation_seeded(0):
@@ -39,7 +43,7 @@ class MixedDataset(NoiseDataset):
 
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
-        if step % 2 == 0:
+        if int(step * self.share) == int((step + 1) * self.share):
             return super().draw(step)
         with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
             indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()

@@ -122,7 +122,7 @@ class Provenance:
     teacher: TeacherFacts
     versions: dict[str, str] = field(default_factory=dict)
     noise: NoiseFacts | None = None
-    real_images: ImagesFacts | None = None  # used in every second step instead of noise
+    real_images: ImagesFacts | None = None  # trained on, in some steps beside noise or in all
     given_images: ImagesFacts | None = None  # unlabelled, to cut the teacher, repair the student and measure it on
     recalibration: ImagesFacts | None = None  # for running statistics
     calibration: CalibrationFacts | None = None  # for running statistics, made without data

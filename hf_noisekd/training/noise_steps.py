@@ -45,11 +45,11 @@ class NoiseStepsTrainer(BaseTrainer):
         updates, self.train_dataset.total_steps = self._training_length()
         return updates
 
-    def noise_images(self) -> float:
-        """Return how many images of noise this process trained on so far, small ones as shares of one of full size."""
+    def full_size_images(self, steps: int) -> float:
+        """Return how many images this process trains on in so many steps, small ones as shares of one of full size."""
         noise = self.train_dataset
         share = sum(share * math.prod(size) for size, share in noise.image_sizes()) / math.prod(noise.input_size[1:])
-        return self.state.global_step * self.args.gradient_accumulation_steps * noise.batch_size * share
+        return steps * self.args.gradient_accumulation_steps * noise.batch_size * share
 
     def _training_length(self) -> tuple[int, int]:
         """Return the numbers of updates and of batches of the whole training."""

@@ -14,18 +14,18 @@ from transformers import TrainerCallback
 
 from hf_noisekd.batches import DrawnDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.models.batch_norm import find_batch_norm, stored_statistics
 from hf_noisekd.models.classifier import class_names, compute_logits, copied_state, declared_input_size
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.environment import command_line
 from hf_noisekd.record.schema import Provenance, Record, current_evaluations
-from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.agreement import AgreementLog
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.ending import Candidate, end_without_data
+from hf_noisekd.training.features import PooledFeatures
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer
 from hf_noisekd.training.plan import plan_training
@@ -102,8 +102,11 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.start, self._images = plan.initial, plan.images
+        self.start, self.images = plan.initial, plan.images
         self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
+        cut = plan.frozen_cut
+        self._frozen = list(find_batch_norm(self.model).values()) if cut else []
+        self._features = PooledFeatures(self.model, self.teacher_model, cut.kept) if cut else None
         self._agreement_log = AgreementLog(plan.teacher.num_classes, plan.args.device)
         self._ending: Candidate | None = None
         self.is_saved = False  # whether the output directory has the student after its last step
@@ -165,9 +168,10 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         There is nothing to do for a student with random initial weights and a teacher that stores no statistics: that
         is one function for noise and for images, so the statistics of the noise hold.
         """
-        made, wanted = self.provenance(), self._images or self.args.num_calibration_images
+        made, wanted = self.provenance(), self.images or self.args.num_calibration_images
         could = self.start or (stored_statistics(self.model) and stored_statistics(self.teacher_model))
-        if not (could and wanted and made.noise and not made.real_images):
+        on_noise_alone = made.noise and not made.real_images
+        if not (could and wanted and (on_noise_alone or self.images)):
             return
         before = copied_state(self.model)
         ending = end_without_data(
@@ -175,8 +179,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             self.teacher,
             self.args.num_calibration_images,
             initial=self.start,
-            images=self._images,
-            trained_on=self.noise_images(),
+            images=self.images,
+            trained_on=self.full_size_images(self.state.global_step),
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
@@ -196,6 +200,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the distillation loss of a batch with `pixel_values` `[B, C, H, W]`."""
         pixel_values = inputs["pixel_values"]
+        for layer in self._frozen:  # the Trainer has the whole model in training mode
+            layer.eval()
         if self.args.torch_compile and isinstance(self.train_dataset, NoiseDataset):
             # A graph for each resolution, rather than a slow one for all.
             torch._dynamo.mark_static(pixel_values)
@@ -203,6 +209,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             teacher_logits = self.teacher.training_logits(pixel_values)
         student_logits = compute_logits(model, pixel_values)
         loss = self.distillation_loss(student_logits, teacher_logits)
+        if self._features:
+            loss = self._features.loss(loss)
         self._agreement_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
@@ -233,8 +241,9 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         record.model.num_classes = self.teacher.num_classes
         record.model.label_names = class_names(self.teacher_model, self.teacher.num_classes)
         record.noisekd = self.provenance()
-        if self._ending and self._ending.agreement:
-            record.evaluations.append(self._ending.agreement)
+        if self._ending and (agreement := self._ending.agreement):
+            others = [evaluation for evaluation in record.evaluations if evaluation.dataset != agreement.dataset]
+            record.evaluations = [*others, agreement]
         record.class_frequencies = self._agreement_log.class_frequencies if record.noisekd.is_data_free else None
         record.command = command_line()
         return record
@@ -244,8 +253,8 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
         made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
-        if self._images:
-            made = replace(made, given_images=self._images.given)
+        if self.images:
+            made = replace(made, given_images=self.images.given)
         if self.start:
             made = replace(made, start=self.start.facts)
         if self._ending:
@@ -255,31 +264,6 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             if start := self._ending.start or made.start:
                 made = replace(made, start=replace(start, training_helped=self._ending.is_trained))
         return made
-
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        **kwargs,
-    ) -> None:
-        """Write the student's card, with its last evaluation and figures, and its record to the output folder.
-
-        Args:
-            language: Language of the class names.
-            license: Licence of the student; by default the teacher's, where it is known.
-            tags: Tags beside the usual ones.
-            model_name: Title of the card.
-            **kwargs: Not used; scripts for transformers' Trainer give them.
-        """
-        if not self.is_world_process_zero():
-            return
-        record = self.record()
-        record.repo_id = self.hub_model_id
-        record.language, record.license, record.title = language, license, model_name
-        record.tags = [tags] if isinstance(tags, str) else tags
-        write_model_card(record, self.args.output_dir)
 
     def _save_classifier(self, output_dir: str) -> None:
         save_model(self.model, output_dir, teacher_model=self.teacher_model, provenance=self.provenance())

@@ -13,14 +13,15 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.batches import SizedDataset, dataset_name
+from hf_noisekd.batches import PixelsDataset, SizedDataset, dataset_name
 from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
 from hf_noisekd.models.classifier import bare_model, format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
 from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.cutting import cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import initialise_from_teacher
@@ -41,8 +42,11 @@ RANDOM_LEARNING_RATE = 1e-2
 # A cut teacher has something to lose, and knows already what small images teach. A teacher that is not on the batch
 # knows images of full size alone: small ones have other features.
 CUT_LEARNING_RATE = 3e-3
+FROZEN_LEARNING_RATE = 3e-4  # of a repaired one, on images
+IMAGES_SHARE = 0.5  # of the steps, where images are given
 FULL_SIZE = "1"
 MIN_IMAGES = 16  # that a user gives
+HELD_OUT_GIVEN = "held-out given images"
 
 
 class InitialWeights(NamedTuple):
@@ -65,6 +69,7 @@ class Plan:
     train_dataset: Any
     eval_dataset: Any
     counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
+    frozen_cut: Cut | None  # how the student was cut, if its statistics stay as they are: its teacher's
 
 
 def plan_training(
@@ -80,10 +85,13 @@ def plan_training(
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model)
+    input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
+    given = None if images is None else _given(images, teacher_model, input_size, collate_fn)
+    by_stored = given is not None and _needs_stored_statistics(args, teacher_model, given, train_dataset)
     teacher = Teacher(
         teacher_model,
-        input_size=_training_input_size(args, teacher_model, train_dataset, collate_fn),
-        statistics=args.teacher_statistics,
+        input_size=input_size,
+        statistics=0.0 if by_stored else args.teacher_statistics,
         batch_norm_fraction=args.batch_norm_fraction,
         seed=args.seed,
     )
@@ -91,32 +99,33 @@ def plan_training(
         check_leaves_stored_statistics(teacher_model, teacher.input_size)
     check_batch_norm_is_local(teacher_model, args.world_size)
     set_seed(args.seed)  # before a student given by name gets its random weights
-    calibration = None
-    if images is not None:
-        calibration = given_images(
-            teacher_model, pixels_of(images, teacher.input_size, collate_fn), dataset_name(images)
-        )
-    model, initial = initial_student(model, teacher, args, calibration)
+    model, initial = initial_student(model, teacher, args, given)
+    frozen_cut = initial.cut if by_stored and initial else None
     check_models(model, teacher, explicit_size=args.input_size is not None)
-    args = _with_defaults(args, teacher, initial, train_dataset)
+    args = _with_defaults(args, teacher, initial, train_dataset, freezes=frozen_cut is not None)
+    if train_dataset is None and given is not None:
+        train_dataset = _mixed(args, teacher, given, share=1.0 if by_stored else IMAGES_SHARE)
     noise = _train_noise(args, teacher, train_dataset, (model, teacher_model))
     train_dataset = train_dataset if noise is None else noise
     check_train_noise(train_dataset, args, teacher)
     if _breaks_bfloat16(args, model, noise, teacher.input_size):
         args.bf16, args.mixed_precision = False, "no"
     check_last_batch(train_dataset, args)
-    eval_dataset = _eval_noise(args, teacher, noise) if eval_dataset is None else eval_dataset
+    if eval_dataset is None:
+        held_out = given and PixelsDataset(given.held_out.cpu(), HELD_OUT_GIVEN)
+        eval_dataset = held_out or _eval_noise(args, teacher, noise)
     check_eval_datasets(eval_dataset, teacher, collate_fn)
     memory_format = training_memory_format(model, args.device)
     return Plan(
         model=model,
         initial=initial,
-        images=calibration,
+        images=given,
         teacher=teacher,
         args=args,
         train_dataset=_on_device(train_dataset, args, memory_format, rank=args.process_index),
         eval_dataset=_on_device(eval_dataset, args, memory_format, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
+        frozen_cut=frozen_cut,
     )
 
 
@@ -194,15 +203,51 @@ def _training_input_size(
     return input_size_of(teacher_model, given)
 
 
+def _given(
+    images: SizedDataset, teacher_model: nn.Module, input_size: tuple[int, int, int], collate_fn: Callable
+) -> CalibrationImages:
+    """Return unlabelled images of a user as calibration images."""
+    return given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
+
+
+def _needs_stored_statistics(
+    args: NoiseKDConfig, teacher_model: nn.Module, given: CalibrationImages, train_dataset: Any
+) -> bool:
+    """Return whether to train on the given images alone, with the BatchNorm statistics that the teacher stores.
+
+    So it is where those of the images spoil the teacher itself. Those of noise do so even more.
+    """
+    decides = train_dataset is None and args.teacher_statistics is None and args.batch_norm_fraction == 1
+    return decides and bool(stored_statistics(teacher_model)) and given.problem is not None
+
+
+def _mixed(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, share: float) -> NoiseDataset:
+    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps."""
+    name = given.given.dataset if given.given else None
+    images = PixelsDataset(given.pixel_values.cpu(), name, augments=True)
+    return MixedDataset.for_model(
+        teacher.model, images=images, share=share, **_noise_batches(args), **_noise_arguments(args, teacher)
+    )
+
+
+def _noise_batches(args: NoiseKDConfig) -> dict[str, Any]:
+    return {
+        "resolutions": args.resolutions,
+        "batch_size": args.per_device_train_batch_size,
+        "num_steps": args.steps_per_epoch,
+    }
+
+
 def _with_defaults(
-    args: NoiseKDConfig, teacher: Teacher, initial: InitialWeights | None, train_dataset: Any
+    args: NoiseKDConfig, teacher: Teacher, initial: InitialWeights | None, train_dataset: Any, *, freezes: bool
 ) -> NoiseKDConfig:
     """Return a copy of the arguments in which the student's initialisation and the teacher decide what nobody did."""
     args = copy.copy(args)
     if args.metric_is_default and not teacher.weight_of_batch:
         args.metric_for_best_model = "running_agreement"
     if args.learning_rate is None:
-        args.learning_rate = RANDOM_LEARNING_RATE if initial is None else CUT_LEARNING_RATE
+        of_cut = FROZEN_LEARNING_RATE if freezes else CUT_LEARNING_RATE
+        args.learning_rate = RANDOM_LEARNING_RATE if initial is None else of_cut
     # A data set of the user's own has sizes of its own.
     if (initial or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
         args.resolutions = FULL_SIZE
@@ -214,13 +259,7 @@ def _train_noise(
 ) -> NoiseDataset | None:
     """Return the training noise in sizes that all models take, found by trial; None for a data set of real images."""
     if train_dataset is None:
-        train_dataset = NoiseDataset.for_model(
-            teacher.model,
-            resolutions=args.resolutions,
-            batch_size=args.per_device_train_batch_size,
-            num_steps=args.steps_per_epoch,
-            **_noise_arguments(args, teacher),
-        )
+        train_dataset = NoiseDataset.for_model(teacher.model, **_noise_batches(args), **_noise_arguments(args, teacher))
     if not isinstance(train_dataset, NoiseDataset):
         return None
     noise = copy.copy(train_dataset)

@@ -11,6 +11,7 @@ from hf_noisekd.batches import dataset_name
 from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import architecture_of, count_parameters, declared_input_size, pretrained_cfg_of
 from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.record.environment import versions
 from hf_noisekd.record.schema import (
@@ -49,7 +50,7 @@ def describe_training(
 ) -> Provenance:
     """Return how the student `model` was made in `steps` steps, with the `evaluations` after them."""
     method, noise, images = "distillation on images", None, None
-    if isinstance(dataset, NoiseDataset):
+    if isinstance(dataset, NoiseDataset) and getattr(dataset, "share", 0) < 1:
         method = "distillation with noise"
         noise = NoiseFacts(
             distribution=noise_name(dataset.distribution),
@@ -59,9 +60,9 @@ def describe_training(
             input_size=list(dataset.input_size),
             seed=dataset.seed,
         )
-        if real_images := getattr(dataset, "real_images", None):
-            method += " and real images"
-            images = ImagesFacts(images=len(real_images), dataset=dataset_name(real_images))
+    if isinstance(dataset, MixedDataset):
+        method += " and real images" if noise else ""
+        images = ImagesFacts(images=len(dataset.real_images), dataset=dataset_name(dataset.real_images))
     better = better_statistics(evaluations, taught_on_batch=noise is not None and teacher.weight_of_batch > 0)
     return Provenance(
         method=method,

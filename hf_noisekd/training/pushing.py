@@ -1,9 +1,12 @@
 """The part of a trainer that pushes the student to the Hub, once it is trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from transformers import Trainer
 
+from hf_noisekd.record.schema import Record
+from hf_noisekd.release.card import write_model_card
 from hf_noisekd.release.hub import check_hub_access, upload
 
 
@@ -13,6 +16,8 @@ class PushingTrainer(Trainer):
     transformers' own push would upload the pickled training arguments, with the token in them, and lose the errors.
     """
 
+    record: Callable[[], Record]
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the student's repository before the first step, or raise the `HubError` of [`check_hub_access`]."""
         if self.is_world_process_zero():
@@ -21,6 +26,31 @@ class PushingTrainer(Trainer):
                 token=token or self.args.hub_token,
                 private=self.args.hub_private_repo if private is None else private,
             )
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        **kwargs,
+    ) -> None:
+        """Write the student's card, with its last evaluation and figures, and its record to the output folder.
+
+        Args:
+            language: Language of the class names.
+            license: Licence of the student; by default the teacher's, where it is known.
+            tags: Tags beside the usual ones.
+            model_name: Title of the card.
+            **kwargs: Not used; scripts for transformers' Trainer give them.
+        """
+        if not self.is_world_process_zero():
+            return
+        record = self.record()
+        record.repo_id = self.hub_model_id
+        record.language, record.license, record.title = language, license, model_name
+        record.tags = [tags] if isinstance(tags, str) else tags
+        write_model_card(record, self.args.output_dir)
 
     def push_to_hub(
         self,
