@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
+FIRST_ROUND = 60  # steps before the images are checked
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
@@ -107,7 +108,7 @@ def calibration_images(
     *,
     num_held_out: int | None = None,
     input_size: Sequence[int] | None = None,
-    steps: int = 60,
+    steps: int = FIRST_ROUND,
     max_steps: int = 900,
     max_image_steps: float = math.inf,
     batch_size: int | None = None,
@@ -148,7 +149,7 @@ def calibration_images(
             raise ValueError(f"{name} is {value}: use at least {least}.")
     check_finite(teacher, "teacher")
     input_size = input_size_of(teacher, input_size)
-    batch_size = batch_size or _default_batch_size(input_size)
+    batch_size = batch_size or default_batch_size(input_size)
     if max_image_steps < math.inf:
         number = max(int(max_image_steps / steps), batch_size)
         num_images, num_held_out = _at_most(number, num_images, num_held_out)
@@ -244,11 +245,12 @@ def default_held_out(num_images: int) -> int:
 
 def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], seed: int) -> torch.Tensor:
     """Return the noise from which held-out calibration images are made, to compare a student with `teacher`."""
-    batch_size = _default_batch_size(input_size)
+    batch_size = default_batch_size(input_size)
     return torch.cat(_noise(teacher, number, batch_size, held_out=True, input_size=input_size, seed=seed))
 
 
-def _default_batch_size(input_size: Sequence[int]) -> int:
+def default_batch_size(input_size: Sequence[int]) -> int:
+    """Return the default number of images that are matched together."""
     return min(256, max(32, 2**20 // math.prod(input_size[1:])))
 
 

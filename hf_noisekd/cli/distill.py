@@ -102,7 +102,7 @@ def distill(args: argparse.Namespace) -> int:
     from hf_noisekd.workflows.distillation import how_to_go_on
 
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    with _showing_initialisation():
+    with _showing_progress():
         trainer = distill(
             args.teacher,
             args.student,
@@ -125,9 +125,9 @@ def distill(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _showing_initialisation() -> Iterator[None]:
-    """Context in which the first process prints what the student's initial weights are, before the training."""
-    logger, handler = logging.getLogger("hf_noisekd.training.plan"), logging.StreamHandler(sys.stderr)
+def _showing_progress() -> Iterator[None]:
+    """Context in which the first process prints what the student is initialised with, and what its training takes."""
+    logger, handler = logging.getLogger("hf_noisekd.training"), logging.StreamHandler(sys.stderr)
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.addHandler(handler)
     try:

@@ -19,6 +19,7 @@ from hf_noisekd.batches import DrawnDataset, dataset_name
 from hf_noisekd.files import naming_full_disk, replacing_files
 from hf_noisekd.models.classifier import compute_logits
 from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.memory import is_out_of_memory, keep_freed_memory
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.environment import Machine, versions
 from hf_noisekd.record.schema import Evaluation, Provenance, Record, current_evaluations
@@ -71,8 +72,18 @@ class BaseTrainer(Trainer):
         self.model.__dict__.pop("origin", None)
         self._evaluations = []
         self._resumed = bool(resume_from_checkpoint)
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                number = self.args.train_batch_size
+                raise RuntimeError(
+                    f"There is too little memory for a batch of {number} images: set per_device_train_batch_size to "
+                    f"{max(2, number // 2)} or less."
+                ) from error
+            raise
         finally:
             self._unwrap_model()
         check_weights(self.model, self.args, self.state.global_step)  # of the steps since the last log entry, too

@@ -18,7 +18,7 @@ from hf_noisekd.training.losses import LOSSES
 
 NUMBERS = {int, float, bool, NoneType}
 ABOVE_ZERO = {"gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "num_train_epochs"}
-ABOVE_ZERO |= {"steps_per_epoch", "eval_noise_batches", "temperature", "noise_std"}
+ABOVE_ZERO |= {"steps_per_epoch", "eval_noise_batches", "max_hours", "temperature", "noise_std"}
 NOT_NEGATIVE = {"learning_rate", "weight_decay", "dataloader_num_workers"}
 
 
@@ -201,8 +201,15 @@ class NoiseKDConfig(ClassifierConfig):
         "data: noise that is moved until the teacher's BatchNorm layers see the statistics that they store. 0 keeps "
         "the statistics of the training noise.",
     )
-    eval_noise_batches: int = HfArg(
-        default=8, help="Held-out noise batches to evaluate on where there is no evaluation data set."
+    max_hours: float | None = HfArg(
+        default=None,
+        help="In place of max_steps: train as long as all ends in so many hours, from what a step is measured to take. "
+        "Batches are halved, down to 64 images, where there would be fewer than 200 steps.",
+    )
+    eval_noise_batches: int | None = HfArg(
+        default=None,
+        help="Held-out noise batches to evaluate on where there is no evaluation data set. Default: 8, or fewer where "
+        "the images are large.",
     )
     num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
     learning_rate: float | None = HfArg(
@@ -231,6 +238,8 @@ class NoiseKDConfig(ClassifierConfig):
         parse_noise(self.noise)
         if self.resolutions is not None:
             parse_resolutions(self.resolutions)
+        if self.max_hours and self.max_steps > 0:
+            raise ValueError(f"max_hours is {self.max_hours:g} and max_steps {self.max_steps}: give one of the two.")
         if self.max_steps > MAX_STEPS:
             raise ValueError(f"max_steps is {self.max_steps}: no more than {MAX_STEPS} steps have noise of their own.")
         if self.num_calibration_images < 0 or self.num_calibration_images == 1:

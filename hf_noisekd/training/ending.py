@@ -36,14 +36,13 @@ from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import Evaluation, StartFacts
 from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
-from hf_noisekd.training.plan import InitialWeights
+from hf_noisekd.training.plan import HELD_OUT_GIVEN, InitialWeights
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.15  # of the cost of a training that calibration images may have
 HELD_OUT = "held-out calibration images"
-HELD_OUT_GIVEN = "held-out given images"
 HELD_OUT_NOISE = "held-out noise images"
 
 State = Mapping[str, torch.Tensor]
@@ -93,7 +92,7 @@ def end_without_data(
     try:
         common: Any = {"input_size": teacher.input_size, "seed": seed}
         if images is None and stored_statistics(teacher.model):
-            limit = SHARE * trained_on * _cost_of_a_training_image(student, teacher)
+            limit = matching_limit(student, teacher, trained_on)
             common |= {"max_image_steps": limit, "show_progress": show_progress}
             images = calibration_images(teacher.model, num_images, **common)
         if images is not None:
@@ -129,10 +128,11 @@ def end_without_data(
     return best
 
 
-def _cost_of_a_training_image(student: nn.Module, teacher: Teacher) -> float:
-    """Return the multiply-adds of a training step, for an image, relative to those of matching one to the teacher."""
+def matching_limit(student: nn.Module, teacher: Teacher, trained_on: float) -> float:
+    """Return how many calibration images times steps have 15 % of the multiply-adds of a training on some images."""
     of_student, of_teacher = (count_macs(model, teacher.input_size)[""] for model in (student, teacher.model))
-    return (of_teacher + 3 * of_student) / max(3 * of_teacher, 1)  # a backward pass costs two forward passes
+    # A backward pass costs two forward passes.
+    return SHARE * trained_on * (of_teacher + 3 * of_student) / max(3 * of_teacher, 1)
 
 
 def _candidates(

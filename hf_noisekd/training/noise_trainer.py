@@ -27,15 +27,15 @@ from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.ending import Candidate, end_without_data
 from hf_noisekd.training.features import PooledFeatures
 from hf_noisekd.training.losses import LOSSES
-from hf_noisekd.training.noise_steps import NoiseStepsTrainer
 from hf_noisekd.training.plan import plan_training
 from hf_noisekd.training.provenance import describe_training
 from hf_noisekd.training.pushing import PushingTrainer
+from hf_noisekd.training.timed_steps import TimedTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
+class NoiseKDTrainer(PushingTrainer, TimedTrainer):
     """transformers' Trainer for noise distillation (Raikwar & Mishra, NeurIPS 2022, Algorithm 1).
 
     Each step draws a batch of noise on the training device, computes the logits of the frozen teacher for it, with its
@@ -102,7 +102,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.start, self.images = plan.initial, plan.images
+        self.start, self.images, self.planned_at = plan.initial, plan.images, plan.began_at
         self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
         cut = plan.frozen_cut
         self._frozen = list(find_batch_norm(self.model).values()) if cut else []
@@ -135,6 +135,7 @@ class NoiseKDTrainer(PushingTrainer, NoiseStepsTrainer):
                 logger.warning("The training starts anew: it was cut off in its first checkpoint.")
         elif resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.model)
+        self.settle_time(resume_from_checkpoint)
         updates = self.count_steps()  # once more: the arguments may have been changed
         if updates and resume_from_checkpoint and len(self.train_dataset.image_sizes()) > 1:
             check_length(resume_from_checkpoint, updates)

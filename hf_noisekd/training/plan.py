@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import logging
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_
 from hf_noisekd.models.classifier import bare_model, format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
 from hf_noisekd.models.loading import has_weights, load_student, load_teacher
+from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
@@ -45,6 +48,7 @@ CUT_LEARNING_RATE = 3e-3
 FROZEN_LEARNING_RATE = 3e-4  # of a repaired one, on images
 IMAGES_SHARE = 0.5  # of the steps, where images are given
 FULL_SIZE = "1"
+EVAL_PIXELS = 2**21  # of the noise to evaluate on
 MIN_IMAGES = 16  # that a user gives
 HELD_OUT_GIVEN = "held-out given images"
 
@@ -69,6 +73,7 @@ class Plan:
     train_dataset: Any
     eval_dataset: Any
     counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
+    began_at: float  # of `time.monotonic`
     frozen_cut: Cut | None  # how the student was cut, if its statistics stay as they are: its teacher's
 
 
@@ -82,6 +87,9 @@ def plan_training(
     images: SizedDataset | None = None,
 ) -> Plan:
     """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
+    began_at = time.monotonic()
+    if args.device.type == "cpu":
+        keep_freed_memory()
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model)
@@ -125,6 +133,7 @@ def plan_training(
         train_dataset=_on_device(train_dataset, args, memory_format, rank=args.process_index),
         eval_dataset=_on_device(eval_dataset, args, memory_format, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
+        began_at=began_at,
         frozen_cut=frozen_cut,
     )
 
@@ -289,7 +298,9 @@ def _eval_noise(args: NoiseKDConfig, teacher: Teacher, train_noise: NoiseDataset
     noise = _noise_arguments(args, teacher)
     if train_noise is not None:
         noise |= {key: getattr(train_noise, key) for key in ("distribution", "mean", "std")}
-    batches = {"batch_size": args.per_device_eval_batch_size, "num_steps": args.eval_noise_batches}
+    size = args.per_device_eval_batch_size
+    number = args.eval_noise_batches or min(8, max(1, EVAL_PIXELS // (size * math.prod(teacher.input_size[1:]))))
+    batches = {"batch_size": size, "num_steps": number}
     return NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
 
 

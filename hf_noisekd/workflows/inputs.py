@@ -10,6 +10,7 @@ from torch import nn
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
 from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
 
 
@@ -25,6 +26,7 @@ def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
         return OnnxClassifier(Path(source).expanduser())
     model = load_teacher(source, **kwargs).eval()
     if not torch.accelerator.is_available():
+        keep_freed_memory()
         return model
     return model.to(torch.accelerator.current_accelerator())
 

@@ -54,8 +54,8 @@ def describe_teacher(
     if nonfinite := nonfinite_tensor(model):
         obstacle = f": its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
     else:
-        for statistics in ("running", "batch") if layers else ("running",):
-            probs = probs_of_noise(Teacher(model), noise, statistics)
+        kinds = ("running", "batch") if layers else ("running",)
+        for statistics, probs in zip(kinds, probs_of_noise(Teacher(model), noise, kinds), strict=True):
             if probs.isfinite().all():
                 predictions[statistics] = describe_probs(probs)
             else:
@@ -82,11 +82,15 @@ def full_size_noise(model: nn.Module, distribution: str, **kwargs) -> NoiseDatas
     )
 
 
-def probs_of_noise(teacher: Teacher, noise: NoiseDataset, statistics: str) -> torch.Tensor:
-    """Return a teacher's float32 predictions `[N, num_classes]` for `noise`, by `"batch"` or `"running"` statistics."""
+def probs_of_noise(teacher: Teacher, noise: NoiseDataset, kinds: Sequence[str]) -> list[torch.Tensor]:
+    """Return a teacher's float32 predictions `[N, num_classes]` for `noise`, by each of some kinds of statistics."""
+    logits: list[list[torch.Tensor]] = [[] for _ in kinds]
     with evaluation_mode(teacher.model):
-        logits = [teacher.logits(noise.draw(step), noise=statistics == "batch") for step in noise.steps()]
-    return torch.cat(logits).softmax(-1)
+        for step in noise.steps():
+            images = noise.draw(step)
+            for found, statistics in zip(logits, kinds, strict=True):
+                found.append(teacher.logits(images.clone(), noise=statistics == "batch"))
+    return [torch.cat(found).softmax(-1) for found in logits]
 
 
 def describe_probs(probs: torch.Tensor) -> dict[str, float]:

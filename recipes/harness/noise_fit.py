@@ -57,7 +57,7 @@ def noise_fit(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_pre_hook(partial(compare, name)).remove)
-        answers = describe_probs(probs_of_noise(Teacher(model), data, "batch"))
+        answers = describe_probs(*probs_of_noise(Teacher(model), data, ["batch"]))
     distances = torch.stack([torch.stack(values).mean() for values in divergences.values() if values])
     # Rounding makes a distance of about 0 any number up to this, and 0 would make that of all layers 0.
     distances = distances.clamp(min=1e-6)
@@ -77,9 +77,9 @@ def answers_of(trainer: NoiseKDTrainer) -> dict[str, float]:
     probs = probs_of_noise(
         trainer.teacher,
         full_size_noise(trainer.teacher_model, args.noise, std=noise.std, mean=noise.mean, batch_size=256, num_steps=2),
-        "batch",
+        ["batch"],
     )
-    found = describe_probs(probs)
+    found = describe_probs(*probs)
     return {key: found[key] for key in ("class_balance", "flatness")} | {
         "information": found["class_balance"] - found["flatness"]
     }

@@ -1,0 +1,125 @@
+"""What a training takes in time and memory, measured on a few images before its first step."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_noisekd.calibration.matching import match_statistics
+from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.models.classifier import compute_logits, device_of
+from hf_noisekd.training.teacher import Teacher
+
+MEASURED_PIXELS = 2**20  # of the images that are measured, fewer than a batch has at 224 pixels
+MIN_MEASURED = 8
+
+
+@dataclass(frozen=True)
+class ImageCost:
+    """What an image of full size takes, in seconds, and in bytes that are kept for the backward pass."""
+
+    training: float  # of a step: it is drawn, both models' logits are computed, and the student's gradient
+    evaluation: float  # of both models' logits, the student's twice
+    matching: float  # of a step in which it is matched to the teacher
+    memory: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training takes, in seconds, and in bytes that a step keeps for its backward pass."""
+
+    steps: int
+    step: float
+    calibration: float
+    evaluation: float
+    memory: float
+    device: torch.device
+
+    @property
+    def seconds(self) -> float:
+        """The sum of all."""
+        return self.steps * self.step + self.calibration + self.evaluation
+
+    def __str__(self) -> str:
+        of = f"a CPU of {torch.get_num_threads()} threads" if self.device.type == "cpu" else f"a {self.device.type}"
+        parts = [f"{self.steps:,} steps of {duration(self.step)}"]
+        parts += [f"up to {duration(self.calibration)} for calibration images"] if self.calibration else []
+        parts += [f"{duration(self.evaluation)} to evaluate"] if self.evaluation else []
+        text = f"About {duration(self.seconds)} on {of}: {', '.join(parts)}."
+        return f"{text} A step keeps {self.memory / 2**30:.1f} GiB in memory."
+
+
+def duration(seconds: float) -> str:
+    """Return a time as text, in the largest unit of which there are two or more."""
+    for unit, size in (("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
+
+
+def cost_of_an_image(
+    student: nn.Module,
+    teacher: Teacher,
+    draw: Callable[[int], torch.Tensor],
+    loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    autocast: Callable[[], AbstractContextManager],
+    batch_size: int,
+) -> ImageCost:
+    """Measure what an image takes; the models stay as they are.
+
+    `draw` returns so many training images of full size, `loss_of` the loss of student's and teacher's logits, and
+    `autocast` is the context that they are computed in. Of a large batch only a part is measured.
+    """
+    number = min(batch_size, max(MIN_MEASURED, MEASURED_PIXELS // math.prod(teacher.input_size[1:])))
+    trained = copy.deepcopy(student).train()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def step() -> None:
+        kept.clear()
+        pixel_values = draw(number)
+        with autocast():
+            teacher_logits = teacher.training_logits(pixel_values)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = loss_of(compute_logits(trained, pixel_values), teacher_logits)
+        loss.backward()
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        pixel_values = draw(number).float()
+        teacher.logits(pixel_values, noise=True)
+        compute_logits(trained, pixel_values)
+        compute_logits(trained, pixel_values)
+
+    def match() -> None:
+        frozen = copy.deepcopy(teacher.model).float().eval().requires_grad_(False)
+        match_statistics(frozen, draw(number).float(), 1)
+
+    device = device_of(student)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        training = min(_seconds(step, device), _seconds(step, device))
+        memory = sum(kept.values()) - sum(tensor.nbytes for tensor in trained.parameters())
+        evaluation = _seconds(evaluate, device)
+        matching = _seconds(match, device) if stored_statistics(teacher.model) else 0.0
+    return ImageCost(training / number, evaluation / number, matching / number, max(memory, 0) / number)
+
+
+def _seconds(function: Callable[[], None], device: torch.device) -> float:
+    """Return how long a call takes."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,146 @@
+"""The part of a trainer that says what its training will take, and fits it into a time."""
+
+import copy
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME
+
+from hf_noisekd.calibration.calibration_images import (
+    FIRST_ROUND,
+    CalibrationImages,
+    default_batch_size,
+    default_held_out,
+)
+from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.models.classifier import format_size
+from hf_noisekd.models.memory import free_memory
+from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd.training.cost import Estimate, ImageCost, cost_of_an_image, duration
+from hf_noisekd.training.ending import SHARE, matching_limit
+from hf_noisekd.training.evaluation import counts_of
+from hf_noisekd.training.noise_steps import NoiseStepsTrainer
+from hf_noisekd.training.plan import InitialWeights
+from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+MIN_PIXELS = 1e7  # of all training images; what takes seconds is not measured
+LONG = 3600.0  # seconds, from which on an estimate is a warning
+MIN_STEPS = 200  # that smaller batches are taken for
+MIN_BATCH = 64  # the statistics of fewer images teach less
+CANDIDATES = 3  # students that are compared at the end
+
+
+class TimedTrainer(NoiseStepsTrainer):
+    """A trainer on noise that estimates its time, and with `args.max_hours` chooses its steps."""
+
+    args: NoiseKDConfig
+    teacher: Teacher
+    planned_at: float  # when its planning began, of `time.monotonic`
+    start: InitialWeights | None  # what the student was initialised with, if from its teacher
+    images: CalibrationImages | None  # those that were given
+
+    def estimate(self) -> Estimate:
+        """Measure on a few images what the training will take."""
+        return self._estimate(self._cost())
+
+    def settle_time(self, checkpoint: str | bool | None) -> None:
+        """Choose the number of steps for `args.max_hours`, or take that of a checkpoint, and log the estimate.
+
+        Raises:
+            ValueError: There is no time for a step.
+            RuntimeError: A batch needs more memory than there is.
+        """
+        if not isinstance(self.train_dataset, NoiseDataset):
+            return
+        if checkpoint:
+            if self.args.max_hours:
+                state = json.loads(Path(str(checkpoint), TRAINER_STATE_NAME).read_text())
+                self._take(state["max_steps"], state["train_batch_size"])
+            return
+        images = self._training_length()[0] * self.train_dataset.batch_size
+        if images * math.prod(self.teacher.input_size[1:]) < MIN_PIXELS and not self.args.max_hours:
+            return
+        cost = self._cost()
+        if self.args.max_hours:
+            self._fit(cost, 3600 * self.args.max_hours)
+        estimate = self._estimate(cost)
+        if estimate.memory > (free := free_memory(self.args.device)):
+            raise RuntimeError(_too_large(self.train_dataset, estimate.memory, free))
+        (logger.warning if estimate.seconds > LONG else logger.info)("%s", estimate)
+
+    def _cost(self) -> ImageCost:
+        def draw(number: int) -> torch.Tensor:
+            noise = copy.copy(self.train_dataset)
+            noise.batch_size, noise.resolutions = number, {1.0: 1.0}
+            return noise.draw(0)
+
+        batch_size = self.train_dataset.batch_size
+        return cost_of_an_image(
+            self.model, self.teacher, draw, self.distillation_loss, self.accelerator.autocast, batch_size
+        )
+
+    def _estimate(self, cost: ImageCost) -> Estimate:
+        steps, batch_size = self._training_length()[0], self.train_dataset.batch_size
+        return Estimate(
+            steps=steps,
+            step=cost.training * self.full_size_images(1),
+            calibration=self._matched_images(steps) * FIRST_ROUND * cost.matching,
+            evaluation=self._evaluated_images() * cost.evaluation,
+            memory=cost.memory * batch_size,
+            device=self.args.device,
+        )
+
+    def _matched_images(self, steps: int) -> float:
+        """Return how many calibration images there will be, with those held out."""
+        number = self.args.num_calibration_images
+        could = stored_statistics(self.teacher.model) and (self.start or stored_statistics(self.model))
+        if self.images or not (number and could):
+            return 0
+        wanted = number + default_held_out(number)
+        limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / FIRST_ROUND
+        return min(wanted, max(limit, default_batch_size(self.teacher.input_size)))
+
+    def _evaluated_images(self) -> float:
+        number = sum(counts_of(self.get_eval_dataloader())) if not isinstance(self.eval_dataset, dict) else 0
+        return number + CANDIDATES * default_held_out(self.args.num_calibration_images)
+
+    def _fit(self, cost: ImageCost, seconds: float) -> None:
+        """Choose steps, and a smaller batch where there would be few, with which all ends in time."""
+        left = seconds - (time.monotonic() - self.planned_at) - self._evaluated_images() * cost.evaluation
+        left = min(left / (1 + SHARE), left - self._matched_images(0) * FIRST_ROUND * cost.matching)
+        free, batch_size = free_memory(self.args.device), self.train_dataset.batch_size
+        of_one = cost.training * self.full_size_images(1) / batch_size
+        while batch_size >= 2 * MIN_BATCH and (
+            left < MIN_STEPS * batch_size * of_one or cost.memory * batch_size > free
+        ):
+            batch_size //= 2
+        steps = int(left / (batch_size * of_one))
+        if steps < 1:
+            raise ValueError(
+                f"max_hours is {self.args.max_hours:g}, and one step of {batch_size} images takes, with what comes "
+                f"before and after it, {duration(seconds - left + batch_size * of_one)}: give more time."
+            )
+        self._take(*self._of_process_0(steps, batch_size))
+
+    def _take(self, steps: int, batch_size: int) -> None:
+        self.args.max_steps = steps
+        self.args.per_device_train_batch_size = self._train_batch_size = self.train_dataset.batch_size = batch_size
+
+    def _of_process_0(self, *numbers: int) -> list[int]:
+        is_first = self.args.process_index == 0
+        return [int(self._sum_over_processes(torch.tensor([float(number * is_first)]))) for number in numbers]
+
+
+def _too_large(noise: NoiseDataset, needed: float, free: float) -> str:
+    fits = max(2, int(noise.batch_size * free / needed * 0.9))
+    return (
+        f"A batch of {noise.batch_size} images of {format_size(noise.input_size)} keeps about {needed / 2**30:.1f} GiB "
+        f"in memory, and {free / 2**30:.1f} GiB are free: set per_device_train_batch_size to {fits} or less."
+    )
