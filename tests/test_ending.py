@@ -62,7 +62,9 @@ def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):
 
 
 @pytest.mark.parametrize("helped", [True, False])
-def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(cut, teacher, helped, monkeypatch):
+def test_images_that_are_no_good_for_statistics_still_tell_whether_training_helped(
+    cut, teacher, helped, monkeypatch, caplog
+):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
     monkeypatch.setattr(ending_module, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
@@ -73,6 +75,7 @@ def test_images_that_are_no_good_for_statistics_still_tell_whether_training_help
         assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
     else:
         assert (ending.is_trained, ending.images) == (False, None)
+        assert "64 or more" in caplog.text
         assert all(torch.equal(tensor, start.state_dict()[name]) for name, tensor in trained.state_dict().items())
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
+MIN_BATCH = 32  # of images that are matched together
 FIRST_ROUND = 60  # steps before the images are checked
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
@@ -133,7 +134,7 @@ def calibration_images(
         input_size: `(channels, height, width)`. Default: what the teacher declares.
         steps: Steps before the first check.
         max_steps: Most steps in all.
-        max_image_steps: Most images times steps in all; there are fewer images then, at least one batch of `steps`.
+        max_image_steps: Most images times steps in all; there are fewer images then, at least a million pixels.
         batch_size: Images that are matched together, which bounds the memory. Each batch has the statistics alone, so
             small ones give less varied images. Default: as many as have a million pixels, in [32, 256].
         seed: Seed of the noise. The same seed gives the same images on the same device, on a GPU up to rounding.
@@ -149,9 +150,9 @@ def calibration_images(
             raise ValueError(f"{name} is {value}: use at least {least}.")
     check_finite(teacher, "teacher")
     input_size = input_size_of(teacher, input_size)
-    batch_size = batch_size or default_batch_size(input_size)
+    batch_size = batch_size or max(MIN_BATCH, least_images(input_size))
     if max_image_steps < math.inf:
-        number = max(int(max_image_steps / steps), batch_size)
+        number = max(int(max_image_steps / steps), min(batch_size, least_images(input_size)))
         num_images, num_held_out = _at_most(number, num_images, num_held_out)
         max_steps = min(max_steps, max(steps, int(max_image_steps) // (num_images + num_held_out)))
     start = _noise(teacher, num_images, batch_size, held_out=False, input_size=input_size, seed=seed)
@@ -245,13 +246,13 @@ def default_held_out(num_images: int) -> int:
 
 def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], seed: int) -> torch.Tensor:
     """Return the noise from which held-out calibration images are made, to compare a student with `teacher`."""
-    batch_size = default_batch_size(input_size)
+    batch_size = max(MIN_BATCH, least_images(input_size))
     return torch.cat(_noise(teacher, number, batch_size, held_out=True, input_size=input_size, seed=seed))
 
 
-def default_batch_size(input_size: Sequence[int]) -> int:
-    """Return the default number of images that are matched together."""
-    return min(256, max(32, 2**20 // math.prod(input_size[1:])))
+def least_images(input_size: Sequence[int]) -> int:
+    """Return the number of images, with those held out, that are made after the shortest training."""
+    return min(256, max(16, 2**20 // math.prod(input_size[1:])))
 
 
 def _noise(teacher: nn.Module, number: int, batch_size: int, **kwargs) -> list[torch.Tensor]:

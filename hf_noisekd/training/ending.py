@@ -116,16 +116,22 @@ def end_without_data(
         return None
     student.load_state_dict(best.weights)
     best.weights = {}  # which it has now
+    if why and images is not None and not images.given:
+        logger.warning("No statistics were taken of calibration images. %s", why)
     if not best.is_trained:
-        logger.warning(
-            "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "
-            "before the training on %.1f %%. It has the weights of then%s.",
-            max(candidate.score for candidate in tried if candidate.is_trained),
-            len(held_out),
-            best.score,
-            ", repaired" if best.start and best.start.repaired_blocks else "",
-        )
+        _say_that_training_did_not_help(best, tried, len(held_out))
     return best
+
+
+def _say_that_training_did_not_help(best: Candidate, tried: list[Candidate], num_images: int) -> None:
+    logger.warning(
+        "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "
+        "before the training on %.1f %%. It has the weights of then%s.",
+        max(candidate.score for candidate in tried if candidate.is_trained),
+        num_images,
+        best.score,
+        ", repaired" if best.start and best.start.repaired_blocks else "",
+    )
 
 
 def matching_limit(student: nn.Module, teacher: Teacher, trained_on: float) -> float:

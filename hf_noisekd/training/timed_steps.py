@@ -13,8 +13,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_noisekd.calibration.calibration_images import (
     FIRST_ROUND,
     CalibrationImages,
-    default_batch_size,
     default_held_out,
+    least_images,
 )
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size
@@ -105,7 +105,7 @@ class TimedTrainer(NoiseStepsTrainer):
             return 0
         wanted = number + default_held_out(number)
         limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / FIRST_ROUND
-        return min(wanted, max(limit, default_batch_size(self.teacher.input_size)))
+        return min(wanted, max(limit, least_images(self.teacher.input_size)))
 
     def _evaluated_images(self) -> float:
         number = sum(counts_of(self.get_eval_dataloader())) if not isinstance(self.eval_dataset, dict) else 0
