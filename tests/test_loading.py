@@ -6,12 +6,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
+from hf_noisekd.models.classifier import bare_model
 from hf_noisekd.models.loading import load_student, load_teacher
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 
 
@@ -187,3 +186,12 @@ def test_batches_need_not_be_counted(saved, tmp_path):
         assert len(uncounted) < len(weights)
         save_file(uncounted, folder / "model.safetensors", metadata={"format": "pt"})
         load_teacher(folder)
+
+
+def test_an_input_size_is_declared_by_a_copy_of_either_library(saved):
+    wrapped = AutoModelForImageClassification.from_pretrained(saved)
+    for model in (load_teacher(saved), wrapped):
+        changed = load_teacher(model, input_size=(1, 24, 24))
+        assert input_size_of(changed) == input_size_of(bare_model(changed)) == (1, 24, 24)
+        assert input_size_of(model) == input_size_of(bare_model(model)) == (1, 32, 32)
+        assert next(changed.parameters()).data_ptr() == next(model.parameters()).data_ptr()

@@ -5,11 +5,13 @@ import timm
 import torch
 from conftest import snapshot
 from torch import nn
+from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate
 from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import Provenance
 from hf_noisekd.training.plan import initial_student
@@ -141,3 +143,35 @@ def test_images_are_shifted_and_mirrored_but_not_those_to_compare_on():
     assert {one.shape for one in several} == {(1, 16, 16)}
     assert len({one.sum().item() for one in several}) > 5
     assert all(set(one.flatten().tolist()) <= set(pixels[0].flatten().tolist()) for one in several)
+
+
+def test_an_input_size_that_is_given_is_the_students_from_then_on(tmp_path):
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=3).eval()
+    args = {"input_size": [3, 32, 48], "resolutions": "1"}
+    for name, student in (
+        ("cut", None),
+        ("named", "test_resnet"),
+        ("given", timm.create_model("test_resnet", num_classes=3)),
+    ):
+        options = args | ({"keep": 0.5} if student is None else {})
+        trainer = NoiseKDTrainer(student, teacher, config(tmp_path / name, **options))
+        trainer.train()
+        assert input_size_of(trainer.model) == (3, 32, 48)
+        assert trainer.record().model.input_size == [3, 32, 48]
+        assert input_size_of(load_teacher(tmp_path / name)) == (3, 32, 48)
+    assert input_size_of(teacher) == (3, 160, 160)  # the teacher stays as it is
+
+
+def test_an_input_size_of_a_transformers_teacher(tmp_path):
+    torch.manual_seed(0)
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 3}
+    teacher = ResNetForImageClassification(ResNetConfig(**shape)).eval()
+    trainer = NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path / "out", input_size=[3, 24, 24]))
+    trainer.train()
+    assert input_size_of(load_teacher(tmp_path / "out")) == (3, 24, 24)
+    teacher.save_pretrained(tmp_path / "teacher")
+    size = {"height": 32, "width": 32}
+    BitImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"3x24x24.* image processor makes 3x32x32"):
+        NoiseKDTrainer("resnet10_cifar", tmp_path / "teacher", config(tmp_path / "other", input_size=[3, 24, 24]))

@@ -3,13 +3,14 @@
 It maps pixels `[B, C, H, W]` to logits `[B, num_classes]`, or, in transformers, to an output with `logits`.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def compute_logits(model: nn.Module | Callable, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -62,6 +63,35 @@ def declared_input_size(model: nn.Module) -> tuple[int, int, int] | None:
         return None
     height, width = (size, size) if isinstance(size, int) else size
     return (getattr(config, "num_channels", 3), height, width)
+
+
+def with_input_size(model: nn.Module, input_size: tuple[int, int, int]) -> nn.Module:
+    """Return `model`, or a copy with the same weights that declares images of `(channels, height, width)`."""
+    if declared_input_size(model) == tuple(input_size):
+        return model
+    changed = copy.copy(model)
+    if bare_model(model) is not model:
+        changed._modules = dict(model._modules)  # which the two share otherwise
+        changed.timm_model = copy.copy(model.timm_model)
+    declare_input_size(changed, input_size)
+    return changed
+
+
+def declare_input_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Have a timm or transformers model declare images of `(channels, height, width)`; others declare nothing."""
+    if cfg := pretrained_cfg_of(model):
+        for key in ("test_input_size", "test_crop_pct"):
+            cfg.pop(key, None)
+        cfg["input_size"] = tuple(input_size)
+        for part in (model, bare_model(model)):
+            part.pretrained_cfg = cfg  # type: ignore[assignment]
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        model.config = config = copy.deepcopy(config)
+        if cfg:
+            config.pretrained_cfg = cfg
+        else:
+            config.image_size = list(input_size[1:])
 
 
 def declared_num_classes(model: nn.Module) -> int | None:

@@ -7,7 +7,7 @@ import argparse
 import difflib
 import json
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,18 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
-from hf_noisekd.models.classifier import check_finite, pretrained_cfg_of
+from hf_noisekd.models.classifier import check_finite, format_size, pretrained_cfg_of, with_input_size
+from hf_noisekd.models.preprocessing import preprocessing_of
 
 BATCH_COUNT = "num_batches_tracked"  # of BatchNorm, which no prediction depends on
 
 
 def load_teacher(
-    source: str | Path | nn.Module, *, checkpoint: str | Path | None = None, trust_remote_code: bool = False
+    source: str | Path | nn.Module,
+    *,
+    checkpoint: str | Path | None = None,
+    input_size: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load a trained classifier.
 
@@ -36,14 +41,30 @@ def load_teacher(
             (`org/repo`, `hf-hub:org/repo@revision`); or a folder in timm's or transformers' layout, with safetensors.
         checkpoint: File of weights for the timm architecture `source`: safetensors, or a file of `torch.save`, loaded
             with `weights_only=True`. Its shapes give the numbers of classes and of input channels.
+        input_size: `(channels, height, width)` to declare in place of the model's own. A module that is given does not
+            change: what is returned has its weights.
         trust_remote_code: Run the Python code that comes with a transformers model on the Hub.
 
     Raises:
-        ValueError: There is no such model, or it is damaged.
+        ValueError: There is no such model, it is damaged, or its image processor makes images of another size.
     """
     if checkpoint is not None:
-        return _load_checkpoint(str(source), Path(checkpoint).expanduser())
-    return _load(source, trust_remote_code, pretrained=True)
+        model = _load_checkpoint(str(source), Path(checkpoint).expanduser())
+    else:
+        model = _load(source, trust_remote_code, pretrained=True)
+    return model if input_size is None else _with_input_size(model, input_size)
+
+
+def _with_input_size(model: nn.Module, input_size: Sequence[int]) -> nn.Module:
+    """Return a model that declares an input size, or raise a `ValueError` if its image processor makes another."""
+    channels, height, width = input_size
+    made = preprocessing_of(model).get("input_size")
+    if made and tuple(made) != (channels, height, width):
+        raise ValueError(
+            f"input_size is {format_size(input_size)}, and the model's image processor makes {format_size(made)}: "
+            "leave input_size out, or save the model with an image processor for that size."
+        )
+    return with_input_size(model, (channels, height, width))
 
 
 def load_student(

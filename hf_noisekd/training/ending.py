@@ -36,8 +36,9 @@ from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import Evaluation, StartFacts
 from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
-from hf_noisekd.training.plan import HELD_OUT_GIVEN, InitialWeights
+from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.training.training_data import HELD_OUT_GIVEN
 
 logger = logging.getLogger(__name__)
 

@@ -3,9 +3,8 @@
 import copy
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +14,19 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.batches import PixelsDataset, SizedDataset, dataset_name
-from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
-from hf_noisekd.models.classifier import bare_model, format_size, logits_of_blanks
-from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
+from hf_noisekd.batches import PixelsDataset, SizedDataset
+from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
+from hf_noisekd.models.classifier import (
+    bare_model,
+    declare_input_size,
+    format_size,
+)
+from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
-from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.cutting import cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import initialise_from_teacher
@@ -38,6 +40,17 @@ from hf_noisekd.training.checks import (
 )
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.training.training_data import (
+    HELD_OUT_GIVEN,
+    IMAGES_SHARE,
+    breaks_bfloat16,
+    calibration_of,
+    eval_noise,
+    mixed_noise,
+    needs_stored_statistics,
+    on_device,
+    train_noise,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +59,7 @@ RANDOM_LEARNING_RATE = 1e-2
 # knows images of full size alone: small ones have other features.
 CUT_LEARNING_RATE = 3e-3
 FROZEN_LEARNING_RATE = 3e-4  # of a repaired one, on images
-IMAGES_SHARE = 0.5  # of the steps, where images are given
 FULL_SIZE = "1"
-EVAL_PIXELS = 2**21  # of the noise to evaluate on
-MIN_IMAGES = 16  # that a user gives
-HELD_OUT_GIVEN = "held-out given images"
 
 
 class InitialWeights(NamedTuple):
@@ -92,36 +101,29 @@ def plan_training(
         keep_freed_memory()
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
-    teacher_model = load_teacher(teacher_model)
+    teacher_model = load_teacher(teacher_model, input_size=args.input_size)
     input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
-    given = None if images is None else _given(images, teacher_model, input_size, collate_fn)
-    by_stored = given is not None and _needs_stored_statistics(args, teacher_model, given, train_dataset)
-    teacher = Teacher(
-        teacher_model,
-        input_size=input_size,
-        statistics=0.0 if by_stored else args.teacher_statistics,
-        batch_norm_fraction=args.batch_norm_fraction,
-        seed=args.seed,
-    )
-    if args.teacher_statistics != 0:
-        check_leaves_stored_statistics(teacher_model, teacher.input_size)
-    check_batch_norm_is_local(teacher_model, args.world_size)
+    given = None if images is None else calibration_of(images, teacher_model, input_size, collate_fn)
+    by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
+    teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
     set_seed(args.seed)  # before a student given by name gets its random weights
     model, initial = initial_student(model, teacher, args, given)
     frozen_cut = initial.cut if by_stored and initial else None
+    if args.input_size is not None:
+        declare_input_size(model, input_size)
     check_models(model, teacher, explicit_size=args.input_size is not None)
     args = _with_defaults(args, teacher, initial, train_dataset, freezes=frozen_cut is not None)
     if train_dataset is None and given is not None:
-        train_dataset = _mixed(args, teacher, given, share=1.0 if by_stored else IMAGES_SHARE)
-    noise = _train_noise(args, teacher, train_dataset, (model, teacher_model))
+        train_dataset = mixed_noise(args, teacher, given, share=1.0 if by_stored else IMAGES_SHARE)
+    noise = train_noise(args, teacher, train_dataset, (model, teacher_model))
     train_dataset = train_dataset if noise is None else noise
     check_train_noise(train_dataset, args, teacher)
-    if _breaks_bfloat16(args, model, noise, teacher.input_size):
+    if breaks_bfloat16(args, model, noise, teacher.input_size):
         args.bf16, args.mixed_precision = False, "no"
     check_last_batch(train_dataset, args)
     if eval_dataset is None:
         held_out = given and PixelsDataset(given.held_out.cpu(), HELD_OUT_GIVEN)
-        eval_dataset = held_out or _eval_noise(args, teacher, noise)
+        eval_dataset = held_out or eval_noise(args, teacher, noise)
     check_eval_datasets(eval_dataset, teacher, collate_fn)
     memory_format = training_memory_format(model, args.device)
     return Plan(
@@ -130,12 +132,23 @@ def plan_training(
         images=given,
         teacher=teacher,
         args=args,
-        train_dataset=_on_device(train_dataset, args, memory_format, rank=args.process_index),
-        eval_dataset=_on_device(eval_dataset, args, memory_format, rank=0),
+        train_dataset=on_device(train_dataset, args, memory_format, rank=args.process_index),
+        eval_dataset=on_device(eval_dataset, args, memory_format, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
         began_at=began_at,
         frozen_cut=frozen_cut,
     )
+
+
+def _teacher(
+    args: NoiseKDConfig, model: nn.Module, input_size: tuple[int, int, int], statistics: float | None
+) -> Teacher:
+    options: dict[str, Any] = {"batch_norm_fraction": args.batch_norm_fraction, "seed": args.seed}
+    teacher = Teacher(model, input_size=input_size, statistics=statistics, **options)
+    if args.teacher_statistics != 0:
+        check_leaves_stored_statistics(model, input_size)
+    check_batch_norm_is_local(model, args.world_size)
+    return teacher
 
 
 def initial_student(
@@ -182,19 +195,6 @@ def initial_student(
     )
 
 
-def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:
-    """Return unlabelled images of a user as pixels `[N, C, H, W]`, or raise a `ValueError` where they do not fit."""
-    if len(images) < MIN_IMAGES:
-        raise ValueError(f"There are {len(images)} images: give at least {MIN_IMAGES}, better some hundreds.")
-    pixel_values = collate_fn([images[index] for index in range(len(images))])["pixel_values"]
-    if (found := tuple(pixel_values.shape[1:])) != input_size:
-        raise ValueError(
-            f"The images have the size {format_size(found)}, and the student is to take {format_size(input_size)}: "
-            "preprocess them as for it."
-        )
-    return pixel_values
-
-
 def _training_input_size(
     args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Any, collate_fn: Callable
 ) -> tuple[int, int, int]:
@@ -212,41 +212,6 @@ def _training_input_size(
     return input_size_of(teacher_model, given)
 
 
-def _given(
-    images: SizedDataset, teacher_model: nn.Module, input_size: tuple[int, int, int], collate_fn: Callable
-) -> CalibrationImages:
-    """Return unlabelled images of a user as calibration images."""
-    return given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
-
-
-def _needs_stored_statistics(
-    args: NoiseKDConfig, teacher_model: nn.Module, given: CalibrationImages, train_dataset: Any
-) -> bool:
-    """Return whether to train on the given images alone, with the BatchNorm statistics that the teacher stores.
-
-    So it is where those of the images spoil the teacher itself. Those of noise do so even more.
-    """
-    decides = train_dataset is None and args.teacher_statistics is None and args.batch_norm_fraction == 1
-    return decides and bool(stored_statistics(teacher_model)) and given.problem is not None
-
-
-def _mixed(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, share: float) -> NoiseDataset:
-    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps."""
-    name = given.given.dataset if given.given else None
-    images = PixelsDataset(given.pixel_values.cpu(), name, augments=True)
-    return MixedDataset.for_model(
-        teacher.model, images=images, share=share, **_noise_batches(args), **_noise_arguments(args, teacher)
-    )
-
-
-def _noise_batches(args: NoiseKDConfig) -> dict[str, Any]:
-    return {
-        "resolutions": args.resolutions,
-        "batch_size": args.per_device_train_batch_size,
-        "num_steps": args.steps_per_epoch,
-    }
-
-
 def _with_defaults(
     args: NoiseKDConfig, teacher: Teacher, initial: InitialWeights | None, train_dataset: Any, *, freezes: bool
 ) -> NoiseKDConfig:
@@ -261,82 +226,3 @@ def _with_defaults(
     if (initial or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
         args.resolutions = FULL_SIZE
     return args
-
-
-def _train_noise(
-    args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, models: Sequence[nn.Module]
-) -> NoiseDataset | None:
-    """Return the training noise in sizes that all models take, found by trial; None for a data set of real images."""
-    if train_dataset is None:
-        train_dataset = NoiseDataset.for_model(teacher.model, **_noise_batches(args), **_noise_arguments(args, teacher))
-    if not isinstance(train_dataset, NoiseDataset):
-        return None
-    noise = copy.copy(train_dataset)
-    channels, *full_size = noise.input_size
-    refused: list | None = None
-    while (smaller := [size for size, _ in noise.image_sizes() if [*size] != full_size]) == refused or not all(
-        _takes(model, (channels, *size)) for size in smaller for model in models
-    ):
-        refused = smaller
-        noise.size_multiple *= 2
-    if noise.size_multiple > 1:
-        found = ", ".join(format_size(size) for size, _ in noise.image_sizes())
-        logger.warning("The noise has images of %s pixels: the models do not take its own smaller sizes.", found)
-    return noise
-
-
-def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
-    try:
-        logits_of_blanks(model, input_size, "model")
-    except ValueError:
-        return False
-    return True
-
-
-def _eval_noise(args: NoiseKDConfig, teacher: Teacher, train_noise: NoiseDataset | None) -> NoiseDataset:
-    """Return held-out noise, of the kind of the training noise if there is any."""
-    noise = _noise_arguments(args, teacher)
-    if train_noise is not None:
-        noise |= {key: getattr(train_noise, key) for key in ("distribution", "mean", "std")}
-    size = args.per_device_eval_batch_size
-    number = args.eval_noise_batches or min(8, max(1, EVAL_PIXELS // (size * math.prod(teacher.input_size[1:]))))
-    batches = {"batch_size": size, "num_steps": number}
-    return NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
-
-
-def _noise_arguments(args: NoiseKDConfig, teacher: Teacher) -> dict[str, Any]:
-    std = {} if args.noise_std is None else {"std": args.noise_std}
-    return {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise, **std}
-
-
-def _breaks_bfloat16(
-    args: NoiseKDConfig, model: nn.Module, noise: NoiseDataset | None, input_size: tuple[int, int, int]
-) -> bool:
-    """Return whether a CPU would train the student in bfloat16 wrongly on images so small, and warn of it."""
-    if args.mixed_precision != "bf16" or args.device.type != "cpu":
-        return False
-    sizes = {input_size[1:]} if noise is None else {size for size, _ in noise.image_sizes()}
-    for size in sorted(sizes):
-        if layer := layer_that_bfloat16_breaks(model, (input_size[0], *size)):
-            logger.warning(
-                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
-                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
-                "(resolutions='1'), may spare it that.",
-                layer,
-                format_size((input_size[0], *size)),
-            )
-            return True
-    return False
-
-
-def _on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
-    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
-    if isinstance(dataset, dict):
-        return {name: _on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
-    if not isinstance(dataset, NoiseDataset):
-        return dataset
-    dataset = copy.copy(dataset)
-    dataset.device, dataset.rank = args.device, rank
-    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
-    dataset.memory_format = memory_format
-    return dataset

@@ -68,7 +68,8 @@ def distill(
         raise UsageError(str(error) or type(error).__name__) from error
     if bool(args.limits) == (student is not None):
         raise UsageError("Give either a student, or keep, max_macs or max_params to cut the teacher down.")
-    teacher_model = load_teacher(teacher, checkpoint=teacher_checkpoint, trust_remote_code=trust_remote_code)
+    loading: dict = {"checkpoint": teacher_checkpoint, "trust_remote_code": trust_remote_code}
+    teacher_model = load_teacher(teacher, input_size=args.input_size, **loading)
     if isinstance(eval_dataset, str | Path):
         eval_dataset = load_images(eval_dataset, teacher_model, split=eval_split, label_column=eval_label_column)
     if isinstance(images, str | Path):
@@ -77,16 +78,15 @@ def distill(
         trainer = NoiseKDTrainer(student, teacher_model, args, eval_dataset=eval_dataset, images=images)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    _train(trainer, resume_from_checkpoint)
-    return trainer
+    return _train(trainer, resume_from_checkpoint)
 
 
-def _train(trainer: NoiseKDTrainer, resume_from_checkpoint: str | bool | None) -> None:
+def _train(trainer: NoiseKDTrainer, resume_from_checkpoint: str | bool | None) -> NoiseKDTrainer:
     """Train, evaluate, write the card and push; an interruption carries the way to go on in its message."""
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         if trainer.stopped_by_signal:
-            return
+            return trainer
         try:
             trainer.evaluate()
         finally:
@@ -101,6 +101,7 @@ def _train(trainer: NoiseKDTrainer, resume_from_checkpoint: str | bool | None) -
     except BaseException as stop:  # of Ctrl-C, and of a scheduler
         stop.args = (how_to_go_on(trainer),)
         raise
+    return trainer
 
 
 def how_to_go_on(trainer: NoiseKDTrainer) -> str:

@@ -1,0 +1,154 @@
+"""What a distillation trains and is evaluated on: noise in the sizes that its models take, and images of a user's."""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_noisekd.batches import PixelsDataset, SizedDataset, dataset_name
+from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
+from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.models.classifier import format_size, logits_of_blanks
+from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
+from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.mixed import MixedDataset
+from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd.training.teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+IMAGES_SHARE = 0.5  # of the steps, where images are given
+EVAL_PIXELS = 2**21  # of the noise to evaluate on
+MIN_IMAGES = 16  # that a user gives
+HELD_OUT_GIVEN = "held-out given images"
+
+
+def calibration_of(
+    images: SizedDataset, teacher_model: nn.Module, input_size: tuple[int, int, int], collate_fn: Callable
+) -> CalibrationImages:
+    """Return unlabelled images of a user as calibration images."""
+    return given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
+
+
+def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:
+    """Return unlabelled images of a user as pixels `[N, C, H, W]`, or raise a `ValueError` where they do not fit."""
+    if len(images) < MIN_IMAGES:
+        raise ValueError(f"There are {len(images)} images: give at least {MIN_IMAGES}, better some hundreds.")
+    pixel_values = collate_fn([images[index] for index in range(len(images))])["pixel_values"]
+    if (found := tuple(pixel_values.shape[1:])) != input_size:
+        raise ValueError(
+            f"The images have the size {format_size(found)}, and the student is to take {format_size(input_size)}: "
+            "preprocess them as for it."
+        )
+    return pixel_values
+
+
+def needs_stored_statistics(
+    args: NoiseKDConfig, teacher_model: nn.Module, given: CalibrationImages, train_dataset: Any
+) -> bool:
+    """Return whether to train on the given images alone, with the BatchNorm statistics that the teacher stores.
+
+    So it is where those of the images spoil the teacher itself. Those of noise do so even more.
+    """
+    decides = train_dataset is None and args.teacher_statistics is None and args.batch_norm_fraction == 1
+    return decides and bool(stored_statistics(teacher_model)) and given.problem is not None
+
+
+def mixed_noise(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, share: float) -> NoiseDataset:
+    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps."""
+    name = given.given.dataset if given.given else None
+    images = PixelsDataset(given.pixel_values.cpu(), name, augments=True)
+    return MixedDataset.for_model(
+        teacher.model, images=images, share=share, **_noise_batches(args), **_noise_arguments(args, teacher)
+    )
+
+
+def train_noise(
+    args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, models: Sequence[nn.Module]
+) -> NoiseDataset | None:
+    """Return the training noise in sizes that all models take, found by trial; None for a data set of real images."""
+    if train_dataset is None:
+        train_dataset = NoiseDataset.for_model(teacher.model, **_noise_batches(args), **_noise_arguments(args, teacher))
+    if not isinstance(train_dataset, NoiseDataset):
+        return None
+    noise = copy.copy(train_dataset)
+    channels, *full_size = noise.input_size
+    refused: list | None = None
+    while (smaller := [size for size, _ in noise.image_sizes() if [*size] != full_size]) == refused or not all(
+        _takes(model, (channels, *size)) for size in smaller for model in models
+    ):
+        refused = smaller
+        noise.size_multiple *= 2
+    if noise.size_multiple > 1:
+        found = ", ".join(format_size(size) for size, _ in noise.image_sizes())
+        logger.warning("The noise has images of %s pixels: the models do not take its own smaller sizes.", found)
+    return noise
+
+
+def _takes(model: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    try:
+        logits_of_blanks(model, input_size, "model")
+    except ValueError:
+        return False
+    return True
+
+
+def eval_noise(args: NoiseKDConfig, teacher: Teacher, train_noise: NoiseDataset | None) -> NoiseDataset:
+    """Return held-out noise, of the kind of the training noise if there is any."""
+    noise = _noise_arguments(args, teacher)
+    if train_noise is not None:
+        noise |= {key: getattr(train_noise, key) for key in ("distribution", "mean", "std")}
+    size = args.per_device_eval_batch_size
+    number = args.eval_noise_batches or min(8, max(1, EVAL_PIXELS // (size * math.prod(teacher.input_size[1:]))))
+    batches = {"batch_size": size, "num_steps": number}
+    return NoiseDataset.for_model(teacher.model, held_out=True, **batches, **noise)
+
+
+def _noise_batches(args: NoiseKDConfig) -> dict[str, Any]:
+    return {
+        "resolutions": args.resolutions,
+        "batch_size": args.per_device_train_batch_size,
+        "num_steps": args.steps_per_epoch,
+    }
+
+
+def _noise_arguments(args: NoiseKDConfig, teacher: Teacher) -> dict[str, Any]:
+    std = {} if args.noise_std is None else {"std": args.noise_std}
+    return {"input_size": teacher.input_size, "seed": args.seed, "distribution": args.noise, **std}
+
+
+def breaks_bfloat16(
+    args: NoiseKDConfig, model: nn.Module, noise: NoiseDataset | None, input_size: tuple[int, int, int]
+) -> bool:
+    """Return whether a CPU would train the student in bfloat16 wrongly on images so small, and warn of it."""
+    if args.mixed_precision != "bf16" or args.device.type != "cpu":
+        return False
+    sizes = {input_size[1:]} if noise is None else {size for size, _ in noise.image_sizes()}
+    for size in sorted(sizes):
+        if layer := layer_that_bfloat16_breaks(model, (input_size[0], *size)):
+            logger.warning(
+                "The student is trained in float32: its layer %s gets maps so small from images of %s that a CPU "
+                "computes its gradient in bfloat16 wrongly. Larger images, or noise of full size only "
+                "(resolutions='1'), may spare it that.",
+                layer,
+                format_size((input_size[0], *size)),
+            )
+            return True
+    return False
+
+
+def on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
+    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
+    if isinstance(dataset, dict):
+        return {name: on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
+    if not isinstance(dataset, NoiseDataset):
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.device, dataset.rank = args.device, rank
+    dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
+    dataset.memory_format = memory_format
+    return dataset
