@@ -640,7 +640,9 @@ def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_pa
     command += ["--max-steps", "1", "--per-device-train-batch-size", "8", "--disable-tqdm", "--eval-noise-batches", "1"]
     assert main([*map(str, command)]) == 0
     made = Provenance.of(load_teacher(tmp_path / "student"))
-    assert ("of the given images" in capsys.readouterr().out) == bool(made.recalibration)
+    printed = capsys.readouterr().out
+    assert ("of the given images" in printed) == bool(made.recalibration)
+    assert "On held-out given images:" in printed
     assert made.given_images == ImagesFacts(images=40, dataset="photos")
     assert (made.is_data_free, made.calibration) == (False, None)
     assert made.recalibration is None or made.recalibration.images == 30  # the others are held out

@@ -145,6 +145,8 @@ def _calibration_text(record: "Record") -> str:
         advice = "Use it in batches, with batch statistics, or re-estimate them with `noisekd recalibrate`."
         return f"Its running statistics are those of the training noise. {advice}"
     of = "those of the training noise, which hold for images as well"
+    if made.noise is None:
+        of = "its teacher's" if made.start else "those of the images that it was trained on"
     if made.calibration:
         of = f"of {made.calibration.images:,} images made without data"
     elif made.recalibration:
@@ -165,9 +167,9 @@ def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
     """Return what a distillation came to, and what can be done with it."""
     folder = trainer.args.output_dir
     record = trainer.record()
-    scores = record.evaluations[0]
+    scores, default = record.evaluations[0], "held-out given images" if trainer.images else "held-out noise"
     text = (
-        f"The student is in {folder}. On {eval_dataset or 'held-out noise'}:\n"
+        f"The student is in {folder}. On {eval_dataset or default}:\n"
         f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_calibration_text(record)}\n"
         f"Next:\n  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test"
     )
