@@ -141,6 +141,7 @@ def seconds_of_a_step(experiment: Experiment, arguments: Mapping) -> float:
     """Return the seconds of a training step, on the average of a whole training."""
     steps = experiment.options.max_steps or STEPS_TO_TIME
     arguments = dict(arguments) | {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True}
+    arguments |= {"num_calibration_images": 0}
     return experiment.distillation_trainer("a step", **arguments).train().metrics["train_runtime"] / steps
 
 

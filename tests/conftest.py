@@ -1,5 +1,6 @@
 """Small models and data that several test files share. Nothing here or in the default tests reaches the network."""
 
+import gc
 import hashlib
 import io
 import os
@@ -168,6 +169,11 @@ def pictures(folder) -> dict[str, Image.Image]:
 def upright_rgb(picture: Image.Image) -> Image.Image:
     picture = picture.transpose(Image.Transpose.ROTATE_270) if picture.getexif().get(0x0112) == 6 else picture
     return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
+
+
+def pytest_collection_finish():
+    """Keep what was imported out of garbage collections: each training makes a full one, of half a second otherwise."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -76,7 +76,8 @@ def test_options(refused, saved, words):
 )  # fmt: skip
 def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused, saved, tmp_path, words):
     (tmp_path / "out").mkdir()
-    refused(1, "distill", "--teacher", saved, "--student", "resnet10_cifar", "--output-dir", "out", *words.split())
+    command = ["distill", "--teacher", saved, "--student", "resnet10_cifar", "--output-dir", "out", "--max-steps", "9"]
+    refused(1, *command, *words.split())
 
 
 def test_budgets(refused, saved):

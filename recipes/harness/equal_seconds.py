@@ -25,11 +25,9 @@ def step_cost(experiment: Experiment, rows: Mapping[str, Mapping]) -> dict[str, 
         return costs
     # A GPU's steps take milliseconds, among which the beginning of a training would count.
     steps = 20 if PartialState().device.type == "cpu" else 200
+    steps_alone = {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True, "num_calibration_images": 0}
     trainers = {
-        name: experiment.distillation_trainer(
-            name, **arguments | {"max_steps": steps, "eval_strategy": "no", "disable_tqdm": True}
-        )
-        for name, arguments in rows.items()
+        name: experiment.distillation_trainer(name, **arguments | steps_alone) for name, arguments in rows.items()
     }
     first, *others = rows
 
