@@ -154,6 +154,23 @@ def test_students_are_repaired_on_images_of_all_kinds(cifar10, small_teacher, tm
 
 
 @pytest.mark.slow
+def test_a_large_teacher_is_cut_with_images(cifar10, small_teacher, tmp_path, monkeypatch):
+    options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 1, "--output-dir", tmp_path)
+    record = run_here("large_teacher", monkeypatch, *options, "--images", 0, 16)
+    rows = record["measurements"]["agreement with the teacher"]
+    smaller = [(f"none, {pixels} pixels", True) for pixels in (112, 96)]
+    assert [(row["images"], row["after"] is None) for row in rows] == smaller + [("none", True), ("16", False)] * 2
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_run_is_measured(tmp_path, monkeypatch):
+    options = ("--networks", "test_resnet", "--pixels", 32, 64, "--output-dir", tmp_path)
+    small, large = run_here("cost", monkeypatch, *options)["measurements"]["cost"]
+    assert large["GiB a step"] > 2 * small["GiB a step"] > 0
+    assert min(value for row in (small, large) for value in row.values() if value != "test_resnet") > 0
+
+
+@pytest.mark.slow
 def test_what_is_cut_of_a_family_is_read_by_three_libraries(tmp_path, monkeypatch):
     record = run_here("families", monkeypatch, "--members", "mobilenetv2_050", "--output-dir", tmp_path)
     (row,) = record["measurements"]["families"]

@@ -197,6 +197,26 @@ def _repaired_table(results: Path) -> str:
     return markdown_table(["accuracy (%) by images", *columns], rows)
 
 
+def _large_teacher_table(results: Path) -> str:
+    """An ImageNet teacher cut with images: agreement with it before and after the training."""
+    rows = []
+    for row in _measured(results, "large_teacher", "cpu", "agreement with the teacher"):
+        after = ["", ""] if row["after"] is None else [f"{row['after']:.1f}", f"{row['seconds'] / 60:.0f} min"]
+        rows.append([f"{row['multiply-adds (%)']:.0f} %", row["images"], f"{row['before training']:.1f}", *after])
+    return markdown_table(["multiply-adds", "images", "cut and repaired", "trained on them", "one core"], rows)
+
+
+def _cost_table(results: Path) -> str:
+    """What a training step of 256 images takes, by network and pixels."""
+    cells: dict[str, dict[int, str]] = {}
+    for row in _measured(results, "cost", "cpu", "cost"):
+        cell = f"{row['seconds a step']:.1f} s, {row['GiB a step']:.1f} GiB"
+        cells.setdefault(row["network"], {})[row["pixels"]] = cell
+    columns = list(dict.fromkeys(pixels for of in cells.values() for pixels in of))
+    header = ["a step of 256 images", *(f"{pixels} pixels" for pixels in columns)]
+    return markdown_table(header, [[name, *(of[pixels] for pixels in columns)] for name, of in cells.items()])
+
+
 def _families_table(results: Path) -> str:
     """How many members of timm's families can be cut and loaded by all, and which cannot."""
     groups: dict[str, list[str]] = {}
@@ -275,6 +295,8 @@ def _runs_table(name: str, results: Path) -> str:
 
 TABLES = {
     "repaired": _repaired_table,
+    "large-teacher": _large_teacher_table,
+    "cost": _cost_table,
     "deployed": _deployed_table,
     "statistics": _statistics_table,
     "files": _files_table,
@@ -304,10 +326,10 @@ def _speed(results: Path, presets: tuple[str, ...]) -> dict[int, dict[str, list[
     return times
 
 
-def _measured(results: Path, recipe: str, preset: str) -> list[Mapping]:
-    """Return the rows of a recipe's table of accuracies, of one seed after the other."""
+def _measured(results: Path, recipe: str, preset: str, table: str = "accuracy") -> list[Mapping]:
+    """Return the rows of a recipe's table, of one seed after the other."""
     records = [read_json(file) for file in sorted(results.glob(f"{recipe}_*.json"))]
-    return [row for record in records if record["preset"] == preset for row in record["measurements"]["accuracy"]]
+    return [row for record in records if record["preset"] == preset for row in record["measurements"][table]]
 
 
 def _teacher_accuracy(results: Path) -> float:
