@@ -58,6 +58,27 @@ class PixelsDataset(Dataset):
         return {"pixel_values": padded.flip(-1) if mirrors else padded}
 
 
+def resized(pixel_values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Return images `[N, C, H, W]` in another `(height, width)`."""
+    return F.interpolate(pixel_values, tuple(size), mode="bicubic", antialias=True)
+
+
+class ResizedDataset(Dataset):
+    """The samples of a data set, in the forms of [`collate_images`], in another `(height, width)`."""
+
+    def __init__(self, dataset: SizedDataset, size: Sequence[int]):
+        self.dataset, self.size = dataset, size
+        self.name = dataset_name(dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch = collate_images([self.dataset[index]])
+        sample: dict[str, Any] = {"pixel_values": resized(batch["pixel_values"], self.size)[0]}
+        return sample | ({"labels": int(batch["labels"])} if "labels" in batch else {})
+
+
 class FullBatchSampler(Sampler[list[int]]):
     """Batches of equal size over `size` images in order; the last one is filled up with the first images.
 

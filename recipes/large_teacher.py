@@ -5,8 +5,8 @@
 Beyond the paper. At 1,000 classes noise teaches nothing, and BatchNorm statistics of other images spoil the teacher
 itself. So the images, CIFAR-10's training images enlarged, choose what is cut, repair it, and train it with the
 teacher's statistics. Agreement is with the whole teacher, on 500 enlarged test images. Of "none" the cut was chosen on
-noise, and nothing else was done to it; "112 pixels" is the whole teacher, given smaller images. Seconds are those of a
-core, with cut and repair.
+noise, and nothing else was done to it. Students may also take smaller images, and so may the whole teacher. Seconds are
+those of a core, with cut and repair.
 """
 
 import time
@@ -46,14 +46,13 @@ def main() -> None:
     test = load_images(dataset, teacher, num_images=preset["test_images"], labels=False)
     rows: list[dict] = []
 
-    def record(student: nn.Module, number: int | str, share: float) -> dict:
-        agreement = evaluate(student, test, teacher_model=teacher)["running"]["agreement"]
-        row = {"images": number, "multiply-adds (%)": 100 * share, "before training": agreement}
-        rows.append(row | {"after": None, "seconds": None})
-        return rows[-1]
+    def agreement(student: nn.Module, pixels: int) -> float:
+        return evaluate(Smaller(student, pixels), test, teacher_model=teacher)["running"]["agreement"]
 
     for pixels in preset["smaller"]:
-        record(Smaller(teacher, pixels), f"none, {pixels} pixels", (pixels / preset["pixels"]) ** 2)
+        share = 100 * (pixels / preset["pixels"]) ** 2
+        row = {"images": "none, the whole teacher", "multiply-adds (%)": share, "pixels": pixels}
+        rows.append(row | {"before training": agreement(teacher, pixels), "after": None, "seconds": None})
     for keep in preset["keep"]:
         for number in preset["images"] if options.images is None else options.images:
             start = time.process_time()
@@ -68,11 +67,13 @@ def main() -> None:
                 seed=options.seed,
             )
             trainer = NoiseKDTrainer(None, teacher, args, images=images)
-            row = record(trainer.model, str(number or "none"), keep)
+            pixels = trainer.teacher.input_size[1]
+            row = {"images": str(number or "none"), "multiply-adds (%)": 100 * keep, "pixels": pixels}
+            row |= {"before training": agreement(trainer.model, pixels), "after": None, "seconds": None}
             if images:
                 trainer.train()
-                row |= {"seconds": time.process_time() - start}
-                row |= {"after": evaluate(trainer.model, test, teacher_model=teacher)["running"]["agreement"]}
+                row |= {"seconds": time.process_time() - start, "after": agreement(trainer.model, pixels)}
+            rows.append(row)
             results.measure("agreement with the teacher", rows)
     results.print_table()
 

@@ -4,8 +4,10 @@ import torch
 from conftest import TinyCNN, digest
 from torch import nn
 
+from hf_noisekd import recalibrate_batch_norm
 from hf_noisekd.models.classifier import count_parameters
 from hf_noisekd.models.cost import count_macs
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.shrinking.cutting import Budget, _narrowed, shrink
 from hf_noisekd.shrinking.ranking import Comparison
 
@@ -98,3 +100,38 @@ def test_without_images_predictions_for_noise_are_compared():
 def test_a_teacher_that_could_not_be_built_again_is_refused():
     with pytest.raises(ValueError, match=r"TinyCNN .*timm"):
         shrink(TinyCNN(in_chans=3), 0.5, input_size=SIZE)
+
+
+@pytest.fixture
+def of_64_pixels():
+    """A network and images that it classifies the same if they are smaller: they have no detail."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "resnet10_cifar", width=8, num_classes=4, pretrained_cfg_overlay={"input_size": (3, 64, 64)}
+    )
+    smooth = torch.nn.functional.interpolate(torch.randn(32, 3, 2, 2), 64, mode="bicubic")
+    recalibrate_batch_norm(model, [smooth])
+    return model.eval(), smooth
+
+
+def test_smaller_images_are_taken_where_they_change_less(of_64_pixels):
+    model, images = of_64_pixels
+    student, facts = shrink(model, 0.8, images=[images], min_side=0.75)
+    assert input_size_of(student) == (3, 56, 56)
+    assert (facts.removed_blocks, facts.cut, facts.teacher_input_size) == ([], 0, [3, 64, 64])
+    assert facts.macs == pytest.approx((56 / 64) ** 2, rel=0.01)
+    assert facts.size_agreement > 80
+    assert "64x64" in str(facts)
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), model(images))
+    for kwargs in ({}, {"min_side": 0.95}, {"min_side": 0.75, "images": None}):
+        student, facts = shrink(model, 0.8, **{"images": [images]} | kwargs)
+        assert (input_size_of(student), facts.teacher_input_size) == ((3, 64, 64), None)
+
+
+def test_what_does_not_suffice_in_size_is_cut(of_64_pixels):
+    model, images = of_64_pixels
+    student, facts = shrink(model, 0.4, images=[images], min_side=0.75)
+    assert input_size_of(student) == (3, 48, 48)
+    assert facts.cut > 0
+    assert count_macs(student, (3, 48, 48))[""] <= 0.4 * count_macs(model, (3, 64, 64))[""]

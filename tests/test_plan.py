@@ -7,7 +7,7 @@ from conftest import snapshot
 from torch import nn
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm
 from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
@@ -175,3 +175,28 @@ def test_an_input_size_of_a_transformers_teacher(tmp_path):
     BitImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match=r"3x24x24.* image processor makes 3x32x32"):
         NoiseKDTrainer("resnet10_cifar", tmp_path / "teacher", config(tmp_path / "other", input_size=[3, 24, 24]))
+
+
+def test_a_student_may_take_smaller_images_than_its_teacher(tmp_path):
+    torch.manual_seed(0)
+    cfg = {"input_size": (3, 64, 64), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    teacher = timm.create_model("resnet10_cifar", width=8, num_classes=4, pretrained_cfg_overlay=cfg)
+    smooth = nn.functional.interpolate(torch.randn(32, 3, 2, 2), 64, mode="bicubic")
+    recalibrate_batch_norm(teacher, [smooth])
+    samples = [{"pixel_values": image, "labels": index % 4} for index, image in enumerate(smooth)]
+    for keep, steps in ((0.5, 2), (0.9, 1)):  # the whole teacher has nothing to learn
+        folder = tmp_path / str(keep)
+        trainer = NoiseKDTrainer(
+            None, teacher, config(folder, keep=keep), eval_dataset={"test": samples}, images=samples
+        )
+        trainer.train()
+        side = 48 if keep == 0.5 else 56
+        assert (trainer.state.global_step, trainer.train_dataset.input_size) == (steps, (3, side, side))
+        assert trainer.evaluate()["eval_test_running_agreement"] > 50
+        assert input_size_of(load_teacher(folder)) == (3, side, side)
+        assert Provenance.of(load_teacher(folder)).start.teacher_input_size == [3, 64, 64]
+        trainer.create_model_card()
+        assert "64x64" in (folder / "README.md").read_text()
+    assert input_size_of(teacher) == (3, 64, 64)
+    trainer = NoiseKDTrainer(None, teacher, config(tmp_path / "off", keep=0.5, min_side=1.0), images=samples)
+    assert input_size_of(trainer.model) == (3, 64, 64)

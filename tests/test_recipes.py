@@ -158,8 +158,8 @@ def test_a_large_teacher_is_cut_with_images(cifar10, small_teacher, tmp_path, mo
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 1, "--output-dir", tmp_path)
     record = run_here("large_teacher", monkeypatch, *options, "--images", 0, 16)
     rows = record["measurements"]["agreement with the teacher"]
-    smaller = [(f"none, {pixels} pixels", True) for pixels in (112, 96)]
-    assert [(row["images"], row["after"] is None) for row in rows] == smaller + [("none", True), ("16", False)] * 2
+    assert [row["images"] for row in rows[2:]] == ["none", "16"] * 2
+    assert [row["after"] is None for row in rows] == [True, True, True, False, True, False]
 
 
 @pytest.mark.slow

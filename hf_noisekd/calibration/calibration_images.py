@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hf_noisekd.batches import resized
 from hf_noisekd.calibration.matching import LEARNING_RATE, match_statistics
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
@@ -54,6 +55,10 @@ class CalibrationImages:
 
     def __len__(self) -> int:
         return len(self.pixel_values)
+
+    def at(self, size: Sequence[int]) -> "CalibrationImages":
+        """Return the same images in another `(height, width)`."""
+        return replace(self, pixel_values=resized(self.pixel_values, size), held_out=resized(self.held_out, size))
 
     @property
     def facts(self) -> CalibrationFacts:

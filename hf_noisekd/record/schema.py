@@ -88,6 +88,8 @@ class StartFacts:
     from_teacher: int
     cut: int
     macs: float  # its multiply-adds as a share of the teacher's
+    teacher_input_size: list[int] | None = None  # where the student takes smaller images
+    size_agreement: float | None = None  # in percent, of the whole teacher on these with itself on its own
     recalibrated: bool = False  # whether the initial weights have statistics of images
     repaired_blocks: int = 0  # of the initial weights, solved for the teacher's features
     training_helped: bool = True  # False if it has its initial weights again
@@ -99,6 +101,11 @@ class StartFacts:
             parts[0] += f", {self.cut} of them with fewer channels"
         if blocks := len(self.removed_blocks):
             parts.insert(1, f"{blocks} of its blocks {'is' if blocks == 1 else 'are'} left out")
+        if self.teacher_input_size:
+            parts.append(
+                f"smaller images than the teacher's {'x'.join(map(str, self.teacher_input_size))}, on which the whole "
+                f"teacher keeps {self.size_agreement:.0f} % of its predictions"
+            )
         if self.repaired_blocks:
             parts.append(f"{self.repaired_blocks} blocks repaired")
         return "; ".join(parts)

@@ -3,13 +3,14 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
-from hf_noisekd.models.classifier import count_parameters, device_of
+from hf_noisekd.models.classifier import count_parameters, device_of, with_input_size
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import differing
@@ -32,6 +33,7 @@ from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
 # A network that lost only blocks keeps nearly correct BatchNorm statistics: it may diverge so many times more.
 PREFERENCE = 1.25
+LEAST_SIDE, SIDE_STEP = 64, 8  # pixels of images that may be made smaller, and by how many at a time
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def shrink(
     max_params: float | None = None,
     input_size: tuple[int, int, int] | None = None,
     images: CalibrationImages | Iterable[torch.Tensor] | None = None,
+    min_side: float = 1.0,
 ) -> tuple[nn.Module, StartFacts]:
     """Cut a smaller network out of a timm model, without training: whole blocks first, then channels.
 
@@ -98,6 +101,9 @@ def shrink(
         input_size: `(channels, height, width)` of the images. Default: what the teacher declares.
         images: [`calibration_images`] of the teacher, or batches `[B, C, H, W]` of unlabelled images of its task,
             preprocessed, to compare predictions and to repair on. Default: noise to compare on, and no repair.
+        min_side: Below 1, the network may also take smaller images, down to this share of their sides, where that
+            changes the predictions for `images` less: noise would not tell. Not with `max_params` alone, nor for images
+            of fewer than 64 pixels a side.
 
     Returns:
         The network, in evaluation mode, which can be saved like any other, and what was cut.
@@ -106,7 +112,7 @@ def shrink(
         ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
     """
     limits = {"keep": keep, "max_macs": max_macs, "max_params": max_params}
-    return cut_to_budget(teacher, input_size=input_size, images=images, **limits)[:2]
+    return cut_to_budget(teacher, input_size=input_size, images=images, min_side=min_side, **limits)[:2]
 
 
 def cut_to_budget(
@@ -114,6 +120,7 @@ def cut_to_budget(
     *,
     input_size: tuple[int, int, int] | None,
     images: CalibrationImages | Iterable[torch.Tensor] | None,
+    min_side: float = 1.0,
     **limits: float | None,
 ) -> tuple[nn.Module, StartFacts, Cut]:
     """Return what [`shrink`] does, and what was cut."""
@@ -122,37 +129,84 @@ def cut_to_budget(
     budget = Budget.of(teacher, size, **limits)
     if images is not None and not isinstance(images, CalibrationImages):
         images = given_images(teacher, torch.cat(list(images)))
-    cuts = _cuts(teacher, budget, size, Comparison.on(images or ranking_noise(teacher, size)))
-    best = min(cuts, key=lambda found: found[0], default=None)
+    compared = Comparison.on(images or ranking_noise(teacher, size))
+    expected = compared.log_probs(teacher)
+    cuts = [_best_cut(teacher, budget, size, compared, expected)]
+    if images and (smaller := _smaller_size(teacher, budget, size, min_side)):
+        cuts.append(_best_cut(with_input_size(teacher, smaller), budget, smaller, compared.at(smaller[1:]), expected))
+    best = min(filter(None, cuts), key=lambda found: found.change, default=None)
     if best is None:
         raise ValueError(
             f"{type(teacher).__name__} cannot be cut to {budget}: too few of its layers can be narrowed or "
             "left out. Raise the limit, or give a smaller student."
         )
-    _, narrow, cut = best
-    student, removed = build_cut(narrow, teacher, cut.removed), cut.removed
-    recalibrated, repaired = fit_to_teacher(student, teacher, cut, images)
-    remove_blocks(rest := copy.deepcopy(teacher), removed)
+    whole, cut = with_input_size(teacher, best.input_size), best.cut
+    student = build_cut(best.network, whole, cut.removed)
+    recalibrated, repaired = fit_to_teacher(student, whole, cut, images and images.at(best.input_size[1:]))
+    remove_blocks(rest := copy.deepcopy(teacher), cut.removed)
     facts = StartFacts(
-        removed_blocks=[place.name for place in removed],
+        removed_blocks=[place.name for place in cut.removed],
         tensors=len(student.state_dict()),
         from_teacher=len(student.state_dict()),
         cut=len(differing(shapes_of(rest), shapes_of(student))),
-        macs=count_macs(student, size)[""] / count_macs(teacher, size)[""],
+        macs=count_macs(student, best.input_size)[""] / count_macs(teacher, size)[""],
         recalibrated=recalibrated,
         repaired_blocks=repaired,
     )
+    if best.input_size != size:
+        found = compared.at(best.input_size[1:]).log_probs(whole)
+        agreement = 100 * (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
+        facts = replace(facts, teacher_input_size=list(size), size_agreement=agreement)
     return student, facts, cut
 
 
+class _Found(NamedTuple):
+    """A network within a budget, and how much its predictions differ from the teacher's."""
+
+    change: float
+    network: nn.Module
+    cut: Cut
+    input_size: tuple[int, int, int]
+
+
+def _best_cut(
+    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison, expected: torch.Tensor
+) -> _Found | None:
+    """Return the network within a budget whose predictions are the closest to those `expected`."""
+    cuts = (_Found(*found, size) for found in _cuts(teacher, budget, size, compared, expected))
+    return min(cuts, key=lambda found: found.change, default=None)
+
+
+def _smaller_size(
+    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], min_side: float
+) -> tuple[int, int, int] | None:
+    """Return the largest input size at which the whole teacher is within a budget, or the smallest allowed, if any."""
+    channels, *sides = size
+    smaller = None
+    if min(sides) < LEAST_SIDE or budget.macs == math.inf:
+        return None
+    for steps in range(1, min(sides) // SIDE_STEP):
+        share = 1 - steps * SIDE_STEP / min(sides)
+        if share < min_side:
+            break
+        height, width = (round(share * side / SIDE_STEP) * SIDE_STEP for side in sides)
+        try:
+            holds = budget.holds(teacher, (channels, height, width))
+        except (RuntimeError, ValueError, AssertionError):  # it takes images of one size alone
+            break
+        smaller = (channels, height, width)
+        if holds:
+            break
+    return smaller
+
+
 def _cuts(
-    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison
+    teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison, expected: torch.Tensor
 ) -> Iterator[tuple[float, nn.Module, Cut]]:
     """Yield networks within a budget: the change of the predictions, the network, and how it was cut."""
     costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
     enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
     blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, compared, enough=enough)
-    expected = compared.log_probs(teacher)
     fixed: set[str] = set()
     for number in sorted({round(len(blocks) * step / MAX_DEPTHS) for step in range(MAX_DEPTHS + 1)}):
         cut, removed = copy.deepcopy(teacher), blocks[:number]

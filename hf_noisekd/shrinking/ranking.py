@@ -9,11 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from hf_noisekd.batches import resized
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import statistics_of_batch
 from hf_noisekd.models.classifier import compute_logits, evaluation_mode, to_device_of
@@ -38,6 +39,10 @@ class Comparison:
             return cls(list(images))
         some = images.pixel_values[: num_ranked(images.pixel_values.shape[1:])]
         return cls([some], running_statistics if images.problem else statistics_of_batch, images)
+
+    def at(self, size: Sequence[int]) -> "Comparison":
+        """Compare on the same images in another `(height, width)`."""
+        return replace(self, batches=[resized(batch, size) for batch in self.batches])
 
     @torch.no_grad()
     def log_probs(self, model: nn.Module) -> torch.Tensor:

@@ -59,6 +59,11 @@ class Cut(NamedTuple):
     removed: Collection[Place]  # blocks of the teacher that were left out
     kept: Mapping[str, Sequence[int]]  # of narrowed layers, by name, the teacher's channels that they output
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was cut."""
+        return not self.removed and not self.kept
+
 
 @torch.no_grad()
 def repair(

@@ -148,6 +148,11 @@ class NoiseKDConfig(ClassifierConfig):
     max_macs: int | None = HfArg(
         default=None, help="Without a student: cut the teacher itself, to so many multiply-adds for an image."
     )
+    min_side: float = HfArg(
+        default=0.75,
+        help="With keep or max_macs, and given images of 64 pixels or more, the student may also take smaller ones, "
+        "down to this share of their sides, where that changes the predictions less than a cut. 1 turns it off.",
+    )
     max_params: int | None = HfArg(
         default=None, help="Without a student: cut the teacher itself, to so many parameters."
     )
@@ -229,7 +234,7 @@ class NoiseKDConfig(ClassifierConfig):
             raise ValueError(f"init_student is {self.init_student!r}: use 'teacher' or 'random'.")
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}: use one of {', '.join(sorted(LOSSES))}.")
-        for name in ("batch_norm_fraction", "teacher_statistics"):
+        for name in ("batch_norm_fraction", "teacher_statistics", "min_side"):
             if (share := getattr(self, name)) is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}: use a share between 0 and 1.")
         for name in ("noise", "resolutions"):

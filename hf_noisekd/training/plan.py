@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
 from transformers.trainer_utils import has_length
 
-from hf_noisekd.batches import PixelsDataset, SizedDataset
+from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
 from hf_noisekd.models.classifier import (
@@ -43,6 +43,7 @@ from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.training.training_data import (
     HELD_OUT_GIVEN,
     IMAGES_SHARE,
+    at_size,
     breaks_bfloat16,
     calibration_of,
     eval_noise,
@@ -107,10 +108,16 @@ def plan_training(
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
     teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
     set_seed(args.seed)  # before a student given by name gets its random weights
-    model, initial = initial_student(model, teacher, args, given)
+    may_be_smaller = args.input_size is None and train_dataset is None and collate_fn is collate_images
+    model, initial = initial_student(model, teacher, args, given, min_side=args.min_side if may_be_smaller else 1.0)
+    if initial and initial.facts.teacher_input_size:
+        size = input_size_of(model)
+        teacher_model = load_teacher(teacher_model, input_size=size)
+        teacher = _teacher(args, teacher_model, size, teacher.statistics)
+        args, given, eval_dataset = at_size(size, args, given, eval_dataset, is_whole=initial.cut.is_whole)
     frozen_cut = initial.cut if by_stored and initial else None
     if args.input_size is not None:
-        declare_input_size(model, input_size)
+        declare_input_size(model, teacher.input_size)
     check_models(model, teacher, explicit_size=args.input_size is not None)
     args = _with_defaults(args, teacher, initial, train_dataset, freezes=frozen_cut is not None)
     if train_dataset is None and given is not None:
@@ -156,12 +163,14 @@ def initial_student(
     teacher: Teacher,
     args: NoiseKDConfig,
     images: CalibrationImages | None = None,
+    *,
+    min_side: float = 1.0,
 ) -> tuple[nn.Module, InitialWeights | None]:
     """Return a student, and what it was initialised with if that is its teacher.
 
     `source` is a model, or the name of one, as [`load_student`] takes them; None for the teacher cut down. What is
-    initialised from the teacher is repaired on `images`, if some are given. There is a `ValueError` if there is no such
-    model, or nothing determines the student, or two things do.
+    initialised from the teacher is repaired on `images`, if some are given; for `min_side` see [`shrink`]. There is a
+    `ValueError` if there is no such model, or nothing determines the student, or two things do.
     """
     teacher.model.to(args.device)  # where its logits are compared
     found: Any
@@ -170,7 +179,8 @@ def initial_student(
             raise ValueError("There is no student: give one, or keep, max_macs or max_params to cut the teacher down.")
         if args.model_init_kwargs:
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
-        student, *found = cut_to_budget(teacher.model, **args.limits, input_size=teacher.input_size, images=images)
+        sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}
+        student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=images)
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_noisekd.batches import PixelsDataset, SizedDataset, dataset_name
+from hf_noisekd.batches import DrawnDataset, PixelsDataset, ResizedDataset, SizedDataset, dataset_name
 from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size, logits_of_blanks
@@ -45,6 +45,32 @@ def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn
             "preprocess them as for it."
         )
     return pixel_values
+
+
+def at_size(
+    size: tuple[int, int, int],
+    args: NoiseKDConfig,
+    given: CalibrationImages | None,
+    eval_dataset: Any,
+    *,
+    is_whole: bool,
+) -> tuple[NoiseKDConfig, CalibrationImages | None, Any]:
+    """Return arguments, given images and evaluation data for smaller images than those of the teacher.
+
+    A student that `is_whole`, its teacher on smaller images, has one step: there is nothing to learn.
+    """
+    args = copy.copy(args)
+    args.input_size = list(size)
+    if is_whole:
+        logger.info("The student is the whole teacher, on smaller images: there is nothing to train.")
+        args.max_steps, args.max_hours = 1, None
+
+    def smaller(dataset: Any) -> Any:
+        return dataset if dataset is None or isinstance(dataset, DrawnDataset) else ResizedDataset(dataset, size[1:])
+
+    named = isinstance(eval_dataset, dict)
+    of_size = {name: smaller(one) for name, one in eval_dataset.items()} if named else smaller(eval_dataset)
+    return args, given and given.at(size[1:]), of_size
 
 
 def needs_stored_statistics(
