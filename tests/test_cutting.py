@@ -135,3 +135,15 @@ def test_what_does_not_suffice_in_size_is_cut(of_64_pixels):
     assert input_size_of(student) == (3, 48, 48)
     assert facts.cut > 0
     assert count_macs(student, (3, 48, 48))[""] <= 0.4 * count_macs(model, (3, 64, 64))[""]
+
+
+@pytest.mark.parametrize("change", ["activation", "eps"])
+def test_a_teacher_of_another_function_than_timm_builds_is_refused(change):
+    teacher = build("resnet10_cifar", width=8, stem_stride=2)
+    for module in teacher.modules():
+        if change == "eps" and isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.5
+        if change == "activation" and hasattr(module, "act1"):
+            module.act1 = nn.Hardtanh()
+    with pytest.raises(ValueError, match=r"resnet10_cifar .*changed by hand"):
+        shrink(teacher, 0.5, images=IMAGES)

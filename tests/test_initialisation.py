@@ -100,3 +100,15 @@ def test_a_student_of_another_kind_or_a_larger_one_is_left_alone(teacher, studen
     before = digest(student)
     assert initialise_from_teacher(student, build(teacher), SIZE, NOISE) is None
     assert digest(student) == before
+
+
+def test_a_student_that_computes_otherwise_than_its_teacher_is_warned_of(caplog):
+    torch.manual_seed(0)
+    sizes = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8), "num_classes": 3}
+    teacher = timm.create_model("resnet18", act_layer="silu", **sizes).eval()
+    noise = [torch.randn(8, 3, 32, 32)]
+    for act_layer, warned in (("relu", True), ("silu", False)):
+        caplog.clear()
+        student = timm.create_model("resnet18", act_layer=act_layer, **sizes)
+        assert initialise_from_teacher(student, teacher, (3, 32, 32), noise)
+        assert ("silu" in caplog.text) == warned

@@ -139,6 +139,16 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@torch.no_grad()
+def compute_alike(model: nn.Module, other: nn.Module, input_size: tuple[int, int, int]) -> bool:
+    """Return whether two models with the same weights give the same logits for noise; `other` goes to the device."""
+    pixel_values = to_device_of(model, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)))
+    with evaluation_mode(model, other.to(pixel_values)):
+        # Copies, because some models change their input in place.
+        logits, others = (compute_logits(each, pixel_values.clone()) for each in (model, other))
+    return torch.allclose(logits, others, rtol=0, atol=1e-3 * logits.abs().max().item(), equal_nan=True)
+
+
 def architecture_of(model: nn.Module) -> str:
     """Return timm's name of the architecture, or else the name of the class."""
     return pretrained_cfg_of(model).get("architecture") or type(model).__name__

@@ -19,11 +19,9 @@ from hf_noisekd.models.classifier import (
     architecture_of,
     bare_model,
     class_names,
-    compute_logits,
+    compute_alike,
     declared_input_size,
-    evaluation_mode,
     pretrained_cfg_of,
-    to_device_of,
 )
 from hf_noisekd.models.loading import differing
 from hf_noisekd.models.preprocessing import (
@@ -136,20 +134,13 @@ def _built_anew(model: nn.Module, like: nn.Module) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=False)
 
 
-@torch.no_grad()
 def _difference(model: nn.Module, again: nn.Module, input_size: tuple[int, int, int] | None) -> str:
     """Return how `again`, with the weights of `model`, differs from it; an empty string if it does not."""
     shapes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, again)]
     if names := differing(*shapes):
         return f"{len(names)} tensors differ, first {names[0]!r}"
     again.load_state_dict(model.state_dict())
-    if input_size is None:
-        return ""
-    pixel_values = to_device_of(model, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)))
-    with evaluation_mode(model):
-        logits, others = (compute_logits(each, pixel_values) for each in (model, again.to(pixel_values).eval()))
-    same = torch.allclose(logits, others, rtol=0, atol=1e-3 * logits.abs().max().item(), equal_nan=True)
-    return "" if same else "the same weights give other logits"
+    return "" if input_size is None or compute_alike(model, again, input_size) else "the same weights give other logits"
 
 
 def _save_image_processor(folder: Path, like: nn.Module, input_size: tuple[int, int, int] | None) -> None:

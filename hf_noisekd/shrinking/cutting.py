@@ -10,7 +10,13 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
-from hf_noisekd.models.classifier import count_parameters, device_of, with_input_size
+from hf_noisekd.models.classifier import (
+    architecture_of,
+    compute_alike,
+    count_parameters,
+    device_of,
+    with_input_size,
+)
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import differing
@@ -142,6 +148,11 @@ def cut_to_budget(
         )
     whole, cut = with_input_size(teacher, best.input_size), best.cut
     student = build_cut(best.network, whole, cut.removed)
+    if not compute_alike(best.network, student, best.input_size):
+        raise ValueError(
+            f"timm builds {architecture_of(teacher)} with the same weights and other logits than the teacher's, which "
+            "was changed by hand (an activation, eps, ...): build it through timm's arguments, or give a student."
+        )
     recalibrated, repaired = fit_to_teacher(student, whole, cut, images and images.at(best.input_size[1:]))
     remove_blocks(rest := copy.deepcopy(teacher), cut.removed)
     facts = StartFacts(

@@ -1,12 +1,14 @@
 """A student initialised from its teacher, where their layers correspond."""
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.models.classifier import compute_alike
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
@@ -20,6 +22,8 @@ from hf_noisekd.shrinking.channels import (
 )
 from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
+
+logger = logging.getLogger(__name__)
 
 # Share of all tensors that must correspond; with fewer the student keeps its random weights.
 MIN_SHARE = 0.8
@@ -64,6 +68,12 @@ def initialise_from_teacher(
     if len(taken) < MIN_SHARE * len(names):
         return None
     student.load_state_dict({name: weights[name] for name in taken}, strict=False)
+    if len(taken) == len(own) and not compute_alike(cut, student, input_size):
+        logger.warning(
+            "The student has its teacher's weights and other logits: the two differ in what has no weights, such as "
+            "activations or eps. Give the student the teacher's arguments of timm: %s.",
+            getattr(teacher, "model_args", None) or getattr(teacher, "_model_args", None) or "not known",
+        )
     recalibrated, repaired = fit_to_teacher(student, teacher, made, compared.images)
     facts = StartFacts(
         removed_blocks=[place.name for place in removed],
