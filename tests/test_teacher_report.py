@@ -3,8 +3,9 @@ import timm
 import torch
 from conftest import TinyCNN
 from timm.layers import freeze_batch_norm_2d
+from transformers import ResNetConfig, ResNetForImageClassification
 
-from hf_noisekd import NoiseDataset, batch_statistics
+from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, batch_statistics
 from hf_noisekd.workflows.teacher_report import describe_teacher
 
 
@@ -55,3 +56,14 @@ def test_a_teacher_whose_logits_are_nan_cannot_teach(tiny_cnn):
     facts = describe_teacher(model.eval(), (1, 8, 8), batch_size=16)
     assert not facts["can_teach"]
     assert "NaN" in facts["verdict"]
+
+
+@pytest.mark.parametrize("task", ["multi_label_classification", "regression"])
+def test_a_teacher_of_another_task_cannot_teach(task, tmp_path):
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "num_labels": 3}
+    teacher = ResNetForImageClassification(ResNetConfig(**shape, problem_type=task)).eval()
+    facts = describe_teacher(teacher, (3, 32, 32), batch_size=4)
+    assert not facts["can_teach"]
+    assert task in facts["verdict"]
+    with pytest.raises(ValueError, match=rf"{task}, .*single_label_classification"):
+        NoiseKDTrainer("resnet10_cifar", teacher, NoiseKDConfig(str(tmp_path), input_size=[3, 32, 32]))

@@ -99,6 +99,12 @@ def declared_num_classes(model: nn.Module) -> int | None:
     return model.config.num_labels if isinstance(model, PreTrainedModel) else getattr(model, "num_classes", None)
 
 
+def other_task_of(model: nn.Module) -> str | None:
+    """Return what a transformers model says to do other than to choose one of several classes, or None."""
+    task = getattr(getattr(model, "config", None), "problem_type", None)
+    return None if task == "single_label_classification" else task
+
+
 def pretrained_cfg_of(model: nn.Module) -> dict:
     """Return timm's `pretrained_cfg` of `model` or of the timm model that it wraps, or an empty dict."""
     # transformers keeps the entries of a checkpoint in `config` alone, not in the timm model that it wraps.

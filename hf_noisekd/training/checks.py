@@ -14,7 +14,13 @@ from torch.utils.data import Dataset
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import check_labels
-from hf_noisekd.models.classifier import check_finite, declared_input_size, format_size, logits_of_blanks
+from hf_noisekd.models.classifier import (
+    check_finite,
+    declared_input_size,
+    format_size,
+    logits_of_blanks,
+    other_task_of,
+)
 from hf_noisekd.models.saving import check_can_be_saved
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.spec import noise_name, parse_noise, parse_resolutions
@@ -33,6 +39,11 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     input_size, num_classes = teacher.input_size, teacher.num_classes
     if num_classes < 2:
         raise ValueError("The teacher has one class: distillation compares logits over two classes or more.")
+    if task := other_task_of(teacher.model):
+        raise ValueError(
+            f"The teacher's problem_type is {task}, and its predictions are compared as probabilities of one class "
+            "among all, which lose what its single logits say: give a teacher of single_label_classification."
+        )
     check_nothing_shared(model, teacher.model)
     for role, candidate in (("teacher", teacher.model), ("student", model)):
         check_bare(candidate, role)

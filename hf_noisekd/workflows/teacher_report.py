@@ -17,6 +17,7 @@ from hf_noisekd.models.classifier import (
     evaluation_mode,
     logits_of_blanks,
     nonfinite_tensor,
+    other_task_of,
 )
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.training.teacher import Teacher
@@ -50,6 +51,8 @@ def describe_teacher(
         obstacle = f" by default: {error}"
     if num_classes < 2:
         obstacle = ": it has one class only."
+    if task := other_task_of(model):
+        obstacle = f": its problem_type is {task}, not single_label_classification."
     predictions = {}
     if nonfinite := nonfinite_tensor(model):
         obstacle = f": its {nonfinite!r} holds a NaN or an infinity, so its checkpoint is damaged."
