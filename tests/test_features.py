@@ -16,14 +16,16 @@ def teacher():
 def test_the_same_features_cost_nothing_and_others_do(teacher):
     student = copy.deepcopy(teacher)
     images = torch.randn(4, 3, 32, 32)
-    features = PooledFeatures(student, teacher, {})
+    with PooledFeatures(student, teacher, {}) as features:
+        student(images), teacher(images)
+        assert features.loss(torch.tensor(1.0)).item() == pytest.approx(0.1)
+        with torch.no_grad():
+            student.conv1.weight.mul_(-1)
+        student(images), teacher(images)
+        assert features.loss(torch.tensor(1.0)) > 0.2
+        assert features.loss(torch.tensor(1.0)) == 1.0  # nothing is left of a pass that was used
     student(images), teacher(images)
-    assert features.loss(torch.tensor(1.0)).item() == pytest.approx(0.1)
-    with torch.no_grad():
-        student.conv1.weight.mul_(-1)
-    student(images), teacher(images)
-    assert features.loss(torch.tensor(1.0)) > 0.2
-    assert features.loss(torch.tensor(1.0)) == 1.0  # nothing is left of a pass that was used
+    assert features.loss(torch.tensor(1.0)) == 1.0
 
 
 def test_channels_that_were_kept_are_compared_with_themselves(teacher):
@@ -33,6 +35,6 @@ def test_channels_that_were_kept_are_compared_with_themselves(teacher):
     student.fc = torch.nn.Linear(4, 3)
     images = torch.randn(4, 3, 32, 32)
     for channels, expected in (({"other": [1, 2, 3, 4], "last": kept}, 0.1), ({"other": [1, 2]}, 1.0)):
-        features = PooledFeatures(student, teacher, channels)
-        student(images), teacher(images)
-        assert features.loss(torch.tensor(1.0)).item() == pytest.approx(expected)
+        with PooledFeatures(student, teacher, channels) as features:
+            student(images), teacher(images)
+            assert features.loss(torch.tensor(1.0)).item() == pytest.approx(expected)

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import Provenance
 from hf_noisekd.training.plan import initial_student
 from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.workflows.inputs import check_same_kind
 
 KIN = {"width": 4, "stem_stride": 2}  # of the digits teacher, half as wide
 
@@ -131,8 +133,17 @@ def test_given_images_are_trained_on(digits_teacher, given, tmp_path, monkeypatc
     assert [entry.dataset for entry in trainer.record().evaluations] == ["held-out given images"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("Some steps use" if fit else "Each step uses") + " a batch from 48 real images" in card
+    pickle.dumps((trainer.model, digits_teacher))  # nothing of the training is left in them
     if not fit:  # the statistics of its teacher are the right ones
         assert torch.equal(trainer.model.bn1.running_mean, before["bn1.running_mean"])
+
+
+def test_given_images_and_training_images_of_the_users_own(digits_teacher, given, tmp_path):
+    args = config(tmp_path, keep=0.5, input_size=[1, 32, 32])
+    trainer = NoiseKDTrainer(None, digits_teacher, args, train_dataset=given, images=given)
+    trainer.train()
+    made = Provenance.of(load_teacher(tmp_path))
+    assert (made.noise, made.given_images.images) == (None, 64)
 
 
 def test_images_are_shifted_and_mirrored_but_not_those_to_compare_on():
@@ -197,6 +208,7 @@ def test_a_student_may_take_smaller_images_than_its_teacher(tmp_path):
         assert Provenance.of(load_teacher(folder)).start.teacher_input_size == [3, 64, 64]
         trainer.create_model_card()
         assert "64x64" in (folder / "README.md").read_text()
+        check_same_kind(load_teacher(folder), teacher)
     assert input_size_of(teacher) == (3, 64, 64)
     trainer = NoiseKDTrainer(None, teacher, config(tmp_path / "off", keep=0.5, min_side=1.0), images=samples)
     assert input_size_of(trainer.model) == (3, 64, 64)

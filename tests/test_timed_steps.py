@@ -12,11 +12,11 @@ from hf_noisekd.training.cost import ImageCost, duration
 COST = ImageCost(training=0.01, evaluation=0.0, matching=0.0, memory=1000.0)
 
 
-def trainer(folder, **options):
+def trainer(folder, data=None, **options):
     defaults = {"input_size": [1, 8, 8], "disable_tqdm": True, "num_calibration_images": 0, "bf16": False}
     defaults |= {"save_strategy": "no", "per_device_train_batch_size": 16, "resolutions": "1"}
     torch.manual_seed(0)
-    return NoiseKDTrainer(TinyCNN(), TinyCNN().eval(), NoiseKDConfig(str(folder), **defaults | options))
+    return NoiseKDTrainer(TinyCNN(), TinyCNN().eval(), NoiseKDConfig(str(folder), **defaults | options), **data or {})
 
 
 def costs(monkeypatch, **changes):
@@ -69,6 +69,34 @@ def test_batches_are_halved_where_there_would_be_few_steps(tmp_path, monkeypatch
     assert 220 < one.args.max_steps < 360 / 1.15 / 1.28
     with pytest.raises(ValueError, match=r"max_hours is 1e-05.* give more time"):
         trainer(tmp_path, max_hours=1e-5).settle_time(None)
+
+
+def test_each_training_has_the_whole_time(tmp_path, monkeypatch):
+    costs(monkeypatch, training=1e-2)
+    one = trainer(tmp_path, max_hours=0.004, per_device_train_batch_size=128)
+    steps = []
+    for _ in range(2):
+        one.train()
+        steps.append((one.state.global_step, one.train_dataset.batch_size))
+    assert steps[0][1] == steps[1][1] == 64
+    assert steps[1][0] == pytest.approx(steps[0][0], rel=0.2)
+
+
+@pytest.mark.parametrize(("options", "evaluations"), [({}, 1), ({"eval_strategy": "steps", "eval_steps": 5}, 5)])
+def test_all_evaluations_are_counted(tmp_path, monkeypatch, options, evaluations):
+    costs(monkeypatch, evaluation=1.0)
+    images = [{"pixel_values": torch.zeros(1, 8, 8), "labels": 0}] * 50
+    sets = {"eval_dataset": {"a": images, "b": images[:10]}}
+    one = trainer(tmp_path, sets, max_steps=20, **options)
+    assert one.estimate().evaluation == 60 * evaluations + 6  # and three candidates on two held-out images
+
+
+def test_only_noise_is_timed(tmp_path):
+    images = {"train_dataset": [{"pixel_values": torch.randn(1, 8, 8)}] * 32}
+    with pytest.raises(ValueError, match=r"max_hours is 1.* not on noise"):
+        trainer(tmp_path, images, max_hours=1.0)
+    with pytest.raises(ValueError, match="Only a training on noise"):
+        trainer(tmp_path, images, max_steps=1).estimate()
 
 
 def test_a_resumed_run_has_the_steps_that_were_chosen(tmp_path, monkeypatch):

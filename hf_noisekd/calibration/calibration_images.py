@@ -76,12 +76,16 @@ class CalibrationImages:
     def problem(self) -> str | None:
         """Why no statistics should be re-estimated on them, as a sentence, or None if they are good enough."""
         if self.self_agreement is None:
+            if self.given:
+                return "The teacher has no stored BatchNorm statistics, so those of the images cannot be checked."
             return (
                 "The teacher has no stored BatchNorm statistics, so the calibration images are noise. Use real images."
             )
         if self.given:
             if self.self_agreement >= MIN_SELF_AGREEMENT:
                 return None
+            if math.isnan(self.self_agreement):
+                return "The given images cannot be checked: the teacher predicts one class for all held-out ones."
             return (
                 "The given images are too few, or too unlike the teacher's data, for statistics: with those of the "
                 f"images the teacher agrees with itself on {self.self_agreement:.0f} % of held-out ones."
@@ -128,9 +132,9 @@ def calibration_images(
     the stored `M` and `V`. After `steps` steps the images are checked: a copy of the teacher with statistics of the
     images must predict the same class as the teacher for at least 90 % of the held-out images. Otherwise optimisation
     continues, each time with twice as many steps, up to `max_steps` in all, as long as this share, growing as before,
-    would get there. Of many batches one is matched and checked first. The last share is `self_agreement`;
-    [`CalibrationImages.check`] refuses images that stay below, or that are all of one predicted class. For a teacher
-    without stored statistics they are unchanged noise, with a warning.
+    would get there. Of many batches one is matched first, and alone returned if it is hopeless. The last share is
+    `self_agreement`; [`CalibrationImages.check`] refuses images that stay below, or that are all of one predicted
+    class. For a teacher without stored statistics they are unchanged noise, with a warning.
 
     Args:
         teacher: The classifier. It does not change; the images are made on its device, in float32.

@@ -30,11 +30,11 @@ def distill_options(parser: CommandParser) -> None:
     help = "model to train: a timm name, for a new model that fits the teacher, or, to train one further,"
     options.add_model(group, help, "--student", required=False)
     options.add_images(
-        group, "to choose what is cut and repair it, at least 16, of which up to 512 are used", column=False
+        group, "to choose what is cut, repair it and train it, at least 16, of which up to 512 are used", column=False
     )
     help = "where the student goes, and its checkpoints; new or empty, unless a run in it is resumed"
     group.add_argument("--output-dir", required=True, metavar="FOLDER", help=help)
-    help = f"{options.DATASET}, to evaluate on (default: held-out noise)"
+    help = f"{options.DATASET}, to evaluate on (default: held-out images of --images, or noise)"
     group.add_argument("--eval-dataset", metavar="DATASET", help=help)
     group.add_argument("--eval-split", default="test", metavar="SPLIT", help="its split (default: test)")
     group.add_argument("--eval-label-column", metavar="NAME", help="its column of classes, where it has several")
@@ -160,7 +160,14 @@ def _calibration_text(record: "Record") -> str:
         for one in agreements
         if made.calibration or made.recalibration
     )
-    return f"Its running statistics are {of}, so it classifies single images.{agreement}"
+    size = ""
+    if made.start and made.start.teacher_input_size:
+        taken = "x".join(map(str, record.model.input_size or ()))
+        size = (
+            f" It takes images of {taken}, smaller than its teacher's. Agreement is with the teacher on such images, "
+            f"on which that keeps {made.start.size_agreement:.0f} % of its predictions."
+        )
+    return f"Its running statistics are {of}, so it classifies single images.{agreement}{size}"
 
 
 def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:

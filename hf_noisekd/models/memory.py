@@ -15,7 +15,16 @@ import torch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 OF_USERS = ("LD_PRELOAD", "GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
-CGROUPS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+# Limit and usage, and where it says what of that are files that the kernel can drop.
+CGROUPS = (
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "could not create a memory object", "bad_alloc")
 
 
@@ -41,10 +50,12 @@ def free_memory(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type != "cpu":
         return math.inf
-    left = [float(psutil.virtual_memory().available)]
-    for limit, usage in CGROUPS:  # of version 2, and of version 1
+    kept = _kept_by_glibc()
+    left = [psutil.virtual_memory().available + kept]
+    for limit, usage, statistics, cached in CGROUPS:  # of version 2, and of version 1
         try:
-            left.append(float(_number(limit)) - float(_number(usage)))
+            files = [int(line.split()[1]) for line in _text(statistics).splitlines() if line.split()[0] in cached]
+            left.append(int(_text(limit)) - int(_text(usage)) + sum(files) + kept)
         except (OSError, ValueError):  # there is none, or no limit
             continue
     if sys.platform != "win32":
@@ -52,12 +63,28 @@ def free_memory(device: torch.device) -> float:
 
         limit_of_process = resource.getrlimit(resource.RLIMIT_AS)[0]
         if limit_of_process != resource.RLIM_INFINITY:
-            left.append(float(limit_of_process - psutil.Process().memory_info().vms))
-    return min(left)
+            left.append(limit_of_process - psutil.Process().memory_info().vms + kept)
+    return float(min(left))
 
 
-def _number(name: str) -> str:
+def _text(name: str) -> str:
     return Path("/sys/fs/cgroup", name).read_text().strip()
+
+
+class _Mallinfo2(ctypes.Structure):
+    """What glibc tells of its allocator."""
+
+    _fields_ = [("numbers", ctypes.c_size_t * 10)]
+
+
+def _kept_by_glibc() -> int:
+    """Return how many bytes are free within the allocator of this process; 0 where it is not glibc's from 2.33 on."""
+    try:
+        mallinfo2 = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        return 0
+    mallinfo2.restype = _Mallinfo2
+    return mallinfo2().numbers[8]  # fordblks
 
 
 def is_out_of_memory(error: BaseException) -> bool:

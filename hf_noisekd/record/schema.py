@@ -130,7 +130,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     noise: NoiseFacts | None = None
     real_images: ImagesFacts | None = None  # trained on, in some steps beside noise or in all
-    given_images: ImagesFacts | None = None  # unlabelled, to cut the teacher, repair the student and measure it on
+    given_images: ImagesFacts | None = None  # unlabelled, to cut, repair, train and measure the student on
     recalibration: ImagesFacts | None = None  # for running statistics
     calibration: CalibrationFacts | None = None  # for running statistics, made without data
     start: StartFacts | None = None  # None if initialised at random

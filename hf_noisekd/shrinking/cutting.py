@@ -147,7 +147,7 @@ def cut_to_budget(
             "left out. Raise the limit, or give a smaller student."
         )
     whole, cut = with_input_size(teacher, best.input_size), best.cut
-    student = build_cut(best.network, whole, cut.removed)
+    student = build_cut(best.network, whole, cut.removed).to(device_of(teacher))
     if not compute_alike(best.network, student, best.input_size):
         raise ValueError(
             f"timm builds {architecture_of(teacher)} with the same weights and other logits than the teacher's, which "

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.classifier import compute_alike
+from hf_noisekd.models.classifier import compute_alike, device_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
@@ -46,6 +46,7 @@ def initialise_from_teacher(
     """
     if isinstance(teacher, torch.jit.ScriptModule):  # cannot be cut
         return None
+    student.to(device_of(teacher))
     compared = Comparison.on(images)
     surplus = _surplus(teacher, student)
     removable = [place for place in removable_blocks(teacher, input_size) if place.stage in surplus] if surplus else []
@@ -103,7 +104,8 @@ def _narrow(cut: nn.Module, student: nn.Module, input_size: tuple[int, int, int]
     """Narrow the layers of `cut` to the student's widths where possible; return the outputs kept, None if it breaks."""
     widths = {name: num_outputs(module) for name, module in student.named_modules() if isinstance(module, LAYERS)}
     modules = dict(cut.named_modules())
-    if all(num_outputs(modules[name]) == width for name, width in widths.items() if name in modules):
+    widths = {name: width for name, width in widths.items() if isinstance(modules.get(name), LAYERS)}
+    if all(num_outputs(modules[name]) == width for name, width in widths.items()):
         return {}
     cutter = ChannelCutter(cut, input_size)
     importance = channel_importance(cut, cutter.groups, compared.batches, compared.statistics(cut))

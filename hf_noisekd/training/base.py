@@ -81,7 +81,7 @@ class BaseTrainer(Trainer):
                 number = self.args.train_batch_size
                 raise RuntimeError(
                     f"There is too little memory for a batch of {number} images: set per_device_train_batch_size to "
-                    f"{max(2, number // 2)} or less."
+                    f"{max(2, number // 2)} or less, and per_device_eval_batch_size likewise if it was an evaluation."
                 ) from error
             raise
         finally:

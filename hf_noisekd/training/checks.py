@@ -117,6 +117,8 @@ def check_train_noise(dataset: Any, args: NoiseKDConfig, teacher: Teacher) -> No
     White noise is warned of where the teacher does not normalise it by the statistics of the batch.
     """
     if not isinstance(dataset, NoiseDataset):
+        if args.max_hours:
+            raise ValueError(f"max_hours is {args.max_hours:g}, and the training is not on noise: give max_steps.")
         return
     if not teacher.weight_of_batch and noise_name(dataset.distribution) == "white":
         logger.warning(

@@ -186,8 +186,8 @@ class NoiseKDConfig(ClassifierConfig):
     teacher_statistics: float | None = HfArg(
         default=None,
         help="What the teacher's BatchNorm layers normalise noise by, in [0, 1]: 1 is the batch at hand, as in the "
-        "paper, 0 what they store of its training images, and between are moments mixed of both. Default: 1. A "
-        "teacher without BatchNorm is used as it is.",
+        "paper, 0 what they store of its training images, and between are moments mixed of both. Default: 1, or 0 "
+        "for given images whose statistics spoil it. A teacher without BatchNorm is used as it is.",
     )
     batch_norm_fraction: float = HfArg(
         default=1.0,
@@ -218,7 +218,9 @@ class NoiseKDConfig(ClassifierConfig):
     )
     num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
     learning_rate: float | None = HfArg(
-        default=None, help="Peak learning rate. Default: 1e-2, or 3e-3 for a student initialised from its teacher."
+        default=None,
+        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student initialised from its teacher, or 3e-4 for one "
+        "that keeps its statistics.",
     )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
     hub_strategy: str = HfArg(default="end", help="When to push with `push_to_hub`: at the end alone.")

@@ -1,6 +1,7 @@
 """Features in front of the pooling, in which a cut network is compared with its teacher during training."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,19 +15,29 @@ WEIGHT_OF_LOGITS = 0.1
 
 
 class PooledFeatures:
-    """Compares what two networks pool in their last forward passes, the student one that was cut out of the teacher.
+    """Compares what two networks pool in their last forward passes within this context.
 
+    The student was cut out of the teacher.
     `kept` has, by the names of the student's narrowed layers, the channels of the teacher that they kept.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, kept: Mapping[str, Sequence[int]]):
         self._kept = [torch.tensor(channels) for channels in kept.values()]
+        self._models = {"student": student, "teacher": teacher}
         self._seen: dict[str, torch.Tensor] = {}
-        for role, model in (("student", student), ("teacher", teacher)):
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> "PooledFeatures":
+        for role, model in self._models.items():
             for name, module in bare_model(model).named_modules():
                 if name.rpartition(".")[2] == POOLING:
                     keep: Any = lambda _, args, role=role: self._seen.__setitem__(role, args[0])  # noqa: E731
-                    module.register_forward_pre_hook(keep)
+                    self._hooks.enter_context(module.register_forward_pre_hook(keep))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        self._seen.clear()
 
     def loss(self, loss_of_logits: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of the features, over their variance, plus a tenth of the loss of the logits.

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,13 +64,13 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         train_dataset: Training images. Default: the noise that `args` name, in the teacher's input size. Of your own
             [`NoiseDataset`] seed and sizes are kept, not device and rank. A [`MixedDataset`] adds a few real images.
             Real images alone, whose labels are not used, give ordinary distillation.
-        eval_dataset: Images with labels to evaluate on, or a mapping of several by name. Default: held-out noise.
+        eval_dataset: Images with labels to evaluate on, or several by name. Default: held-out `images`, or noise.
         processing_class: Image processor to save with the student.
         callbacks: Callbacks beside the Trainer's own.
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
         images: Unlabelled images of the teacher's task, at least 16, in the forms of [`collate_images`], preprocessed
-            as for the student. On them a cut is chosen, repaired and compared, and where they are enough for that, it
-            takes statistics of them. Default: images made without data.
+            as for the student. A cut is chosen and repaired on them. They are trained on, beside noise or, where their
+            statistics spoil the teacher itself, alone, but for every fourth, which is compared on.
 
     Raises:
         ValueError: The models or a data set do not fit each other or the method. Nothing is written then.
@@ -102,7 +103,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.start, self.images, self.planned_at = plan.initial, plan.images, plan.began_at
+        self.start, self.images, self.planned_for = plan.initial, plan.images, plan.seconds
         self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
         cut = plan.frozen_cut
         self._frozen = list(find_batch_norm(self.model).values()) if cut else []
@@ -141,7 +142,8 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
             check_length(resume_from_checkpoint, updates)
         self._agreement_log.forget()
         self._ending, self.is_saved = None, False
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self._features or nullcontext():
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.stopped_by_signal:
             return output
         self.save_model(_internal_call=True)  # before what may fail; without a push
@@ -164,7 +166,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         return self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps
 
     def _end(self) -> None:
-        """End a training on noise alone by [`end_without_data`], if all processes can.
+        """End a training on noise, or with given images, by [`end_without_data`], if all processes can.
 
         There is nothing to do for a student with random initial weights and a teacher that stores no statistics: that
         is one function for noise and for images, so the statistics of the noise hold.
@@ -181,7 +183,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
             self.args.num_calibration_images,
             initial=self.start,
             images=self.images,
-            trained_on=self.full_size_images(self.state.global_step),
+            trained_on=math.inf if self.images else self.full_size_images(self.state.global_step),
             seed=self.args.seed,
             step=self._step_of_weights(),
             show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),

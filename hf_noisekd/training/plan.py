@@ -83,7 +83,7 @@ class Plan:
     train_dataset: Any
     eval_dataset: Any
     counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
-    began_at: float  # of `time.monotonic`
+    seconds: float  # that it took to plan
     frozen_cut: Cut | None  # how the student was cut, if its statistics stay as they are: its teacher's
 
 
@@ -115,7 +115,8 @@ def plan_training(
         teacher_model = load_teacher(teacher_model, input_size=size)
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
         args, given, eval_dataset = at_size(size, args, given, eval_dataset, is_whole=initial.cut.is_whole)
-    frozen_cut = initial.cut if by_stored and initial else None
+    is_all_the_teachers = initial is not None and initial.facts.from_teacher == initial.facts.tensors
+    frozen_cut = initial.cut if by_stored and initial and is_all_the_teachers else None
     if args.input_size is not None:
         declare_input_size(model, teacher.input_size)
     check_models(model, teacher, explicit_size=args.input_size is not None)
@@ -142,7 +143,7 @@ def plan_training(
         train_dataset=on_device(train_dataset, args, memory_format, rank=args.process_index),
         eval_dataset=on_device(eval_dataset, args, memory_format, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
-        began_at=began_at,
+        seconds=time.monotonic() - began_at,
         frozen_cut=frozen_cut,
     )
 

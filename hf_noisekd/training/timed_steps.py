@@ -19,7 +19,7 @@ from hf_noisekd.calibration.calibration_images import (
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size
 from hf_noisekd.models.memory import free_memory
-from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.dataset import MAX_STEPS, NoiseDataset
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.cost import Estimate, ImageCost, cost_of_an_image, duration
 from hf_noisekd.training.ending import SHARE, matching_limit
@@ -42,12 +42,15 @@ class TimedTrainer(NoiseStepsTrainer):
 
     args: NoiseKDConfig
     teacher: Teacher
-    planned_at: float  # when its planning began, of `time.monotonic`
+    planned_for: float  # seconds that its planning took
+    _asked_for: int | None = None  # the batch size before a training made it smaller
     start: InitialWeights | None  # what the student was initialised with, if from its teacher
     images: CalibrationImages | None  # those that were given
 
     def estimate(self) -> Estimate:
-        """Measure on a few images what the training will take."""
+        """Measure on a few images what the training will take; a `ValueError` if it is not on noise."""
+        if not isinstance(self.train_dataset, NoiseDataset):
+            raise ValueError("Only a training on noise is estimated: one on a data set shows its progress.")
         return self._estimate(self._cost())
 
     def settle_time(self, checkpoint: str | bool | None) -> None:
@@ -57,6 +60,7 @@ class TimedTrainer(NoiseStepsTrainer):
             ValueError: There is no time for a step.
             RuntimeError: A batch needs more memory than there is.
         """
+        began_at = time.monotonic()
         if not isinstance(self.train_dataset, NoiseDataset):
             return
         if checkpoint:
@@ -69,9 +73,10 @@ class TimedTrainer(NoiseStepsTrainer):
             return
         cost = self._cost()
         if self.args.max_hours:
-            self._fit(cost, 3600 * self.args.max_hours)
+            self._fit(cost, 3600 * self.args.max_hours - self.planned_for, began_at)
         estimate = self._estimate(cost)
-        if estimate.memory > (free := free_memory(self.args.device)):
+        free = free_memory(self.args.device)
+        if self._sum_over_processes(torch.tensor([float(estimate.memory > free)])):
             raise RuntimeError(_too_large(self.train_dataset, estimate.memory, free))
         (logger.warning if estimate.seconds > LONG else logger.info)("%s", estimate)
 
@@ -92,7 +97,7 @@ class TimedTrainer(NoiseStepsTrainer):
             steps=steps,
             step=cost.training * self.full_size_images(1),
             calibration=self._matched_images(steps) * FIRST_ROUND * cost.matching,
-            evaluation=self._evaluated_images() * cost.evaluation,
+            evaluation=self._evaluated_images(steps) * cost.evaluation,
             memory=cost.memory * batch_size,
             device=self.args.device,
         )
@@ -107,27 +112,44 @@ class TimedTrainer(NoiseStepsTrainer):
         limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / FIRST_ROUND
         return min(wanted, max(limit, least_images(self.teacher.input_size)))
 
-    def _evaluated_images(self) -> float:
-        number = sum(counts_of(self.get_eval_dataloader())) if not isinstance(self.eval_dataset, dict) else 0
-        return number + CANDIDATES * default_held_out(self.args.num_calibration_images)
+    def _evaluated_images(self, steps: int) -> float:
+        """Return how many images are evaluated on, in the training, after it, and to choose what it ends with."""
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        number = sum(sum(counts_of(self.get_eval_dataloader(dataset))) for dataset in datasets.values())
+        every = math.inf
+        if self.args.eval_strategy == "steps":
+            every = self.args.eval_steps or self.args.logging_steps
+            every *= steps if every < 1 else 1
+        elif self.args.eval_strategy == "epoch":
+            every = max(1, len(self.train_dataset) // self.args.gradient_accumulation_steps)
+        at_end = number + CANDIDATES * default_held_out(self.args.num_calibration_images)
+        return at_end + number * (steps // every if steps else 0)
 
-    def _fit(self, cost: ImageCost, seconds: float) -> None:
+    def _fit(self, cost: ImageCost, seconds: float, began_at: float) -> None:
         """Choose steps, and a smaller batch where there would be few, with which all ends in time."""
-        left = seconds - (time.monotonic() - self.planned_at) - self._evaluated_images() * cost.evaluation
-        left = min(left / (1 + SHARE), left - self._matched_images(0) * FIRST_ROUND * cost.matching)
-        free, batch_size = free_memory(self.args.device), self.train_dataset.batch_size
-        of_one = cost.training * self.full_size_images(1) / batch_size
-        while batch_size >= 2 * MIN_BATCH and (
-            left < MIN_STEPS * batch_size * of_one or cost.memory * batch_size > free
-        ):
+        fixed = self._evaluated_images(0) * cost.evaluation
+        matching = self._matched_images(0) * FIRST_ROUND * cost.matching
+        left = seconds - (time.monotonic() - began_at) - fixed
+        left = min(left / (1 + SHARE), left - matching)
+        free = free_memory(self.args.device)
+        self._asked_for = batch_size = self._asked_for or self.train_dataset.batch_size
+        of_one = cost.training * self.full_size_images(1) / self.train_dataset.batch_size
+
+        def steps_of(batch_size: int) -> int:
+            """Return how many steps there is time for, with the evaluations in between."""
+            steps = max(0, int(left / (batch_size * of_one)))
+            in_between = self._evaluated_images(steps) * cost.evaluation - fixed
+            return int(steps * steps * batch_size * of_one / (steps * batch_size * of_one + in_between)) if steps else 0
+
+        while batch_size >= 2 * MIN_BATCH and (steps_of(batch_size) < MIN_STEPS or cost.memory * batch_size > free):
             batch_size //= 2
-        steps = int(left / (batch_size * of_one))
+        steps, batch_size = self._of_process_0(min(steps_of(batch_size), MAX_STEPS), batch_size)
         if steps < 1:
             raise ValueError(
                 f"max_hours is {self.args.max_hours:g}, and one step of {batch_size} images takes, with what comes "
                 f"before and after it, {duration(seconds - left + batch_size * of_one)}: give more time."
             )
-        self._take(*self._of_process_0(steps, batch_size))
+        self._take(steps, batch_size)
 
     def _take(self, steps: int, batch_size: int) -> None:
         self.args.max_steps = steps

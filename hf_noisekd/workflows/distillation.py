@@ -43,7 +43,7 @@ def distill(
         output_dir: Folder of the student, its card and checkpoints; new or empty, unless a run in it is resumed.
         teacher_checkpoint: File of weights for the timm architecture that `teacher` names.
         eval_dataset: Images with labels to evaluate on: a data set, or a name as [`load_images`] takes it. Default:
-            held-out noise, on which the agreement with the teacher is measured.
+            held-out `images`, or noise, on which the agreement with the teacher is measured.
         eval_split: Its split.
         eval_label_column: Its column of classes, where it has several.
         images: Unlabelled images of the teacher's task, at least 16, see [`NoiseKDTrainer`]: a data set, or a name as

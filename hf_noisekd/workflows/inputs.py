@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
-from hf_noisekd.models.classifier import declared_input_size, declared_num_classes, format_size
+from hf_noisekd.models.classifier import declared_input_size, declared_num_classes
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
@@ -54,7 +54,7 @@ def check_unused(output_dir: str | Path, advice: str = "") -> None:
 def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a `ValueError` if what the models declare of their inputs and classes differs."""
     for what, found in (
-        ("images of {}", [size and format_size(size) for size in map(declared_input_size, (student, teacher))]),
+        ("{} channels", [size and size[0] for size in map(declared_input_size, (student, teacher))]),
         ("{} classes", [declared_num_classes(student), declared_num_classes(teacher)]),
     ):
         if None not in found and found[0] != found[1]:

@@ -202,8 +202,9 @@ def _large_teacher_table(results: Path) -> str:
     rows = []
     for row in _measured(results, "large_teacher", "cpu", "agreement with the teacher"):
         after = ["", ""] if row["after"] is None else [f"{row['after']:.1f}", f"{row['seconds'] / 60:.0f} min"]
-        rows.append([f"{row['multiply-adds (%)']:.0f} %", row["images"], f"{row['before training']:.1f}", *after])
-    return markdown_table(["multiply-adds", "images", "cut and repaired", "trained on them", "one core"], rows)
+        cells = [f"{row['multiply-adds (%)']:.0f} %", row["images"], str(row["pixels"])]
+        rows.append([*cells, f"{row['before training']:.1f}", *after])
+    return markdown_table(["multiply-adds", "images", "pixels", "cut and repaired", "trained on them", "a core"], rows)
 
 
 def _cost_table(results: Path) -> str:
