@@ -616,7 +616,7 @@ def test_recalibrating_needs_no_data(student, teacher, tmp_path, capsys):
     assert not (tmp_path / "poor").exists()
     save_model(timm.create_model("resnet10_cifar", width=8), tmp_path / "rgb")
     other = ["recalibrate", "--model", student[0], "--teacher", tmp_path / "rgb", "--output-dir", tmp_path / "other"]
-    assert re.search("1x32x32 .*3x32x32", run_error(capsys, *other))
+    assert re.search("1 channels .*3 channels", run_error(capsys, *other))
     wrong = ["recalibrate", "--model", "m", "--output-dir", tmp_path / "wrong"]
     for options in ([], ["--teacher", "t", "--images", "d"]):
         assert re.search("either a teacher.* real images", usage_error(capsys, *wrong, *options))
