@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
+from hf_noisekd.models.cpu_faults import fast_depthwise, layer_that_bfloat16_breaks, training_memory_format
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,24 @@ def test_finds_the_layers_that_bfloat16_breaks(kernel, options, size, broken):
             loss = model(images).float().square().mean()
         gradients += torch.autograd.grad(loss, layer.weight)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0.1, atol=0.02 * gradients[0].abs().max().item())
+
+
+def test_depthwise_convolutions_with_slow_gradients_compute_in_float32():
+    torch.manual_seed(0)
+    layers = {
+        "strided": nn.Conv2d(16, 16, 3, stride=2, groups=16),
+        "large": nn.Conv2d(16, 16, 5, padding=2, groups=16),
+        "small": nn.Conv2d(16, 16, 3, groups=16),
+        "dense": nn.Conv2d(16, 16, 3, stride=2),
+    }
+    model = nn.ModuleDict(layers)
+    images = torch.randn(2, 16, 8, 8)
+    with fast_depthwise(model, torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+        within = {name: layer(images) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        exact = torch.equal(within[name], layer(images))
+        assert exact == (name in ("strided", "large"))
+        assert within[name].dtype == (torch.float32 if exact else torch.bfloat16)
+        assert "forward" not in vars(layer)
+    with fast_depthwise(model, torch.device("cuda")):
+        assert "forward" not in vars(layers["strided"])

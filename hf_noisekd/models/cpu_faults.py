@@ -1,6 +1,7 @@
 """Work-arounds for bugs of PyTorch on CPUs."""
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -23,6 +24,35 @@ def training_memory_format(model: nn.Module, device: torch.device) -> torch.memo
         for module in model.modules()
     )
     return torch.contiguous_format if breaks_channels_last else torch.channels_last
+
+
+@contextmanager
+def fast_depthwise(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in which some depthwise convolutions of `model` compute in float32 under autocast on a CPU.
+
+    Those have strides or kernels above 3; their gradients in bfloat16 take two to five times as long (torch 2.15).
+    """
+    layers = [
+        layer
+        for layer in (model.modules() if device.type == "cpu" else ())
+        if isinstance(layer, nn.Conv2d)
+        and layer.groups == layer.in_channels > 1
+        and (max(layer.stride) > 1 or max(layer.kernel_size) > 3)
+    ]
+
+    def in_float32(forward: Callable, x: torch.Tensor) -> torch.Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return forward(x.float()).to(x.dtype)
+
+    for layer in layers:
+        layer.forward = partial(in_float32, layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
 
 
 def layer_that_bfloat16_breaks(model: nn.Module, input_size: tuple[int, int, int]) -> str | None:

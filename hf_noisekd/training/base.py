@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_noisekd.batches import DrawnDataset, dataset_name
 from hf_noisekd.files import naming_full_disk, replacing_files
 from hf_noisekd.models.classifier import compute_logits
-from hf_noisekd.models.cpu_faults import training_memory_format
+from hf_noisekd.models.cpu_faults import fast_depthwise, training_memory_format
 from hf_noisekd.models.memory import is_out_of_memory, keep_freed_memory
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.environment import Machine, versions
@@ -75,7 +75,8 @@ class BaseTrainer(Trainer):
         if self.args.device.type == "cpu":
             keep_freed_memory()
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            with fast_depthwise(self.model, self.args.device):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
             if is_out_of_memory(error):
                 number = self.args.train_batch_size

@@ -13,6 +13,7 @@ from torch import nn
 from hf_noisekd.calibration.matching import match_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits, device_of
+from hf_noisekd.models.cpu_faults import fast_depthwise
 from hf_noisekd.training.teacher import Teacher
 
 MEASURED_PIXELS = 2**20  # of the images that are measured, fewer than a batch has at 224 pixels
@@ -76,7 +77,7 @@ def cost_of_an_image(
     `autocast` is the context that they are computed in. Of a large batch only a part is measured.
     """
     number = min(batch_size, max(MIN_MEASURED, MEASURED_PIXELS // math.prod(teacher.input_size[1:])))
-    trained = copy.deepcopy(student).train()
+    trained, device = copy.deepcopy(student).train(), device_of(student)
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def cost_of_an_image(
         pixel_values = draw(number)
         with autocast():
             teacher_logits = teacher.training_logits(pixel_values)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with fast_depthwise(trained, device), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 loss = loss_of(compute_logits(trained, pixel_values), teacher_logits)
         loss.backward()
 
@@ -104,7 +105,6 @@ def cost_of_an_image(
         frozen = copy.deepcopy(teacher.model).float().eval().requires_grad_(False)
         match_statistics(frozen, draw(number).float(), 1)
 
-    device = device_of(student)
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         training = min(_seconds(step, device), _seconds(step, device))
