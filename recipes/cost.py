@@ -1,6 +1,6 @@
 """What a distillation costs, in time and memory, by network and size of the images, measured before its first step.
 
-    python recipes/cost.py    # about 10 minutes on two CPU cores
+    python recipes/cost.py    # about 2 minutes on two CPU cores
 
 Beyond the paper. Networks with random weights teach a student of the same kind, the most that one can cost. Nothing is
 trained: the numbers are those that `noisekd distill` says before its first step. A step is of 256 images. Its memory is
