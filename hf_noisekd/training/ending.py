@@ -66,6 +66,12 @@ class Candidate:
         assert self.agreement is not None
         return self.agreement.scores(self.statistics)["agreement"]
 
+    @property
+    def divergence(self) -> float:
+        """KL divergence from the teacher, in nats: it decides between equal agreements on few images."""
+        assert self.agreement is not None
+        return self.agreement.scores(self.statistics)["kl"]
+
 
 def end_without_data(
     student: nn.Module,
@@ -98,6 +104,8 @@ def end_without_data(
             images = calibration_images(teacher.model, num_images, **common)
         if images is not None:
             held_out, name, why = images.held_out, HELD_OUT_GIVEN if images.given else HELD_OUT, images.problem
+            if why and not images.given:  # no statistics are taken of any, so all can be compared on
+                held_out = torch.cat([images.pixel_values, held_out])
         else:
             held_out = noise_images(teacher.model, default_held_out(num_images), **common)
             name, why = HELD_OUT_NOISE, "Its teacher stores no statistics that images could be matched to."
@@ -110,7 +118,7 @@ def end_without_data(
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tried = []
-    best = max(tried, key=lambda candidate: candidate.score, default=None)
+    best = max(tried, key=lambda candidate: (candidate.score, -candidate.divergence), default=None)
     if best is None or best.statistics == "batch":
         student.load_state_dict(trained)
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
