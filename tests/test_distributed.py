@@ -77,6 +77,7 @@ def run(folder: Path) -> None:
         "recalibrated": recalibrated(trainer),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
+    torch.distributed.destroy_process_group()  # its threads would rarely abort a process that ends before the other
 
 
 def recalibrated(trainer) -> list[str]:
