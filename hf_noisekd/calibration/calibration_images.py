@@ -159,7 +159,7 @@ def calibration_images(
             raise ValueError(f"{name} is {value}: use at least {least}.")
     check_finite(teacher, "teacher")
     input_size = input_size_of(teacher, input_size)
-    batch_size = batch_size or max(MIN_BATCH, least_images(input_size))
+    batch_size = batch_size or _default_batch_size(input_size)
     if max_image_steps < math.inf:
         number = max(int(max_image_steps / steps), min(batch_size, least_images(input_size)))
         num_images, num_held_out = _at_most(number, num_images, num_held_out)
@@ -255,13 +255,17 @@ def default_held_out(num_images: int) -> int:
 
 def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], seed: int) -> torch.Tensor:
     """Return the noise from which held-out calibration images are made, to compare a student with `teacher`."""
-    batch_size = max(MIN_BATCH, least_images(input_size))
+    batch_size = _default_batch_size(input_size)
     return torch.cat(_noise(teacher, number, batch_size, held_out=True, input_size=input_size, seed=seed))
 
 
 def least_images(input_size: Sequence[int]) -> int:
     """Return the number of images, with those held out, that are made after the shortest training."""
     return min(256, max(16, 2**20 // math.prod(input_size[1:])))
+
+
+def _default_batch_size(input_size: Sequence[int]) -> int:
+    return max(MIN_BATCH, least_images(input_size))
 
 
 def _noise(teacher: nn.Module, number: int, batch_size: int, **kwargs) -> list[torch.Tensor]:

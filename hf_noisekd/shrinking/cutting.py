@@ -184,7 +184,7 @@ def _best_cut(
     teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison, expected: torch.Tensor
 ) -> _Found | None:
     """Return the network within a budget whose predictions are the closest to those `expected`."""
-    cuts = (_Found(*found, size) for found in _cuts(teacher, budget, size, compared, expected))
+    cuts = _cuts(teacher, budget, size, compared, expected)
     return min(cuts, key=lambda found: found.change, default=None)
 
 
@@ -213,8 +213,8 @@ def _smaller_size(
 
 def _cuts(
     teacher: nn.Module, budget: Budget, size: tuple[int, int, int], compared: Comparison, expected: torch.Tensor
-) -> Iterator[tuple[float, nn.Module, Cut]]:
-    """Yield networks within a budget: the change of the predictions, the network, and how it was cut."""
+) -> Iterator[_Found]:
+    """Yield networks within a budget."""
     costs, blocks = count_macs(teacher, size), removable_blocks(teacher, size)
     enough = costs[""] - budget.macs if budget.params == math.inf else math.inf
     blocks = order_of_removal(teacher, blocks, {place: costs[place.name] for place in blocks}, compared, enough=enough)
@@ -225,7 +225,8 @@ def _cuts(
         fits = budget.holds(cut, size)
         narrow, kept = (cut, {}) if fits else _narrowed(cut, budget, size, compared, fixed, name_before)
         if narrow is not None and budget.holds(narrow, size):  # `_widths` ignores products without weights
-            yield compared.divergence(expected, narrow) / (PREFERENCE if fits else 1), narrow, Cut(removed, kept)
+            change = compared.divergence(expected, narrow) / (PREFERENCE if fits else 1)
+            yield _Found(change, narrow, Cut(removed, kept), size)
         if fits:
             return  # removing even more would only be worse
 

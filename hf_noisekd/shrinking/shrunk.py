@@ -82,12 +82,11 @@ def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) ->
                 f"timm builds {base} with other layers than the teacher has, which was changed by hand: give a "
                 "student, or the teacher as timm builds it."
             )
-        if not removed and shapes_of(whole) == shapes_of(cut):
-            whole.load_state_dict(cut.state_dict())
-            return whole.eval()
-        remove_blocks(whole, removed)
-        given |= {"removed": [tuple(place) for place in removed], "sizes": _sizes(cut, whole)}
-        model = timm.create_model(ARCHITECTURE, base=base, base_args=base_args, **given)
+        model = whole
+        if removed or shapes_of(whole) != shapes_of(cut):
+            remove_blocks(whole, removed)
+            given |= {"removed": [tuple(place) for place in removed], "sizes": _sizes(cut, whole)}
+            model = timm.create_model(ARCHITECTURE, base=base, base_args=base_args, **given)
     model.load_state_dict(cut.state_dict())
     return model.eval()
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.calibration.calibration_images import (
     CalibrationImages,
     calibration_images,
@@ -110,7 +111,7 @@ def end_without_data(
             held_out = noise_images(teacher.model, default_held_out(num_images), **common)
             name, why = HELD_OUT_NOISE, "Its teacher stores no statistics that images could be matched to."
         tried = _candidates(student, trained, initial, images, teacher.weight_of_batch)
-        samples: Any = [{"pixel_values": image} for image in held_out]
+        samples = PixelsDataset(held_out)
         for one in tried:
             _become(student, one, teacher, initial)
             one.agreement = measured(student, samples, name=name, step=step, teacher_model=teacher.model)
