@@ -138,6 +138,32 @@ def test_given_images_are_trained_on(digits_teacher, given, tmp_path, monkeypatc
         assert torch.equal(trainer.model.bn1.running_mean, before["bn1.running_mean"])
 
 
+def test_beside_a_few_given_images_others_are_made(digits_teacher, given, tmp_path):
+    options = {"keep": 0.5, "num_calibration_images": 96, "max_steps": 100, "learning_rate": 1e-5}
+    trainer = NoiseKDTrainer(None, digits_teacher, config(tmp_path / "out", **options), images=given[:32])
+    assert len(trainer.images) > 24 == len(trainer.images.pixel_values)
+    trainer.args.max_steps = 2
+    trainer.train()
+    made = Provenance.of(load_teacher(tmp_path / "out"))
+    assert (made.given_images.images, made.real_images.images, made.recalibration.images) == (32, 24, 24)
+    assert made.calibration.images == len(trainer.images) - 24
+    compared = trainer.record().evaluations[-1]
+    assert (compared.dataset, compared.images) == (
+        "held-out given and calibration images",
+        8 + made.calibration.held_out,
+    )
+    assert not made.is_data_free
+    # With enough of them, or a teacher that they spoil, none are made.
+    assert (
+        NoiseKDTrainer(
+            None, digits_teacher, config(tmp_path / "b", **options | {"num_calibration_images": 32}), images=given
+        ).images.made
+        is None
+    )
+    noise = [{"pixel_values": 9 * torch.rand(1, 32, 32)} for _ in range(32)]
+    assert NoiseKDTrainer(None, digits_teacher, config(tmp_path / "c", **options), images=noise).images.made is None
+
+
 def test_given_images_and_training_images_of_the_users_own(digits_teacher, given, tmp_path):
     args = config(tmp_path, keep=0.5, input_size=[1, 32, 32])
     trainer = NoiseKDTrainer(None, digits_teacher, args, train_dataset=given, images=given)

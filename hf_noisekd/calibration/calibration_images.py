@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -34,12 +35,16 @@ FIRST_ROUND = 60  # steps before the images are checked
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
+MIN_OF_GIVEN = 50.0  # percent of given images, maybe of four, with which others are worth to be made beside them
 ENOUGH_REAL = 64  # unlabelled images, where those made are not good enough
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class CalibrationImages:
-    """Images matched to a teacher, and how well they are; iterating gives batches `[B, C, H, W]`."""
+    """Images matched to a teacher, or given ones; iterating gives batches `[B, C, H, W]`, of all that are not held out.
+
+    Beside a few that are given there may be others, `made` for the same teacher.
+    """
 
     pixel_values: torch.Tensor  # [N, C, H, W], preprocessed as for the teacher
     held_out: torch.Tensor  # [M, C, H, W], others, made in the same way, to evaluate on
@@ -49,16 +54,24 @@ class CalibrationImages:
     steps: int = 0  # of optimisation; 0 if the teacher stores no statistics, and these are noise
     distance: float | None = None  # mean KL divergence from the stored statistics, in nats; None for noise
     self_agreement: float | None = None  # in percent; NaN if meaningless; None for noise
+    made: "CalibrationImages | None" = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter(self.pixel_values.split(self.batch_size))
+        return chain(self.pixel_values.split(self.batch_size), self.made or ())
 
     def __len__(self) -> int:
-        return len(self.pixel_values)
+        return len(self.pixel_values) + (len(self.made) if self.made else 0)
+
+    @property
+    def to_compare_on(self) -> torch.Tensor:
+        """All that are held out, `[M, C, H, W]`."""
+        return torch.cat([self.held_out, self.made.held_out]) if self.made else self.held_out
 
     def at(self, size: Sequence[int]) -> "CalibrationImages":
         """Return the same images in another `(height, width)`."""
-        return replace(self, pixel_values=resized(self.pixel_values, size), held_out=resized(self.held_out, size))
+        made = self.made and self.made.at(size)
+        pixel_values, held_out = resized(self.pixel_values, size), resized(self.held_out, size)
+        return replace(self, pixel_values=pixel_values, held_out=held_out, made=made)
 
     @property
     def facts(self) -> CalibrationFacts:
@@ -70,7 +83,7 @@ class CalibrationImages:
     @property
     def real(self) -> ImagesFacts | None:
         """The facts of real images that statistics are of, without those held out; None if they are made."""
-        return self.given and replace(self.given, images=len(self))
+        return self.given and replace(self.given, images=len(self.pixel_values))
 
     @property
     def problem(self) -> str | None:
@@ -191,6 +204,25 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
         return replace(given, self_agreement=_self_agreement(teacher, given))
 
 
+def with_made_images(teacher: nn.Module, given: CalibrationImages, num_images: int, **options) -> CalibrationImages:
+    """Return given images, and beside them, where these are fewer than `num_images`, calibration images for the rest.
+
+    Statistics of a few dozen images are poor, and a repair on them is too. Nothing is made where they spoil the
+    teacher: so it is at many classes, where images made without data do that, too. `options` are those of
+    [`calibration_images`].
+    """
+    missing = num_images - len(given)
+    if missing < MIN_BATCH or not (given.self_agreement or 0) >= MIN_OF_GIVEN:
+        return given
+    made = calibration_images(teacher, missing, **options)
+    if made.problem:
+        return given
+    both = replace(given, made=made)
+    with evaluation_mode(teacher):
+        both = replace(both, self_agreement=_self_agreement(teacher, both))
+    return given if both.problem else both
+
+
 def _matched(
     teacher: nn.Module,
     start: Sequence[torch.Tensor],
@@ -287,13 +319,14 @@ def _as_made(batches: Sequence[torch.Tensor], num_images: int, seed: int) -> Cal
 @torch.no_grad()
 def _self_agreement(teacher: nn.Module, images: CalibrationImages) -> float:
     """Return `self_agreement` in percent; NaN if the teacher predicts one class for all, or anything is not finite."""
-    if not all(batch.isfinite().all() for batch in (images.pixel_values, images.held_out)):
+    held_out = images.to_compare_on
+    if not all(batch.isfinite().all() for batch in (*images, held_out)):
         return math.nan
     changed = copy.deepcopy(teacher)
     store_statistics(changed, images)
     # Copies, because some models change their input in place.
     before, after = (
-        torch.cat([compute_logits(model, batch.clone()) for batch in images.held_out.split(images.batch_size)])
+        torch.cat([compute_logits(model, batch.clone()) for batch in held_out.split(images.batch_size)])
         for model in (teacher, changed)
     )
     classes = before.argmax(-1)

@@ -147,14 +147,15 @@ def _calibration_text(record: "Record") -> str:
     of = "those of the training noise, which hold for images as well"
     if made.noise is None:
         of = "its teacher's" if made.start else "those of the images that it was trained on"
-    if made.calibration:
-        of = f"of {made.calibration.images:,} images made without data"
-    elif made.recalibration:
-        of = "of the given images"
+    without_data = f"{made.calibration.images:,} images made without data" if made.calibration else ""
+    if made.recalibration:
+        of = f"of the given images{' and ' * bool(without_data)}{without_data}"
+    elif made.calibration:
+        of = f"of {without_data}"
     elif made.start and not made.start.training_helped:
         of = "its teacher's"
-    held_out = ("held-out calibration images", "held-out given images")
-    agreements = [one for one in record.evaluations if one.dataset in held_out]
+    of_which = ("calibration images", "given images", "given and calibration images")
+    agreements = [one for one in record.evaluations if one.dataset in {f"held-out {which}" for which in of_which}]
     agreement = "".join(
         f" On {one.images:,} other such images it agrees with its teacher on {one.running['agreement']:.1f} %."
         for one in agreements

@@ -37,7 +37,7 @@ class Comparison:
         """Compare on calibration images, with stored statistics if these images are not enough for others, or noise."""
         if not isinstance(images, CalibrationImages):
             return cls(list(images))
-        some = images.pixel_values[: num_ranked(images.pixel_values.shape[1:])]
+        some = torch.cat([*images])[: num_ranked(images.pixel_values.shape[1:])]
         return cls([some], running_statistics if images.problem else statistics_of_batch, images)
 
     def at(self, size: Sequence[int]) -> "Comparison":

@@ -106,7 +106,7 @@ def fit_to_teacher(
     """
     if images is None:
         return False, 0
-    held_out = Comparison([*images.held_out.split(CHUNK_SIZE)], running_statistics)
+    held_out = Comparison([*images.to_compare_on.split(CHUNK_SIZE)], running_statistics)
     expected = held_out.log_probs(teacher)
     recalibrates = bool(stored_statistics(student)) and not images.problem
     states = [copied_state(student)]

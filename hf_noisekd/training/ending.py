@@ -39,12 +39,12 @@ from hf_noisekd.shrinking.repair import fit_to_teacher
 from hf_noisekd.training.evaluation import measured
 from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
-from hf_noisekd.training.training_data import HELD_OUT_GIVEN
+from hf_noisekd.training.training_data import HELD_OUT_GIVEN, SHARE
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.15  # of the cost of a training that calibration images may have
 HELD_OUT = "held-out calibration images"
+HELD_OUT_BOTH = "held-out given and calibration images"
 HELD_OUT_NOISE = "held-out noise images"
 
 State = Mapping[str, torch.Tensor]
@@ -104,7 +104,8 @@ def end_without_data(
             common |= {"max_image_steps": limit, "show_progress": show_progress}
             images = calibration_images(teacher.model, num_images, **common)
         if images is not None:
-            held_out, name, why = images.held_out, HELD_OUT_GIVEN if images.given else HELD_OUT, images.problem
+            held_out, why = images.to_compare_on, images.problem
+            name = HELD_OUT_BOTH if images.made else HELD_OUT_GIVEN if images.given else HELD_OUT
             if why and not images.given:  # no statistics are taken of any, so all can be compared on
                 held_out = torch.cat([images.pixel_values, held_out])
         else:

@@ -104,7 +104,7 @@ def plan_training(
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model, input_size=args.input_size)
     input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
-    given = None if images is None else calibration_of(images, teacher_model, input_size, collate_fn)
+    given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
     teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
     set_seed(args.seed)  # before a student given by name gets its random weights

@@ -22,11 +22,12 @@ from hf_noisekd.models.memory import free_memory
 from hf_noisekd.noise.dataset import MAX_STEPS, NoiseDataset
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.cost import Estimate, ImageCost, cost_of_an_image, duration
-from hf_noisekd.training.ending import SHARE, matching_limit
+from hf_noisekd.training.ending import matching_limit
 from hf_noisekd.training.evaluation import counts_of
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer
 from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
+from hf_noisekd.training.training_data import SHARE
 
 logger = logging.getLogger(__name__)
 

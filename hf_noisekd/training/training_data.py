@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.batches import DrawnDataset, PixelsDataset, ResizedDataset, SizedDataset, dataset_name
-from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
+from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images, with_made_images
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
@@ -21,6 +21,7 @@ from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
+SHARE = 0.15  # of the cost of a training that calibration images may have
 IMAGES_SHARE = 0.5  # of the steps, where images are given
 EVAL_PIXELS = 2**21  # of the noise to evaluate on
 MIN_IMAGES = 16  # that a user gives
@@ -28,10 +29,28 @@ HELD_OUT_GIVEN = "held-out given images"
 
 
 def calibration_of(
-    images: SizedDataset, teacher_model: nn.Module, input_size: tuple[int, int, int], collate_fn: Callable
+    images: SizedDataset,
+    teacher_model: nn.Module,
+    args: NoiseKDConfig,
+    input_size: tuple[int, int, int],
+    collate_fn: Callable,
 ) -> CalibrationImages:
-    """Return unlabelled images of a user as calibration images."""
-    return given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
+    """Return unlabelled images of a user as calibration images, and beside few of them others, made without data.
+
+    Making these takes about 15 % of the cost of the training, or, where time decides about that, as little as may be.
+    """
+    given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
+    limit = 0.0 if args.max_hours else SHARE * steps * args.train_batch_size * args.gradient_accumulation_steps
+    return with_made_images(
+        teacher_model,
+        given,
+        args.num_calibration_images,
+        input_size=input_size,
+        max_image_steps=limit,
+        seed=args.seed,
+        show_progress=not args.disable_tqdm and args.process_index == 0,
+    )
 
 
 def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:
