@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_noisekd.models.memory import is_out_of_memory, keep_freed_memory
+from hf_noisekd.models.memory import free_memory, is_out_of_memory, keep_freed_memory
 
 FAULTS = """
 import resource, torch
@@ -59,3 +59,9 @@ def test_errors_of_too_little_memory_are_told_from_others():
     assert is_out_of_memory(found.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch):
+    alone = free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert free_memory(torch.device("cpu")) == pytest.approx(alone / 4, rel=0.2)

@@ -44,7 +44,10 @@ def keep_freed_memory() -> bool:
 
 
 def free_memory(device: torch.device) -> float:
-    """Return how many bytes this process may still take on a device; infinite where that is not known."""
+    """Return how many bytes this process may still take on a device; infinite where that is not known.
+
+    The processes of a training on one machine share its memory evenly.
+    """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -58,6 +61,7 @@ def free_memory(device: torch.device) -> float:
             left.append(int(_text(limit)) - int(_text(usage)) + sum(files) + kept)
         except (OSError, ValueError):  # there is none, or no limit
             continue
+    left = [min(left) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))]
     if sys.platform != "win32":
         import resource
 

@@ -144,7 +144,9 @@ class TimedTrainer(NoiseStepsTrainer):
 
         while batch_size >= 2 * MIN_BATCH and (steps_of(batch_size) < MIN_STEPS or cost.memory * batch_size > free):
             batch_size //= 2
-        steps, batch_size = self._of_process_0(min(steps_of(batch_size), MAX_STEPS), batch_size)
+        chosen = torch.tensor([min(steps_of(batch_size), MAX_STEPS), batch_size], device=self.args.device)
+        self._take_from_process_0([chosen])
+        steps, batch_size = chosen.tolist()
         if steps < 1:
             raise ValueError(
                 f"max_hours is {self.args.max_hours:g}, and one step of {batch_size} images takes, with what comes "
@@ -155,10 +157,6 @@ class TimedTrainer(NoiseStepsTrainer):
     def _take(self, steps: int, batch_size: int) -> None:
         self.args.max_steps = steps
         self.args.per_device_train_batch_size = self._train_batch_size = self.train_dataset.batch_size = batch_size
-
-    def _of_process_0(self, *numbers: int) -> list[int]:
-        is_first = self.args.process_index == 0
-        return [int(self._sum_over_processes(torch.tensor([float(number * is_first)]))) for number in numbers]
 
 
 def _too_large(noise: NoiseDataset, needed: float, free: float) -> str:
