@@ -5,8 +5,10 @@ import pytest
 import timm
 import torch
 from conftest import snapshot
+from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Provenance, StartFacts
 from hf_noisekd.shrinking.cutting import shrink
@@ -152,3 +154,14 @@ def test_a_network_without_batch_norm_is_compared_too(digits_teacher):
     assert ending.is_trained  # the trained one, where both are the same
     ending = end(student, Teacher(student), begun(student))
     assert (ending.is_trained, ending.agreement.dataset) == (True, "held-out noise images")
+
+
+def test_given_images_give_statistics_also_where_the_teacher_stores_none(digits_teacher, digits):
+    frozen = freeze_batch_norm_2d(copy.deepcopy(digits_teacher))
+    student = copy.deepcopy(digits_teacher)
+    student.bn1.running_mean.add_(3.0)
+    pixels = torch.stack([digits[0][index]["pixel_values"] for index in range(128)])
+    options = {"initial": None, "images": given_images(frozen, pixels), "seed": 0, "step": 1, "show_progress": False}
+    ending = end_without_data(student, Teacher(frozen), 64, **options)
+    assert ending.images is options["images"]
+    assert ending.agreement.running["agreement"] > 80

@@ -4,7 +4,7 @@ A student is compared with its teacher on images that were held out, and becomes
 
 | weights | running statistics | evaluated with | considered where |
 |---|---|---|---|
-| trained | of calibration images | running statistics | these images are good enough |
+| trained | of calibration images | running statistics | these are good enough, or given and cannot be checked |
 | trained | of the training | running statistics | the teacher used stored statistics in training, at least in part |
 | trained | of the training | batch statistics | else, and there are no good images |
 | initial | as they were | running statistics | the student was initialised from its teacher |
@@ -162,13 +162,15 @@ def _candidates(
     """Return what a student may become; of equals the first is taken."""
     stores = bool(stored_statistics(student))
     good = images if stores and images and not images.problem else None
-    table = [(Candidate(trained, True, good), good is not None)]
+    # Given ones can be tried also where no statistics of the teacher's tell whether they are good.
+    used = images if stores and images and images.given and images.self_agreement is None else good
+    table = [(Candidate(trained, True, used), used is not None)]
     # Statistics of the training hold for images as far as the teacher used its own stored statistics for the noise.
     table += [(Candidate(trained, True), not stores or weight_of_batch < 1)]
     table += [(Candidate(trained, True, statistics="batch"), stores and good is None and weight_of_batch > 0)]
     if initial is not None:
-        used = good if initial.facts.recalibrated else None
-        table += [(Candidate(initial.state, False, used, start=initial.facts), True)]
+        of_start = good if initial.facts.recalibrated else None
+        table += [(Candidate(initial.state, False, of_start, start=initial.facts), True)]
         repairs = good is not None and not good.given  # those that are given have repaired it before the training
         table += [(Candidate(initial.state, False, good), repairs)]
     return [candidate for candidate, is_considered in table if is_considered]
