@@ -151,6 +151,7 @@ def test_students_are_repaired_on_images_of_all_kinds(cifar10, small_teacher, tm
     rows = record["measurements"]["accuracy"]
     assert [row["images"] for row in rows] == ["none, not repaired", "none", 16]
     assert all(row["multiply-adds (%)"] <= 50 for row in rows)
+    assert [row["trained"] is None for row in rows] == [True, False, False]
 
 
 @pytest.mark.slow

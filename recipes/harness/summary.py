@@ -185,13 +185,14 @@ def _shrunk_table(results: Path) -> str:
 
 
 def _repaired_table(results: Path) -> str:
-    """Students that were cut and repaired, and never trained, by the images that were used."""
+    """Students that were cut and repaired, and then trained for a short time, by the images that were used."""
     students: dict[str, dict[str, str]] = {}
     for preset, teacher in REPAIRED.items():
         for row in _measured(results, "repair", preset):
             cells = students.setdefault(f"{row['student']} of {teacher}", {})
             cells.setdefault("multiply-adds (%)", f"{row['multiply-adds (%)']:.0f}")  # about the same for all images
-            cells[str(row["images"])] = f"{row['accuracy']:.2f}"
+            trained = row.get("trained")
+            cells[str(row["images"])] = f"{row['accuracy']:.1f}" + (f" / {trained:.1f}" if trained else "")
     columns = list(dict.fromkeys(key for cells in students.values() for key in cells))
     rows = [[student, *(cells[key] for key in columns)] for student, cells in students.items()]
     return markdown_table(["accuracy (%) by images", *columns], rows)
