@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from hf_noisekd import NoiseDataset, calibration_images, evaluate
 from hf_noisekd.calibration.calibration_images import CalibrationImages
@@ -54,6 +55,32 @@ def test_int8_without_data_answers_like_float(exported, images, digits, tmp_path
     assert [8] in [list(tensor.dims) for tensor in after.graph.initializer if tensor.name.endswith("_scale")]
     for size in (1, 3):
         assert onnx_logits(onnx_session(path), torch.randn(size, 1, 32, 32)).shape == (size, 10)
+
+
+class OneSided(nn.Module):
+    """Nearly all weights of the second convolution and of the classifier are rounded to zero in int8."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3, bias=bias), nn.Linear(16, 4)
+        for layer in (self.second, self.last):
+            nn.init.constant_(layer.weight, 0.3 / 127)
+            layer.weight.data.flatten(1)[:, 0] = 1
+
+    def forward(self, pixel_values):
+        hidden = self.second(self.first(pixel_values).relu()).relu()
+        return self.last(hidden.mean((2, 3)))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rounded_weights_do_not_shift_the_logits(bias, tmp_path):
+    torch.manual_seed(0)
+    source, path = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    export_onnx(OneSided(bias), source, input_size=(1, 8, 8))
+    batches = torch.rand(100, 1, 8, 8).split([70, 30])
+    quantize_onnx(source, path, batches)
+    before, after = (onnx_logits(onnx_session(file), torch.cat(batches)) for file in (source, path))
+    assert (after - before).mean(0).abs().max() < 0.01 * before.abs().mean()
 
 
 def test_the_report_is_of_the_images_held_out(exported, images, tmp_path, monkeypatch):

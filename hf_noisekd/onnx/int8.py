@@ -2,10 +2,11 @@
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from hf_noisekd.batches import DrawnDataset
@@ -22,11 +23,12 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
     """Quantise an ONNX file to int8, and compare its predictions with the original before the file gets its name.
 
     Static quantisation of onnxruntime with QDQ nodes: int8 weights with a scale for each output channel, and uint8
-    activations between the minimum and the maximum on the images (Jacob et al., CVPR 2018). Input, output and metadata
-    stay the same. The images are [`calibration_images`], or batches as for [`recalibrate_batch_norm`]; noise, images of
-    poor quality, no images, and no `source` are a `ValueError`. Returned is the share in percent of the held-out
-    calibration images, or else of the given ones, on which the top-1 predictions of both files agree. If most differ,
-    there is a `RuntimeError` and no file.
+    activations between the minimum and the maximum on the images (Jacob et al., CVPR 2018). What rounded
+    weights add to the outputs of a layer on average is taken from its biases (Nagel et al., ICCV 2019). Input, output
+    and metadata stay the same. The images are [`calibration_images`], or batches as for [`recalibrate_batch_norm`];
+    noise, images of poor quality, no images, and no `source` are a `ValueError`. Returned is the share in percent of
+    the held-out calibration images, or else of the given ones, on which the top-1 predictions of both files agree. If
+    most differ, there is a `RuntimeError` and no file.
     """
     require_onnx()
     if isinstance(images, DrawnDataset):
@@ -60,7 +62,8 @@ def _on_cpu(batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [part for batch in batches for part in batch.float().cpu().contiguous().split(BATCH_SIZE)]
 
 
-def _quantize(source: Path, path: Path, batches: Iterable[torch.Tensor]) -> None:
+def _quantize(source: Path, path: Path, batches: Sequence[torch.Tensor]) -> None:
+    import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -73,15 +76,76 @@ def _quantize(source: Path, path: Path, batches: Iterable[torch.Tensor]) -> None
     prepared = path.with_name("prepared.onnx")
     # The exporter has already folded BatchNorm, and further optimisation would tie the file to this machine.
     quant_pre_process(source, prepared, skip_optimization=True, skip_symbolic_shape=True)
+    model = onnx.load(prepared)
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    _add_biases(model, convolutions)
+    onnx.save(model, prepared)
+    rounded = path.with_name("rounded.onnx")
     quantization.quantize_static(
         prepared,
-        path,
+        rounded,
         Reader(),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
     )
+    _correct_biases(prepared, rounded, path, batches)
+
+
+def _add_biases(model: Any, convolutions: Iterable[Any]) -> None:
+    """Give convolutions without biases some of zero, to be corrected."""
+    from onnx import numpy_helper
+
+    channels = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
+    for node in convolutions:
+        if len(node.input) == 2 and node.input[1] in channels:
+            node.input.append(f"{node.name}.bias")
+            zeros = np.zeros(channels[node.input[1]], np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(zeros, node.input[2]))
+
+
+def _correct_biases(prepared: Path, rounded: Path, path: Path, batches: Sequence[torch.Tensor]) -> None:
+    """Take from the biases of a quantised file what its rounded weights add to their layer's outputs on average.
+
+    That is the mean over images and places of the layer's outputs for its inputs in float, with the errors of the
+    weights in place of the weights (Nagel et al., ICCV 2019, section 4.2). Layers without biases stay as they are.
+    """
+    import onnx
+    from onnx import helper, numpy_helper
+
+    original, quantized = onnx.load(prepared), onnx.load(rounded)
+    layers = {node.name: node for node in original.graph.node}
+    tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    dequantized = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear"]
+    constants = {node.output[0]: node for node in dequantized if node.input[0] in tensors}
+    rounded_layers = [
+        node
+        for node in quantized.graph.node
+        if node.op_type in ("Conv", "Gemm") and len(node.input) == 3 and constants.keys() >= {*node.input[1:]}
+    ]
+    for weight in {node.input[1]: constants[node.input[1]] for node in rounded_layers}.values():  # layers may share one
+        original.graph.node.append(weight)
+        original.graph.initializer.extend(tensors[name] for name in weight.input)
+    biases = {}
+    for node in rounded_layers:
+        added, error, mean = (f"{node.name}.{name}" for name in ("added", "error", "mean"))
+        layer = onnx.NodeProto()
+        layer.CopyFrom(layers[node.name])
+        difference = helper.make_node("Sub", [node.input[1], layer.input[1]], [error])
+        layer.name, layer.input[:], layer.output[:] = added, [layer.input[0], error], [added]
+        pool = helper.make_node("GlobalAveragePool" if node.op_type == "Conv" else "Identity", [added], [mean])
+        original.graph.node.extend([difference, layer, pool])
+        original.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
+        biases[mean] = constants[node.input[2]].input
+    onnx.save(original, path)
+    session = onnx_session(path)
+    outputs = [session.run([*biases], {"pixel_values": batch.numpy()}) for batch in batches if biases]
+    for (bias, scale, *_), parts in zip(biases.values(), zip(*outputs, strict=True), strict=True):
+        mean = np.concatenate([part.reshape(len(part), -1) for part in parts]).mean(0, "float64")
+        integers = numpy_helper.to_array(tensors[bias]) - (mean / numpy_helper.to_array(tensors[scale])).round()
+        tensors[bias].CopyFrom(numpy_helper.from_array(integers.clip(-(2**31), 2**31 - 1).astype("int32"), bias))
+    onnx.save(quantized, path)
 
 
 def _agreement(source: Path, path: Path, batches: Iterable[torch.Tensor]) -> float:
