@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -55,6 +56,18 @@ def test_int8_without_data_answers_like_float(exported, images, digits, tmp_path
     assert [8] in [list(tensor.dims) for tensor in after.graph.initializer if tensor.name.endswith("_scale")]
     for size in (1, 3):
         assert onnx_logits(onnx_session(path), torch.randn(size, 1, 32, 32)).shape == (size, 10)
+
+
+def test_no_kind_of_cpu_saturates_and_the_pixels_stay_float(exported, images, tmp_path):
+    path = tmp_path / "int8.onnx"
+    quantize_onnx(exported, path, images)
+    graph = onnx.load(path).graph
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = [values.astype(int) for values in tensors.values() if values.dtype == np.int8 and values.ndim > 1]
+    assert len(weights) > 5
+    # Without VNNI, CPUs add two products of uint8 and int8 in 16 bits.
+    assert max(2 * 255 * np.abs(values).max() for values in weights) < 2**15
+    assert [node.op_type for node in graph.node if "pixel_values" in node.input] == ["Conv"]
 
 
 class OneSided(nn.Module):
