@@ -711,15 +711,17 @@ def test_export(teacher, tmp_path, capsys):
     assert onnxruntime.InferenceSession(tmp_path / "teacher.onnx").get_outputs()[0].name == "logits"
 
 
-def test_export_in_fewer_bits(teacher, images, tmp_path, capsys):
+def test_export_in_fewer_bits(teacher, images, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxruntime")
+    capabilities = {"architecture": "x86_64", "avx512_vnni": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     for precision in ("int8", "fp16"):
         path = str(tmp_path / f"{precision}.onnx")
         command = ["export", "--model", teacher, "--output", path, f"--{precision}"]
         assert main([*command, *(["--num-images", "64"] if precision == "int8" else [])]) == 0
         printed = capsys.readouterr().out
         assert re.search(r"(int8|float16), \d\.\d\d MB\n", printed), printed
-        assert ("of 32 other" in printed) == (precision == "int8")
+        assert ("of 32 other" in printed) == ("without VNNI" in printed) == (precision == "int8")
         assert main(["evaluate", "--model", path, "--dataset", images, "--label-column", "label"]) == 0
         assert re.search(r"running statistics +\d\d\.\d\d", capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == {"int8.onnx", "fp16.onnx"}

@@ -9,7 +9,7 @@ from hf_noisekd import NoiseDataset, calibration_images, evaluate
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.onnx import int8
 from hf_noisekd.onnx.floats import OnnxClassifier, export_onnx, halve_onnx, onnx_logits, onnx_session
-from hf_noisekd.onnx.int8 import quantize_onnx
+from hf_noisekd.onnx.int8 import has_vnni, quantize_onnx
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -130,3 +130,16 @@ def test_float16_halves_the_weights_and_keeps_the_answers(exported, digits, tmp_
     assert path.stat().st_size < exported.stat().st_size * 0.6
     assert onnx.load(path).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert accuracy(path, digits[1]) == pytest.approx(accuracy(exported, digits[1]), abs=0.5)
+
+
+def test_has_vnni(monkeypatch):
+    for capabilities, expected in (
+        ({"architecture": "x86_64", "avx2": True, "avx_vnni": False}, False),
+        ({"architecture": "x86_64", "avx512_vnni": True}, True),
+        ({"architecture": "x86_64", "avx_vnni": True}, True),
+        ({"architecture": "aarch64", "neon": True}, None),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert has_vnni() is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert has_vnni() is None

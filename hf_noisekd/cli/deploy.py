@@ -85,6 +85,7 @@ def export(args: argparse.Namespace) -> int:
     print(f"{file.path}: {file.precision}, {file.megabytes:.2f} MB")
     if file.agreement is not None:
         of = "given" if args.images else "other made"
-        print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} {of} images.")
+        cpu = {True: ", on a CPU with VNNI", False: ", on a CPU without VNNI", None: ""}[file.vnni]
+        print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} {of} images{cpu}.")
     print(f"Next:\n  noisekd evaluate --model {file.path} --dataset FOLDER_OR_HUB_ID --split test")
     return 0

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
 
     Static quantisation of onnxruntime with QDQ nodes: int8 weights with a scale for each output channel, and uint8
     activations between the minimum and the maximum on the images (Jacob et al., CVPR 2018). Weights take 7 bits, so
-    that no kind of CPU saturates, and the first convolution stays in float. What rounded weights add
+    that no kind of CPU saturates, see [`has_vnni`], and the first convolution stays in float. What rounded weights add
     to the outputs of a layer on average is taken from its biases (Nagel et al., ICCV 2019). Input, output and metadata
     stay the same. The images are [`calibration_images`], or batches as for [`recalibrate_batch_norm`]; noise, images of
     poor quality, no images, and no `source` are a `ValueError`. Returned is the share in percent of the held-out
@@ -57,6 +57,18 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
             )
         os.replace(temporary, path)
     return agreement
+
+
+def has_vnni() -> bool | None:
+    """Return whether this x86 CPU has VNNI, instructions that add products of 8 bits in 32 bits.
+
+    Without them onnxruntime adds pairs of products in 16 bits, which saturate if weights take 8 bits. None is for other
+    processors, and for a torch without `torch.cpu.get_capabilities`.
+    """
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if capabilities.get("architecture") != "x86_64":
+        return None
+    return bool(capabilities.get("avx512_vnni") or capabilities.get("avx_vnni"))
 
 
 def _on_cpu(batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from hf_noisekd.files import check_output_file
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx
-from hf_noisekd.onnx.int8 import BATCH_SIZE, quantize_onnx
+from hf_noisekd.onnx.int8 import BATCH_SIZE, has_vnni, quantize_onnx
 from hf_noisekd.workflows.inputs import UsageError, check_same_kind, unlabelled_images, usable_model
 
 PRECISIONS = ("float32", "float16", "int8")
@@ -30,6 +30,7 @@ class ExportedFile:
     megabytes: float
     agreement: float | None = None  # of int8: images in percent for which float32 has the same top-1 prediction
     num_compared: int | None = None  # of how many
+    vnni: bool | None = None  # whether the CPU that ran both has VNNI, as `has_vnni` says
 
 
 def export(
@@ -87,10 +88,10 @@ def export(
         if images is not None:
             drawn = unlabelled_images(images, classifier, split=images_split, at_most=num_images)
             loader: Any = DataLoader(drawn, batch_size=BATCH_SIZE, collate_fn=collate_images)
-            return _exported(path, precision, quantize_onnx(float32, path, loader), len(drawn))
+            return _exported(path, precision, quantize_onnx(float32, path, loader), len(drawn), has_vnni())
         size = input_size_of(classifier, input_size)
         made = calibration_images(source, num_images, input_size=size, max_steps=calibration_steps)
-        return _exported(path, precision, quantize_onnx(float32, path, made), len(made.held_out))
+        return _exported(path, precision, quantize_onnx(float32, path, made), len(made.held_out), has_vnni())
 
 
 def _check_options(precision: str, teacher_model: object, images: object) -> None:
