@@ -1,4 +1,4 @@
-"""Cut, repaired in closed form, and trained for a few minutes: accuracy without an image, and with a few unlabelled ones.
+"""Cut, repaired in closed form, and trained for a few minutes: without an image, and with a few unlabelled ones.
 
     python recipes/repair.py --teacher runs/cifar10/teacher
     python recipes/repair.py --preset cpu-wrn               # a Wide ResNet
@@ -6,8 +6,8 @@
 Beyond the paper. Students are initialised from their teacher, as `noisekd distill` does before its first step, and
 evaluated in ordinary evaluation mode. Images `none, not repaired` are students as they were cut, with statistics of
 calibration images; `none` are repaired on these images, which are made without data. A number is that of training
-images, without their labels. `trained` is after a short training, as `noisekd distill` does it. Seconds, before it, are of
-one core; those of `none` have the making of the images in them.
+images, without their labels. `trained` is after a short training, as `noisekd distill` does it. Seconds, before it, are
+of one core; those of `none` have the making of the images in them.
 """
 
 import time
