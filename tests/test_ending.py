@@ -49,9 +49,8 @@ def test_a_student_that_training_spoilt_becomes_the_cut_again(cut, teacher, capl
         ending = end(spoilt, teacher, begun(student))
     assert not ending.is_trained
     assert "Training did not help" in caplog.text
-    assert torch.equal(spoilt.fc.weight, student.fc.weight)
-    assert ending.images is None
-    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in spoilt.state_dict().items())
+    weights = dict(student.named_parameters())  # the statistics may be those of calibration images
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in spoilt.named_parameters())
 
 
 def test_a_student_that_training_helped_keeps_its_weights(cut, teacher):

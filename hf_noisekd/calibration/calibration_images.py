@@ -30,8 +30,10 @@ logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
-MIN_BATCH = 32  # of images that are matched together
-FIRST_ROUND = 60  # steps before the images are checked
+MIN_BATCH, MATCHED_PIXELS = 32, 2**20  # of images that are matched together
+# Steps of images that are not hopeless. A teacher agrees with itself after half of them, which is before statistics of
+# the images hold for a student with features of its own.
+STEPS = 120
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
@@ -131,7 +133,7 @@ def calibration_images(
     *,
     num_held_out: int | None = None,
     input_size: Sequence[int] | None = None,
-    steps: int = FIRST_ROUND,
+    steps: int = STEPS,
     max_steps: int = 900,
     max_image_steps: float = math.inf,
     batch_size: int | None = None,
@@ -142,19 +144,19 @@ def calibration_images(
 
     Adam optimises the pixels of dead-leaves noise, with the teacher in evaluation mode. The loss is the mean, over
     BatchNorm layers and their channels, of `KL(N(m, v) || N(M, V))`, with mean `m` and variance `v` of the batch, and
-    the stored `M` and `V`. After `steps` steps the images are checked: a copy of the teacher with statistics of the
-    images must predict the same class as the teacher for at least 90 % of the held-out images. Otherwise optimisation
-    continues, each time with twice as many steps, up to `max_steps` in all, as long as this share, growing as before,
-    would get there. Of many batches one is matched first, and alone returned if it is hopeless. The last share is
-    `self_agreement`; [`CalibrationImages.check`] refuses images that stay below, or that are all of one predicted
-    class. For a teacher without stored statistics they are unchanged noise, with a warning.
+    the stored `M` and `V`. After half of `steps`, and after all, the images are checked: a copy of the teacher with
+    statistics of the images must predict the same class as the teacher for at least 90 % of the held-out images.
+    Otherwise optimisation continues, each time for as many steps again, up to `max_steps` in all, as long as this
+    share, growing as before, would get there. Of many batches one is matched first, and alone returned if it is
+    hopeless. The last share is `self_agreement`; [`CalibrationImages.check`] refuses images that stay below, or that
+    are all of one predicted class. For a teacher without stored statistics they are unchanged noise, with a warning.
 
     Args:
         teacher: The classifier. It does not change; the images are made on its device, in float32.
         num_images: Number of images, at least 2.
         num_held_out: Number of held-out images, at least 2. Default: half as many.
         input_size: `(channels, height, width)`. Default: what the teacher declares.
-        steps: Steps before the first check.
+        steps: Steps of images that are good enough. Ranges of int8 need fewer than statistics of a student.
         max_steps: Most steps in all.
         max_image_steps: Most images times steps in all; there are fewer images then, at least a million pixels.
         batch_size: Images that are matched together, which bounds the memory. Each batch has the statistics alone, so
@@ -184,7 +186,7 @@ def calibration_images(
         return _as_made(start, num_images, seed)
     frozen = copy.deepcopy(teacher).float().eval().requires_grad_(False)
     frozen.to(memory_format=training_memory_format(frozen, device_of(frozen)))
-    return _matched(frozen, start, num_images, seed, _rounds(steps, max_steps), show_progress)
+    return _matched(frozen, start, num_images, seed, steps, _rounds(steps, max_steps), show_progress)
 
 
 def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:
@@ -228,6 +230,7 @@ def _matched(
     start: Sequence[torch.Tensor],
     num_images: int,
     seed: int,
+    enough: int,
     rounds: Sequence[int],
     show_progress: bool,
 ) -> CalibrationImages:
@@ -247,7 +250,7 @@ def _matched(
                         return made
             made, agreement = _checked(teacher, matched, num_images, seed, steps)
             gain = min(agreement - before, MAX_GAIN)
-            if made.problem is None or not agreement + gain >= MIN_SELF_AGREEMENT:
+            if (made.problem is None and steps >= enough) or not agreement + gain >= MIN_SELF_AGREEMENT:
                 break
             batches, before = [images for images, _ in matched], agreement
     return made
@@ -265,10 +268,10 @@ def _checked(
 
 
 def _rounds(steps: int, max_steps: int) -> list[int]:
-    """Return the numbers of steps before each check: twice as many each time, `max_steps` in all."""
-    rounds = [min(steps, max_steps)]
+    """Return the numbers of steps before each check: half, and then each time as many again, `max_steps` in all."""
+    rounds = [min(-(-steps // 2), max_steps)]
     while sum(rounds) < max_steps:
-        rounds.append(min(2 * rounds[-1], max_steps - sum(rounds)))
+        rounds.append(min(sum(rounds), max_steps - sum(rounds)))
     return rounds
 
 
@@ -293,11 +296,11 @@ def noise_images(teacher: nn.Module, number: int, *, input_size: Sequence[int], 
 
 def least_images(input_size: Sequence[int]) -> int:
     """Return the number of images, with those held out, that are made after the shortest training."""
-    return min(256, max(16, 2**20 // math.prod(input_size[1:])))
+    return min(128, max(16, MATCHED_PIXELS // math.prod(input_size[1:])))
 
 
 def _default_batch_size(input_size: Sequence[int]) -> int:
-    return max(MIN_BATCH, least_images(input_size))
+    return min(256, max(MIN_BATCH, MATCHED_PIXELS // math.prod(input_size[1:])))
 
 
 def _noise(teacher: nn.Module, number: int, batch_size: int, **kwargs) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_noisekd.calibration.calibration_images import (
-    FIRST_ROUND,
+    STEPS,
     CalibrationImages,
     default_held_out,
     least_images,
@@ -97,7 +97,7 @@ class TimedTrainer(NoiseStepsTrainer):
         return Estimate(
             steps=steps,
             step=cost.training * self.full_size_images(1),
-            calibration=self._matched_images(steps) * FIRST_ROUND * cost.matching,
+            calibration=self._matched_images(steps) * STEPS * cost.matching,
             evaluation=self._evaluated_images(steps) * cost.evaluation,
             memory=cost.memory * batch_size,
             device=self.args.device,
@@ -110,7 +110,7 @@ class TimedTrainer(NoiseStepsTrainer):
         if self.images or not (number and could):
             return 0
         wanted = number + default_held_out(number)
-        limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / FIRST_ROUND
+        limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / STEPS
         return min(wanted, max(limit, least_images(self.teacher.input_size)))
 
     def _evaluated_images(self, steps: int) -> float:
@@ -129,7 +129,7 @@ class TimedTrainer(NoiseStepsTrainer):
     def _fit(self, cost: ImageCost, seconds: float, began_at: float) -> None:
         """Choose steps, and a smaller batch where there would be few, with which all ends in time."""
         fixed = self._evaluated_images(0) * cost.evaluation
-        matching = self._matched_images(0) * FIRST_ROUND * cost.matching
+        matching = self._matched_images(0) * STEPS * cost.matching
         left = seconds - (time.monotonic() - began_at) - fixed
         left = min(left / (1 + SHARE), left - matching)
         free = free_memory(self.args.device)
