@@ -3,11 +3,10 @@
 A loaded model has its Hub id, revision and licence, where known, in `origin`.
 """
 
-import argparse
 import difflib
 import json
-import pickle
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,22 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_noisekd.files import CARD_NAME, CONFIG_NAME, RECORD_NAME, WEIGHTS_NAME, check_model_folder
-from hf_noisekd.models.classifier import check_finite, format_size, pretrained_cfg_of, with_input_size
-from hf_noisekd.models.preprocessing import preprocessing_of
+from hf_noisekd.models.classifier import (
+    check_finite,
+    format_size,
+    pretrained_cfg_of,
+    with_input_size,
+)
+from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
+from hf_noisekd.models.weights_file import WeightsFile
 
+logger = logging.getLogger(__name__)
+
+# Entries of timm about the published weights of an architecture, which are wrong for others.
+OF_OTHER_WEIGHTS = (
+    "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size",
+    "test_crop_pct",
+)  # fmt: skip
 BATCH_COUNT = "num_batches_tracked"  # of BatchNorm, which no prediction depends on
 
 
@@ -40,7 +52,8 @@ def load_teacher(
         source: A module, returned as it is; a timm name with pretrained weights (`resnet34.a1_in1k`); a Hub id
             (`org/repo`, `hf-hub:org/repo@revision`); or a folder in timm's or transformers' layout, with safetensors.
         checkpoint: File of weights for the timm architecture `source`: safetensors, or a file of `torch.save`, loaded
-            with `weights_only=True`. Its shapes give the numbers of classes and of input channels.
+            with `weights_only=True`. Its shapes give the numbers of classes and of input channels, and the arguments of
+            timm's training script, where they are in it, the preprocessing and how the model is built.
         input_size: `(channels, height, width)` to declare in place of the model's own. A module that is given does not
             change: what is returned has its weights.
         trust_remote_code: Run the Python code that comes with a transformers model on the Hub.
@@ -49,6 +62,12 @@ def load_teacher(
         ValueError: There is no such model, it is damaged, or its image processor makes images of another size.
     """
     if checkpoint is not None:
+        if isinstance(source, nn.Module) or not timm.is_model(str(source).partition(".")[0]):
+            found = type(source).__name__ if isinstance(source, nn.Module) else repr(str(source))
+            nearest = "" if isinstance(source, nn.Module) else nearest_architecture(str(source))
+            raise ValueError(
+                f"A checkpoint needs the timm name of its architecture, and the model is {found}.{nearest}"
+            )
         model = _load_checkpoint(str(source), Path(checkpoint).expanduser())
     else:
         model = _load(source, trust_remote_code, pretrained=True)
@@ -83,18 +102,9 @@ def load_student(
     kwargs: dict[str, Any] = {"num_classes": num_classes}
     if input_size is not None:
         kwargs |= {"in_chans": input_size[0], "pretrained_cfg_overlay": {"input_size": tuple(input_size)}}
-    if not model_args:
-        return _load(source, trust_remote_code, pretrained=False, **kwargs)
-    if isinstance(source, nn.Module) or has_weights(str(source)):
+    if model_args and (isinstance(source, nn.Module) or has_weights(str(source))):
         raise ValueError("Arguments for timm need a student given by its timm name, and this one is already built.")
-    try:
-        model = _load(source, trust_remote_code, pretrained=False, **kwargs | dict(model_args))
-    except (TypeError, AssertionError) as error:
-        given = " ".join(f"{key}={value}" for key, value in model_args.items())
-        raise ValueError(f"timm does not build {source!r} with {given}: {error}") from error
-    noted: Any = getattr(model, "model_args", {})
-    model.model_args = noted | dict(model_args)
-    return model
+    return _load(source, trust_remote_code, pretrained=False, model_args=model_args, **kwargs)
 
 
 def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: bool, **kwargs) -> nn.Module:
@@ -113,7 +123,9 @@ def _load(source: str | Path | nn.Module, trust_remote_code: bool, pretrained: b
     return model
 
 
-def _create_timm_model(name: str, **kwargs) -> nn.Module:
+def _create_timm_model(name: str, *, model_args: Mapping[str, Any] | None = None, **kwargs) -> nn.Module:
+    """Build a timm model, and note in it the arguments that a checkpoint must record; else a `ValueError`."""
+    model_args = dict(model_args or {})
     architecture = name.split(".")[0]
     if not timm.is_model(architecture):
         raise ValueError(
@@ -121,12 +133,20 @@ def _create_timm_model(name: str, **kwargs) -> nn.Module:
             + nearest_architecture(architecture)
         )
     try:
-        return timm.create_model(name, **kwargs)
+        model = timm.create_model(name, **kwargs | model_args)
     except (OSError, HFValidationError) as error:
         raise ValueError(f"The weights of the timm model {name!r} cannot be loaded: {_missing(error)}") from error
     except RuntimeError as error:  # no weights, or none of this tag
         found = str(error).partition(" Use `pretrained")[0]  # an argument that only timm has
         raise ValueError(f"{found} Give a folder, a Hub id, or the weights of {name!r} as checkpoint.") from error
+    except (TypeError, AssertionError) as error:
+        if not model_args:
+            raise
+        given = " ".join(f"{key}={value}" for key, value in model_args.items())
+        raise ValueError(f"timm does not build {name!r} with {given}: {error}") from error
+    if model_args:
+        model.model_args = getattr(model, "model_args", {}) | model_args
+    return model
 
 
 def nearest_architecture(architecture: str) -> str:
@@ -222,57 +242,48 @@ def _load_transformers_folder(folder: Path, trust_remote_code: bool) -> PreTrain
     return model
 
 
-def _load_checkpoint(architecture: str, checkpoint: Path) -> nn.Module:
-    if not checkpoint.is_file():
-        raise ValueError(f"There is no file {str(checkpoint)!r}.")
-    model = _create_timm_model(architecture, pretrained=False)
-    cfg = pretrained_cfg_of(model)
+def _load_checkpoint(name: str, path: Path) -> nn.Module:
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}.")
     try:
-        state_dict = _weights_among(_read_checkpoint(checkpoint), model.state_dict().keys())
-        kwargs = {}
-        for option, layer, dim in (("num_classes", "classifier", 0), ("in_chans", "first_conv", 1)):
-            if f"{cfg.get(layer)}.weight" in state_dict:
-                kwargs[option] = state_dict[f"{cfg[layer]}.weight"].shape[dim]
-        model = _create_timm_model(architecture, pretrained=False, **kwargs)
-        _fit(model, state_dict)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"The checkpoint {str(checkpoint)!r} cannot be loaded: it is damaged, or contains Python objects, which "
-            "may run code. Save only the `state_dict()` of the model."
-        ) from error
+        file = WeightsFile.read(path)
+        name, model_args = file.full_name(name), file.model_args()
+        model = _create_timm_model(name, pretrained=False, model_args=model_args)
+        weights = file.weights(model.state_dict().keys())
+        counts = _counts(model, weights)
+        said = file.preprocessing(pretrained_cfg_of(model), counts["in_chans"])
+        model = _create_timm_model(name, pretrained=False, model_args=model_args, pretrained_cfg_overlay=said, **counts)
+        _fit(model, weights)
     except Exception as error:  # a file may contain anything
-        raise ValueError(f"The checkpoint {str(checkpoint)!r} cannot be loaded: {error}") from error
-    check_finite(model, f"checkpoint {str(checkpoint)!r}")
+        raise ValueError(f"The checkpoint {str(path)!r} cannot be loaded: {error}") from error
+    check_finite(model, f"checkpoint {str(path)!r}")
+    cfg: Any = {key: value for key, value in pretrained_cfg_of(model).items() if key not in OF_OTHER_WEIGHTS}
+    model.pretrained_cfg = cfg
+    logger.info(
+        "Preprocessing of %s: %s, %s, from %s.",
+        path,
+        format_size(input_size_of(model)),
+        ", ".join(f"{key} {value}" for key, value in preprocessing_of(model).items()),
+        "the arguments of its training" if said else f"timm's {name}, as the file says nothing of it",
+    )
     return model
 
 
-def _read_checkpoint(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # of timm's training script
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _counts(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Return the numbers of classes and of input channels by the shapes of weights for a timm model of others."""
+    own, channels = model.state_dict(), input_size_of(model)[0]
+    counts = {"in_chans": channels}
+    for name in _weights_of(model, "classifier") & weights.keys():
+        counts["num_classes"] = len(weights[name])
+    for name in _weights_of(model, "first_conv") & weights.keys() & own.keys():
+        # A network may see an image as a smaller one of more channels.
+        counts["in_chans"] = channels * weights[name].shape[1] // own[name].shape[1]
+    return counts
 
 
-def _weights_among(content: Any, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint with the most of `names`; averaged weights before others."""
-    if not (found := list(_named_tensors(content))):
-        raise ValueError("it contains no tensors with names")
-    return max(found, key=lambda tensors: len(tensors.keys() & names))
-
-
-def _named_tensors(content: Any, depth: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the mappings from names to tensors in a checkpoint, also those below a prefix like `module.`."""
-    if not isinstance(content, Mapping) or depth == 0:
-        return
-    # Weights averaged over the training (EMA) come first, as in timm.
-    for key in sorted(content, key=lambda key: "ema" not in str(key)):
-        yield from _named_tensors(content[key], depth - 1)
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
-    if tensors:
-        yield tensors
-    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors if "." in name):
-        below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        yield from _named_tensors(below, depth - 1)
+def _weights_of(model: nn.Module, layer: str) -> set[str]:
+    """Return the names of the weights of a layer in timm's `pretrained_cfg`."""
+    return {f"{pretrained_cfg_of(model).get(layer)}.weight"}
 
 
 def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from hf_noisekd.models.classifier import (
     declared_input_size,
     pretrained_cfg_of,
 )
-from hf_noisekd.models.loading import differing
+from hf_noisekd.models.loading import OF_OTHER_WEIGHTS, differing
 from hf_noisekd.models.preprocessing import (
     PREPROCESSING_KEYS,
     image_processor_of,
@@ -34,12 +34,6 @@ from hf_noisekd.record.plain import to_dict
 from hf_noisekd.record.schema import Provenance, noisekd_section
 
 logger = logging.getLogger(__name__)
-
-# Entries of timm about the published weights of an architecture, which are wrong for a student of it.
-OF_OTHER_WEIGHTS = (
-    "tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "test_input_size",
-    "test_crop_pct",
-)  # fmt: skip
 
 
 def save_model(
