@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from conftest import digest
 
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.preprocessing import input_size_of
@@ -136,3 +137,32 @@ def test_only_a_model_that_is_built_by_name_takes_a_file_of_weights(tmp_path):
     for model in (trained("test_resnet"), tmp_path / "folder", "hf-hub:timm/resnet18"):
         with pytest.raises(ValueError, match=r"timm name"):
             load_teacher(model, checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda raw, ema: raw("model.") | ema("ema_model."),
+        lambda raw, ema: {"state_dict": raw("model.") | ema("model_ema.module.") | {"loss.weight": torch.ones(3)}},
+        lambda raw, ema: {"state_dict": raw("net.online.") | ema("net.ema.") | {"n_averaged": torch.tensor(3)}},
+        lambda raw, ema: {"model": raw(""), "model_ema": ema("module.")},
+        lambda raw, ema: {"state_dict": ema(""), "current_model_state": raw("")},  # lightning's callback
+    ],
+)
+def test_averaged_weights_are_taken_before_others(tmp_path, wrapped):
+    states = [trained("test_resnet").state_dict(), trained("test_resnet", in_chans=3).state_dict()]
+    states[0] = {name: torch.zeros_like(tensor) for name, tensor in states[0].items()}
+    raw, ema = (
+        lambda prefix, state=state: {prefix + name: tensor for name, tensor in state.items()} for state in states
+    )
+    torch.save(wrapped(raw, ema), tmp_path / "w.pth")
+    loaded = load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")
+    assert digest(loaded) == digest(trained("test_resnet"))
+
+
+def test_averages_of_the_parameters_alone_are_not_all_weights(tmp_path):
+    model = trained("test_resnet")
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    weights |= {f"ema.{name}": torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+    torch.save(weights, tmp_path / "w.pth")
+    assert digest(load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")) == digest(model)

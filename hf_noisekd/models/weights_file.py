@@ -134,11 +134,13 @@ def _named_tensors(content: Any, depth: int = 8) -> Iterator[dict[str, torch.Ten
     for key in sorted(content, key=_is_not_average):
         yield from _named_tensors(content[key], depth - 1)
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
-    if tensors:
-        yield tensors
-    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in tensors if "." in name):
+    prefixes = dict.fromkeys(name.partition(".")[0] + "." for name in tensors if "." in name)
+    for prefix in sorted(["", *prefixes], key=_is_not_average):
         below = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        yield from _named_tensors(below, depth - 1)
+        if prefix:
+            yield from _named_tensors(below, depth - 1)
+        elif tensors:
+            yield tensors
 
 
 def _is_not_average(name: object) -> bool:
