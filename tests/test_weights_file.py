@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -166,3 +167,30 @@ def test_averages_of_the_parameters_alone_are_not_all_weights(tmp_path):
     weights |= {f"ema.{name}": torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
     torch.save(weights, tmp_path / "w.pth")
     assert digest(load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")) == digest(model)
+
+
+NUMPY = {
+    "best": np.float64(99.5),
+    "epoch": np.int32(3),
+    "amp": np.bool_(True),
+    "curve": np.arange(3.0),
+    "rng": np.random.get_state(),
+    "names": np.array(["a", "bc"]),
+    "dtype": np.dtype("float32"),
+}
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_numbers_of_numpy_are_no_damage(tmp_path, monkeypatch, old):
+    model = trained("test_resnet")
+    for build in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]) if old else ():  # as numpy 1 has them
+        monkeypatch.setattr(build, "__module__", "numpy.core.multiarray")
+    torch.save({"model": model.state_dict(), **NUMPY}, tmp_path / "w.pth")
+    assert digest(load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")) == digest(model)
+
+
+@pytest.mark.parametrize("harmful", [np.array([print], dtype=object), {"a": print}])
+def test_what_may_hold_code_is_named(tmp_path, harmful):
+    torch.save({"model": trained("test_resnet").state_dict(), "a": harmful}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"cannot be loaded.*builtins.print"):
+        load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")

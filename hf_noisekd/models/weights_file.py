@@ -18,6 +18,12 @@ from timm.models import get_deprecated_models
 
 from hf_noisekd.models.preprocessing import INTERPOLATIONS
 
+# Numbers of numpy, arrays of them and their types. Arrays of objects, which may be anything, are not among them.
+CODES = np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?USMm"
+BUILDERS: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0])
+PLAIN: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, *{type(np.dtype(code)) for code in CODES}]
+PLAIN += [(build, f"numpy.{core}.multiarray.{build.__name__}") for build in BUILDERS for core in ("core", "_core")]
+
 SIZES = ("input_size", "img_size")
 PREPROCESSING = (*SIZES, "mean", "std", "interpolation", "crop_pct")
 
@@ -39,12 +45,12 @@ class WeightsFile:
         """Read safetensors, or what `torch.save` wrote, without running pickled code; a `ValueError` if it has some."""
         if path.suffix == ".safetensors":
             return cls(safetensors.torch.load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN):
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError as error:
                 raise ValueError(
-                    "it is damaged, or contains Python objects, which may run code. Save only the `state_dict()`."
+                    f"it {_harm(path)}, which may run code. Save only the `state_dict()` of the model."
                 ) from error
         if not isinstance(content, Mapping):
             return cls(content)
@@ -119,6 +125,13 @@ class WeightsFile:
             f"the arguments of its training have {key}={self.args[key]!r}, {why}. Save only the `state_dict()` of the "
             "model to load it without them."
         )
+
+
+def _harm(path: Path) -> str:
+    with contextlib.suppress(Exception):  # of a damaged file
+        if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
+            return f"contains Python objects ({', '.join(sorted(names))})"
+    return "is damaged, or contains Python objects"
 
 
 def _current_name(name: str) -> str:
