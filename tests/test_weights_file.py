@@ -194,3 +194,23 @@ def test_what_may_hold_code_is_named(tmp_path, harmful):
     torch.save({"model": trained("test_resnet").state_dict(), "a": harmful}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"cannot be loaded.*builtins.print"):
         load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs"),
+    [
+        ("levit_128s", 224, {}),
+        ("deit_tiny_distilled_patch16_224", 224, {}),
+        ("tresnet_m", 64, {"width_factor": 0.25}),
+        ("crossvit_9_dagger_240", 240, {}),
+    ],
+)
+def test_heads_and_first_layers_of_all_kinds_say_the_classes_and_the_channels(tmp_path, name, size, kwargs):
+    """Two heads, two first convolutions, and one that sees each image as a smaller one of more channels."""
+    model = trained(name, in_chans=1, **kwargs)
+    file = saved(tmp_path / "w.pth", model.state_dict(), name, model_kwargs=kwargs)
+    again = load_teacher(name, checkpoint=file)
+    assert (again.num_classes, again.in_chans) == (7, 1)
+    save_model(again, tmp_path / "folder")
+    for each in (again, load_teacher(tmp_path / "folder")):
+        assert_alike(model, each, (1, size, size))

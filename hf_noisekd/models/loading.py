@@ -282,8 +282,9 @@ def _counts(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def _weights_of(model: nn.Module, layer: str) -> set[str]:
-    """Return the names of the weights of a layer in timm's `pretrained_cfg`."""
-    return {f"{pretrained_cfg_of(model).get(layer)}.weight"}
+    """Return the names of the weights of a layer in timm's `pretrained_cfg`, of which some networks have several."""
+    names = pretrained_cfg_of(model).get(layer) or ()
+    return {f"{name}.weight" for name in ((names,) if isinstance(names, str) else names)}
 
 
 def _fit(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
