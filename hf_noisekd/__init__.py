@@ -20,6 +20,7 @@ from hf_noisekd.shrinking.cutting import shrink
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig, NoiseKDConfig
 from hf_noisekd.training.noise_trainer import NoiseKDTrainer
+from hf_noisekd.workflows.conversion import convert
 from hf_noisekd.workflows.distillation import distill
 from hf_noisekd.workflows.evaluation import evaluate
 from hf_noisekd.workflows.export import export
@@ -39,6 +40,7 @@ __all__ = [
     "NoiseKDTrainer",
     "batch_statistics",
     "calibration_images",
+    "convert",
     "distill",
     "evaluate",
     "export",

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import datasets
@@ -693,6 +694,57 @@ def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):
     assert "--input-size" in run_error(capsys, *command)
     assert main([*command, "--input-size", "3", "32", "32"]) == 0
     assert "5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
+
+
+@pytest.fixture
+def weights(digits_teacher, tmp_path):
+    """The digits teacher in a file as timm's training script writes it, and the options that name it."""
+    cfg = digits_teacher.pretrained_cfg
+    args = {"in_chans": 1, "img_size": 32, "mean": cfg["mean"], "std": cfg["std"], "interpolation": "", "gp": None}
+    args |= {"model_kwargs": {"width": 8, "stem_stride": 2}, "num_classes": 10}
+    content = {"arch": "resnet10_cifar", "args": Namespace(**args), "state_dict": digits_teacher.state_dict()}
+    torch.save(content, tmp_path / "weights.pth")
+    return ["--model", "resnet10_cifar", "--checkpoint", str(tmp_path / "weights.pth")]
+
+
+def test_a_file_of_weights_is_evaluated_and_exported_like_a_folder(weights, teacher, images, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    assert main(["export", *weights, "--output", str(tmp_path / "w.onnx")]) == 0
+    scores = []
+    for model in (weights, ["--model", teacher], ["--model", str(tmp_path / "w.onnx")]):
+        command = ["evaluate", *model, "--dataset", images, "--label-column", "label", "--num-images", "100"]
+        assert main([*command, "--output", str(tmp_path / "scores.json")]) == 0
+        scores.append(json.loads((tmp_path / "scores.json").read_text()))
+        told, log = capsys.readouterr()
+        assert ("weights.pth" in told) == ("weights.pth" in log) == (model is weights)
+    assert scores[0]["checkpoint"] == weights[-1]
+    assert scores[0]["running"]["accuracy"] == scores[1]["running"]["accuracy"] == scores[2]["running"]["accuracy"]
+
+
+def test_a_file_of_weights_becomes_a_folder(weights, digits_teacher, images, tmp_path, capsys):
+    assert main(["convert", *weights, "--output-dir", str(tmp_path / "folder")]) == 0
+    command = ["recalibrate", *weights, "--images", images, "--num-images", "8"]
+    assert main([*command, "--output-dir", str(tmp_path / "recalibrated")]) == 0
+    for folder in ("folder", "recalibrated"):
+        model = load_teacher(tmp_path / folder)
+        assert tuple(model.pretrained_cfg["mean"]) == digits_teacher.pretrained_cfg["mean"]
+        same = torch.equal(model.bn1.running_mean, digits_teacher.bn1.running_mean)
+        assert same == (folder == "folder")
+    assert "is not empty" in usage_error(capsys, "convert", *weights, "--output-dir", tmp_path / "folder")
+    size = ["--input-size", "1", "16", "16"]
+    assert main(["convert", "--model", str(tmp_path / "folder"), "--output-dir", str(tmp_path / "small"), *size]) == 0
+    assert load_teacher(tmp_path / "small").pretrained_cfg["input_size"] == (1, 16, 16)
+    size = ["--input-size", "3", "16", "16"]
+    error = run_error(capsys, "convert", "--model", tmp_path / "folder", "--output-dir", tmp_path / "none", *size)
+    assert "does not take images of 3x16x16" in error
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate --dataset d", "export --output m.onnx", "convert --output-dir out"])
+def test_a_file_of_weights_needs_the_name_of_its_architecture(weights, teacher, tmp_path, capsys, command):
+    for model in (teacher, tmp_path / "weights.onnx"):
+        name, *options = command.split()
+        assert "timm name" in run_error(capsys, name, "--model", model, *weights[2:], *options)
 
 
 def test_card_and_push(student, hub, tmp_path, capsys):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from . import deploy, distill, measure, options, publish
 from .parser import CommandParser, in_one_line
 from .stopping import Terminated, exit_code, raising_at_sigterm
+from .text import showing_log
 
 EPILOG = """\
 examples:
@@ -42,6 +43,7 @@ COMMANDS = (
         "re-estimate running statistics, without data or from some real images",
     ),
     Command("export", deploy.export, deploy.export_options, "write a model as one file for other runtimes"),
+    Command("convert", deploy.convert, deploy.convert_options, "save a model, or a file of weights, as a folder"),
     Command("push", publish.push, publish.push_options, "push a student to the Hub"),
     Command("card", publish.card, publish.card_options, "write the model card of a student anew"),
 )
@@ -88,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         prog, debug = args.parser.prog, args.debug
-        with raising_at_sigterm():
+        with raising_at_sigterm(), showing_log():
             return args.run(args)
     except (KeyboardInterrupt, Terminated) as stop:
         beginning = "\n" if sys.stderr.isatty() else ""  # below a progress bar, and what Ctrl-C is echoed as

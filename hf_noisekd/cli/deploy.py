@@ -1,4 +1,4 @@
-"""`noisekd recalibrate` and `noisekd export`: a student for single images, and for other runtimes."""
+"""`noisekd recalibrate`, `export` and `convert`: a model for single images, for other runtimes, and as a folder."""
 
 import argparse
 
@@ -7,7 +7,8 @@ from .parser import CommandParser
 
 
 def recalibrate_options(parser: CommandParser) -> None:
-    options.add_model(parser, "the student:")
+    options.add_model(parser, "the student: a timm name,")
+    options.add_checkpoint(parser)
     help = "its teacher, from whose stored statistics images are made without data: a timm name,"
     options.add_model(parser, help, "--teacher", required=False)
     options.add_images(parser, "to use in place of images made without data")
@@ -27,6 +28,7 @@ def recalibrate(args: argparse.Namespace) -> int:
     used = recalibrate(
         args.model,
         args.output_dir,
+        checkpoint=args.checkpoint,
         teacher_model=args.teacher,
         images=args.images,
         images_split=args.images_split,
@@ -48,6 +50,7 @@ def recalibrate(args: argparse.Namespace) -> int:
 
 def export_options(parser: CommandParser) -> None:
     options.add_model(parser, "the model: a timm name,")
+    options.add_checkpoint(parser)
     parser.add_argument("--format", choices=("onnx",), default="onnx", help="format of the file (default: onnx)")
     help = "the file, such as student.onnx"
     parser.add_argument("--output", required=True, type=options.path, metavar="FILE", help=help)
@@ -73,6 +76,7 @@ def export(args: argparse.Namespace) -> int:
     file = export(
         args.model,
         args.output,
+        checkpoint=args.checkpoint,
         precision="int8" if args.int8 else "float16" if args.fp16 else "float32",
         input_size=args.input_size,
         teacher_model=args.teacher,
@@ -88,4 +92,28 @@ def export(args: argparse.Namespace) -> int:
         cpu = {True: ", on a CPU with VNNI", False: ", on a CPU without VNNI", None: ""}[file.vnni]
         print(f"int8 and float32 agree on {file.agreement:.1f} % of {file.num_compared:,} {of} images{cpu}.")
     print(f"Next:\n  noisekd evaluate --model {file.path} --dataset FOLDER_OR_HUB_ID --split test")
+    return 0
+
+
+def convert_options(parser: CommandParser) -> None:
+    options.add_model(parser, "the model: a timm name,")
+    options.add_checkpoint(parser)
+    options.add_input_size(parser)
+    help = "where the model goes; new or empty"
+    parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
+    options.add_trust_remote_code(parser, "model")
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Save a model as a folder; see [`hf_noisekd.convert`]."""
+    from hf_noisekd import convert
+
+    convert(
+        args.model,
+        args.output_dir,
+        checkpoint=args.checkpoint,
+        input_size=args.input_size,
+        trust_remote_code=args.trust_remote_code,
+    )
+    print(f"{args.output_dir} is a model. Next:\n  noisekd info --teacher {args.output_dir}")
     return 0

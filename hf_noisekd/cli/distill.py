@@ -2,11 +2,6 @@
 
 import argparse
 import ast
-import contextlib
-import logging
-import os
-import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from . import options
@@ -102,38 +97,25 @@ def distill(args: argparse.Namespace) -> int:
     from hf_noisekd.workflows.distillation import how_to_go_on
 
     resume = {"true": True, "false": None}.get(str(args.resume_from_checkpoint).lower(), args.resume_from_checkpoint)
-    with _showing_progress():
-        trainer = distill(
-            args.teacher,
-            args.student,
-            output_dir=args.output_dir,
-            teacher_checkpoint=args.teacher_checkpoint,
-            eval_dataset=args.eval_dataset,
-            eval_split=args.eval_split,
-            eval_label_column=args.eval_label_column,
-            images=args.images,
-            images_split=args.images_split,
-            resume_from_checkpoint=resume,
-            trust_remote_code=args.trust_remote_code,
-            **config_options(args),
-        )
+    trainer = distill(
+        args.teacher,
+        args.student,
+        output_dir=args.output_dir,
+        teacher_checkpoint=args.teacher_checkpoint,
+        eval_dataset=args.eval_dataset,
+        eval_split=args.eval_split,
+        eval_label_column=args.eval_label_column,
+        images=args.images,
+        images_split=args.images_split,
+        resume_from_checkpoint=resume,
+        trust_remote_code=args.trust_remote_code,
+        **config_options(args),
+    )
     if trainer.stopped_by_signal:
         raise Terminated(how_to_go_on(trainer))
     if trainer.is_world_process_zero():
         print(_summary(trainer, args.eval_dataset))
     return 0
-
-
-@contextlib.contextmanager
-def _showing_progress() -> Iterator[None]:
-    """Context in which the first process prints what the student is initialised with, and what its training takes."""
-    logger, handler = logging.getLogger("hf_noisekd.training"), logging.StreamHandler(sys.stderr)
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def _calibration_text(record: "Record") -> str:

@@ -59,6 +59,7 @@ def _teacher_text(facts: Mapping) -> str:
 
 def evaluate_options(parser: CommandParser) -> None:
     options.add_model(parser, "the model: an ONNX file, a timm name,")
+    options.add_checkpoint(parser)
     options.add_dataset(parser, split="test")
     add = parser.add_argument
     add("--label-column", metavar="NAME", help="its column of classes, where it has several")
@@ -80,6 +81,7 @@ def evaluate(args: argparse.Namespace) -> int:
     scores = evaluate(
         args.model,
         args.dataset,
+        checkpoint=args.checkpoint,
         split=args.split,
         image_column=args.image_column,
         label_column=args.label_column,
@@ -89,11 +91,18 @@ def evaluate(args: argparse.Namespace) -> int:
         update_card=args.update_card,
         trust_remote_code=args.trust_remote_code,
     )
-    print(f"{args.model} on {scores.images:,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
+    model = args.checkpoint or args.model
+    print(f"{model} on {scores.images:,} images of {args.dataset}, {args.split}, in batches of {args.batch_size}")
     print(scores_table(scores))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"model": args.model, "dataset": args.dataset, "split": args.split, "images": scores.images}
+        facts = {
+            "model": args.model,
+            "checkpoint": args.checkpoint,
+            "dataset": args.dataset,
+            "split": args.split,
+            "images": scores.images,
+        }
         facts |= {"batch_size": args.batch_size, "teacher": args.teacher}
         args.output.write_text(json_text(facts | scores))
     return 0

@@ -59,10 +59,14 @@ def add_model(parser, help: str, name: str = "--model", *, required: bool = True
     parser.add_argument(name, required=required, metavar="MODEL", help=f"{help} {MODEL}")
 
 
+def add_checkpoint(parser, of: str = "--model", name: str = "--checkpoint") -> None:
+    help = f"file of weights for the timm architecture that {of} names: safetensors, or what `torch.save` wrote"
+    parser.add_argument(name, metavar="FILE", help=help)
+
+
 def add_teacher(parser, use: str) -> None:
     add_model(parser, f"{use}: a timm name,", "--teacher")
-    help = "file of weights for the timm architecture that --teacher names: safetensors, or what `torch.save` wrote"
-    parser.add_argument("--teacher-checkpoint", metavar="FILE", help=help)
+    add_checkpoint(parser, "--teacher", "--teacher-checkpoint")
     add_trust_remote_code(parser, "teacher")
 
 

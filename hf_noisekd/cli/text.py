@@ -1,6 +1,22 @@
-"""Tables for the terminal."""
+"""What the terminal shows: tables, and the log."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+
+@contextlib.contextmanager
+def showing_log() -> Iterator[None]:
+    """Context in which the first process prints what the package logs, such as where a preprocessing comes from."""
+    logger, handler = logging.getLogger("hf_noisekd"), logging.StreamHandler(sys.stderr)
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

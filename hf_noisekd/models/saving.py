@@ -96,13 +96,13 @@ def check_can_be_saved(
         again = _built_anew(bare, model if teacher_model is None else teacher_model)
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
-            f"The student could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold: strings "
+            f"The model could not be saved: {error}. Build it with arguments that a {CONFIG_NAME} can hold: strings "
             "and numbers."
         ) from error
     if difference := _difference(bare, again, input_size):
         library = "transformers" if is_transformers else "timm"
         raise ValueError(
-            f"The student could not be loaded again after saving: {library} builds another {architecture_of(bare)} "
+            f"The model could not be loaded again after saving: {library} builds another {architecture_of(bare)} "
             f"({difference}). Change it through the arguments of {library}, not by hand, or wrap it in your own "
             "module, of which only the weights are saved."
         )

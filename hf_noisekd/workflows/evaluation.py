@@ -23,6 +23,7 @@ def evaluate(
     model: str | Path | nn.Module,
     dataset: str | Path | Dataset,
     *,
+    checkpoint: str | Path | None = None,
     split: str = "test",
     image_column: str | None = None,
     label_column: str | None = None,
@@ -43,12 +44,12 @@ def evaluate(
             [`load_teacher`] takes it; or an ONNX file that [`export`] wrote.
         dataset: Images with labels, in the forms of [`collate_images`], preprocessed as for the model; the name of a
             data set as [`load_images`] takes it; or noise, a [`NoiseDataset`] with a length.
+        checkpoint: File of weights for the timm architecture that `model` names, as [`load_teacher`] takes it.
         split: Split of a data set given by name, and for the card.
         image_column: Its column of images, where it has several.
         label_column: Its column of classes, likewise.
         num_images: Number of its images to draw at random. Default: all.
-        teacher_model: Teacher to compare with, likewise; with running statistics for images, and those of the batch
-            for noise.
+        teacher_model: Teacher to compare with, likewise; for noise with the statistics of the batch, else running ones.
         batch_size: Images in a batch. A `NoiseDataset` brings its own.
         num_workers: Processes that load the images.
         update_card: Put the result into record and card of the student in the folder `model`.
@@ -65,14 +66,13 @@ def evaluate(
             nor a teacher, or an image or a logit is NaN or infinite; or a model or a data set cannot be loaded.
     """
     record = _record_of(model) if update_card else None
-    classifier = usable_model(model, trust_remote_code=trust_remote_code)
-    if teacher_model is not None:
-        teacher_model = usable_model(teacher_model, trust_remote_code=trust_remote_code)
+    classifier = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+    teacher = None if teacher_model is None else usable_model(teacher_model, trust_remote_code=trust_remote_code)
     if isinstance(dataset, str | Path):
         columns: Any = {"image_column": image_column, "label_column": label_column}
         dataset = load_images(str(dataset), classifier, split=split, num_images=num_images, **columns)
     name, step = getattr(dataset, "name", None) or "evaluation images", record.steps if record else 0
-    given: Any = {"teacher_model": teacher_model, "batch_size": batch_size, "num_workers": num_workers}
+    given: Any = {"teacher_model": teacher, "batch_size": batch_size, "num_workers": num_workers}
     found = measured(classifier, dataset, name=name, split=split, step=step, **given)
     if record:
         write_model_card(record.measured(found), str(model))

@@ -37,6 +37,7 @@ def export(
     model: str | Path | nn.Module,
     path: str | Path,
     *,
+    checkpoint: str | Path | None = None,
     precision: str = "float32",
     input_size: Sequence[int] | None = None,
     teacher_model: str | Path | nn.Module | None = None,
@@ -54,8 +55,8 @@ def export(
     Args:
         model: The classifier, as [`load_teacher`] takes it. A module is left as it is.
         path: The file; one of that name is replaced.
-        precision: `"float32"`; `"float16"` for the weights; or `"int8"` for weights and activations, with the ranges on
-            [`calibration_images`] or `images`.
+        checkpoint: File of weights for the timm architecture that `model` names, as [`load_teacher`] takes it.
+        precision: `"float32"`; `"float16"` for the weights; or `"int8"`, with the ranges on images, made or given.
         input_size: `(channels, height, width)` of the images. Default: what the model declares.
         teacher_model: For int8 the model from whose stored statistics images are made. Default: the model itself.
         images: For int8 unlabelled images of its task: the name of a data set as [`load_images`] takes it, or a folder.
@@ -73,7 +74,7 @@ def export(
     """
     _check_options(precision, teacher_model, images)
     check_output_file(path := Path(path))
-    classifier = usable_model(model, trust_remote_code=trust_remote_code)
+    classifier = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     source = usable_model(classifier if teacher_model is None else teacher_model, trust_remote_code=trust_remote_code)
     check_same_kind(classifier, source)
     if precision == "int8" and images is None:

@@ -18,13 +18,16 @@ class UsageError(ValueError):
     """Arguments that do not fit each other or what is there; nothing was written."""
 
 
-def usable_model(source: str | Path | nn.Module, **kwargs) -> nn.Module:
+def usable_model(
+    source: str | Path | nn.Module, *, checkpoint: str | Path | None = None, trust_remote_code: bool = False
+) -> nn.Module:
     """Return a module as it is, or load one by name, in evaluation mode, on the accelerator if any, or an ONNX file."""
-    if isinstance(source, nn.Module):
-        return source
-    if Path(source).suffix == ".onnx":
-        return OnnxClassifier(Path(source).expanduser())
-    model = load_teacher(source, **kwargs).eval()
+    if checkpoint is None:
+        if isinstance(source, nn.Module):
+            return source
+        if Path(source).suffix == ".onnx":
+            return OnnxClassifier(Path(source).expanduser())
+    model = load_teacher(source, checkpoint=checkpoint, trust_remote_code=trust_remote_code).eval()
     if not torch.accelerator.is_available():
         keep_freed_memory()
         return model

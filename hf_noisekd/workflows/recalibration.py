@@ -21,6 +21,7 @@ def recalibrate(
     model: str | Path | nn.Module,
     output_dir: str | Path,
     *,
+    checkpoint: str | Path | None = None,
     teacher_model: str | Path | nn.Module | None = None,
     images: str | Path | None = None,
     images_split: str = "train",
@@ -35,12 +36,12 @@ def recalibrate(
     Args:
         model: The student, as [`load_teacher`] takes it. A module is changed in place.
         output_dir: Where the student goes then; new or empty.
+        checkpoint: File of weights for the timm architecture that `model` names, as [`load_teacher`] takes it.
         teacher_model: Its teacher, from whose stored statistics [`calibration_images`] are made, without data.
-        images: Or unlabelled images of its task: the name of a data set as [`load_images`] takes it, such as a folder
-            of files, of which up to `num_images` are drawn at random.
+        images: Or unlabelled images of its task: the name of a data set, or a folder, as [`load_images`] takes it.
         images_split: Their split.
         image_column: Their column, where there are several.
-        num_images: Images to make, or to draw.
+        num_images: Images to make, or up to so many to draw at random.
         batch_size: Real images that are read at a time.
         calibration_steps: Steps at most to make images; large inputs and many classes need more.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
@@ -50,13 +51,12 @@ def recalibrate(
 
     Raises:
         UsageError: There are both a teacher and images, or neither, or the folder is in use.
-        ValueError: The model has no running statistics, the calibration images are not good enough, or something cannot
-            be loaded.
+        ValueError: There are no running statistics, the images made are too poor, or something cannot be loaded.
     """
     if (teacher_model is None) == (images is None):
         raise UsageError("Give either a teacher, for images made without data, or real images.")
     check_unused(output_dir)
-    student = usable_model(model, trust_remote_code=trust_remote_code)
+    student = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     check_recalibration(student)
     facts: CalibrationFacts | ImagesFacts
     if teacher_model is not None:
@@ -72,7 +72,7 @@ def recalibrate(
         recalibrate_batch_norm(student, loader, dataset=drawn.name, split=images_split)
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
-    if not isinstance(model, nn.Module) and has_weights(str(model)):
+    if checkpoint is None and not isinstance(model, nn.Module) and has_weights(str(model)):
         folder, _ = model_folder(str(model))
         if (folder / RECORD_NAME).is_file():
             write_model_card(read_record(folder).recalibrated(Provenance.of(student)), output_dir)
