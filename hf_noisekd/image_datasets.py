@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
@@ -15,7 +16,13 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.models.classifier import class_names, declared_input_size, declared_num_classes, pretrained_cfg_of
+from hf_noisekd.models.classifier import (
+    class_descriptions,
+    class_names,
+    declared_input_size,
+    declared_num_classes,
+    pretrained_cfg_of,
+)
 from hf_noisekd.models.preprocessing import image_processor_of, unknown_preprocessing
 
 logger = logging.getLogger(__name__)
@@ -102,6 +109,11 @@ def _positions(label_names: Sequence[str], model: nn.Module, name: str) -> Seque
     """Return for each class of the data set `name` its index in `model`."""
     num_classes = declared_num_classes(model) or len(label_names)
     known = class_names(model, num_classes)
+    descriptions = class_descriptions(model)
+    described = [descriptions.get(name, name) for name in known]
+    counts = Counter(described)
+    if not set(label_names) <= set(known) and all(counts[label] == 1 for label in label_names):
+        known = described
     unknown = [label for label in label_names if label not in known]
     if not unknown:
         for label in label_names:

@@ -3,7 +3,13 @@ import timm
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
-from hf_noisekd.models.classifier import compute_logits, declared_input_size, evaluation_mode, nonfinite_tensor
+from hf_noisekd.models.classifier import (
+    class_names,
+    compute_logits,
+    declared_input_size,
+    evaluation_mode,
+    nonfinite_tensor,
+)
 
 
 def test_logits_of_both_kinds_of_model(tiny_cnn):
@@ -21,6 +27,24 @@ def test_declared_input_sizes(tiny_cnn):
     assert declared_input_size(ViTForImageClassification(vit)) == (3, 48, 48)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])
     assert declared_input_size(ResNetForImageClassification(config)) is None
+
+
+FISH = {"n01440764": "tench", "n01443537": "goldfish", "n01484850": "great white shark"}
+
+
+@pytest.mark.parametrize(
+    ("label_names", "expected"),
+    [
+        (["a", "b", "c"], ["a", "b", "c"]),
+        ({"2": "c", "0": "a", "1": "b"}, ["a", "b", "c"]),
+        ({0: "a", 2: "c"}, ["a", "1", "c"]),  # as timm allows
+        (FISH, [*FISH]),
+        *((other, ["0", "1", "2"]) for other in (["a"], {"0": "a", "3": "d"}, {}, {"a": "b"}, "abc", 5, None)),
+    ],
+)
+def test_names_of_classes(label_names, expected):
+    model = timm.create_model("resnet10_cifar", width=4, pretrained_cfg_overlay={"label_names": label_names})
+    assert class_names(model, 3) == expected
 
 
 def test_finds_the_first_tensor_that_is_not_finite(tiny_cnn):

@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import datasets
@@ -19,6 +20,7 @@ from transformers import (
 
 from hf_noisekd import evaluate
 from hf_noisekd.image_datasets import load_images
+from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.saving import save_model
 
 BLACK = Image.new("RGB", (16, 16))
@@ -174,6 +176,23 @@ def test_classes_are_joined_by_name(numbered, caplog, tmp_path):
     wrapper = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     assert load_images(numbered("subset"), wrapper).labels == [3, 1] * 5
     assert not caplog.records
+
+
+def test_classes_are_joined_by_their_descriptions_if_not_by_name(numbered, caplog, tmp_path):
+    """As in timm's files of ImageNet: WordNet's numbers are the names. A mapping of both for the names is read, too."""
+    teacher, described = named("n1", "n2", "n3", "n4"), {"n1": "x", "n2": "b", "n3": "y", "n4": "a"}
+    teacher.pretrained_cfg["label_descriptions"] = described
+    save_model(timm.create_model("resnet10_cifar", width=4, num_classes=4), tmp_path, teacher_model=teacher)
+    student, path = load_teacher(tmp_path), tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"label_names": described, "label_descriptions": None}))
+    for model in (teacher, student, load_teacher(tmp_path)):
+        assert load_images(numbered("numbers", names=("n4", "n2")), model).labels == [3, 1] * 5
+        assert load_images(numbered("descriptions"), model).labels == [3, 1] * 5
+    assert not caplog.records
+    teacher.pretrained_cfg["label_descriptions"] = described | {"n1": "a"}  # which of the two is not known
+    assert load_images(numbered(), teacher).labels == [0, 1] * 5
+    assert "same order" in caplog.text
 
 
 def test_classes_that_the_model_does_not_know(numbered, caplog):

@@ -7,6 +7,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -162,12 +163,26 @@ def architecture_of(model: nn.Module) -> str:
 
 def class_names(model: nn.Module, num_classes: int) -> list[str]:
     """Return the class names of a model, or else numbers: without names transformers would use those of ImageNet."""
-    names = pretrained_cfg_of(model).get("label_names")
+    names: Any = pretrained_cfg_of(model).get("label_names")
     if names is None:
-        names = getattr(getattr(model, "config", None), "id2label", None) or ()
-    if isinstance(names, Mapping):  # by number, which JSON stores as a string
-        names = [names[index] for index in sorted(names, key=int)]
-    return list(map(str, names)) if len(names) == num_classes else [str(index) for index in range(num_classes)]
+        names = getattr(getattr(model, "config", None), "id2label", None)
+    if isinstance(names, Mapping):
+        # By number, which JSON stores as a string, and of which timm lets some be missing; or with their descriptions.
+        numbered = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+        by_number = len(numbered) == len(names) and max(numbered, default=num_classes) < num_classes
+        names = [numbered.get(index, index) for index in range(num_classes)] if by_number else [*names]
+    known = isinstance(names, list | tuple) and len(names) == num_classes
+    return list(map(str, names if known else range(num_classes)))
+
+
+def class_descriptions(model: nn.Module) -> dict[str, str]:
+    """Return what timm's `pretrained_cfg` of a model says of its classes, by name."""
+    cfg = pretrained_cfg_of(model)
+    names = cfg.get("label_names")
+    if isinstance(names, Mapping) and any(map(str.isdecimal, map(str, names))):
+        names = None
+    found = cfg.get("label_descriptions") or names
+    return {str(name): str(text) for name, text in found.items()} if isinstance(found, Mapping) else {}
 
 
 def copied_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from hf_noisekd.files import CONFIG_NAME, WEIGHTS_NAME, replacing_files
 from hf_noisekd.models.classifier import (
     architecture_of,
     bare_model,
+    class_descriptions,
     class_names,
     compute_alike,
     declared_input_size,
@@ -159,6 +160,7 @@ def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: di
     num_classes: Any = model.num_classes
     known = {"input_size": declared_input_size(like) or size} | preprocessing_of(like)
     model_config = {"pretrained_cfg": known, "label_names": class_names(like, num_classes)}
+    model_config["label_descriptions"] = class_descriptions(like)
     if section:
         model_config["noisekd"] = section
     model_args = {"in_chans": size[0]} | getattr(model, "model_args", {})
