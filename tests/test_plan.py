@@ -11,7 +11,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm
 from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.models.cost import count_macs
-from hf_noisekd.models.loading import load_teacher
+from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import Provenance
@@ -50,6 +50,44 @@ def test_a_student_that_begins_at_random_and_one_that_is_trained_already(digits_
         model, begun = start(digits_teacher, tmp_path, student=source)
         assert begun is None
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args"),
+    [
+        ("test_resnet", {"act_layer": "silu", "drop_path_rate": 0.5}),
+        ("test_resnet", {"channels": [40, 56, 56, 104], "act_layer": "silu", "output_stride": 16}),
+        ("test_vit", {"num_heads": 4, "act_layer": "relu"}),
+        ("resnet10_cifar", {"stem_stride": 2}),
+    ],
+)
+def test_a_student_given_by_name_computes_as_its_teacher_does(name, model_args, tmp_path, caplog):
+    torch.manual_seed(0)
+    teacher = load_student(name, num_classes=3, model_args=model_args).eval()
+    save_model(teacher, tmp_path / "teacher")
+    model, begun = start(load_teacher(tmp_path / "teacher").eval(), tmp_path, name)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert bool(begun.facts.cut) == ("channels" in model_args)
+    if not begun.facts.cut:
+        assert begun.facts.from_teacher == begun.facts.tensors
+        save_model(model, tmp_path / "student", teacher_model=teacher)
+        pixels = torch.randn(2, *input_size_of(teacher))
+        for each in (model, load_teacher(tmp_path / "student")):
+            torch.testing.assert_close(each.eval()(pixels), teacher(pixels))
+    assert model.model_args.items() >= {key: model_args[key] for key in ("act_layer",) if key in model_args}.items()
+    assert not {"channels", "drop_path_rate"} & model.model_args.keys()
+
+
+def test_arguments_of_the_teacher_are_those_of_a_student_of_its_kind_where_nobody_gave_others(tmp_path, caplog):
+    teacher = timm.create_model("test_resnet", num_classes=3, act_layer="silu").eval()
+    model, _ = start(teacher, tmp_path, "test_resnet", model_init_kwargs={"act_layer": "relu"})
+    assert isinstance(model.layer1[0].act1, nn.ReLU)
+    assert "other logits" in caplog.text
+    model, _ = start(teacher, tmp_path, "test_resnet", init_student="random")
+    assert isinstance(model.layer1[0].act1, nn.ReLU)
+    model, begun = start(teacher, tmp_path, "resnet26")  # of that class, and otherwise another network
+    assert begun is None
+    assert isinstance(model.layer1[0].act1, nn.ReLU)
 
 
 def test_without_a_student_the_teacher_is_cut(digits_teacher, tmp_path):

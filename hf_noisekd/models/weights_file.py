@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import pickle
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,8 +84,7 @@ class WeightsFile:
         if not isinstance(further, Mapping):
             raise self._refusal("model_kwargs", "to build a model with")
         given = {"global_pool": self.args.get("gp"), "bn_eps": self.args.get("bn_eps")} | dict(further)
-        is_of_training = re.compile(r"drop(_path|_block)?_rate$").search
-        return {key: value for key, value in given.items() if value is not None and not is_of_training(key)}
+        return {key: value for key, value in given.items() if value is not None and "drop" not in key}
 
     def preprocessing(self, cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
         """Return what images of some `channels` were made with, as far as `cfg`, timm's `pretrained_cfg`, has others.

@@ -1,8 +1,11 @@
 """A student initialised from its teacher, where their layers correspond."""
 
+import contextlib
 import copy
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,11 +25,35 @@ from hf_noisekd.shrinking.channels import (
 )
 from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
+from hf_noisekd.shrinking.shrunk import built_with, shapes_of
 
 logger = logging.getLogger(__name__)
 
 # Share of all tensors that must correspond; with fewer the student keeps its random weights.
 MIN_SHARE = 0.8
+
+
+def computing_like(
+    teacher: nn.Module, student: nn.Module, build: Callable[[Mapping[str, Any]], nn.Module], given: Mapping[str, Any]
+) -> nn.Module:
+    """Return `student`, or the same with arguments of its teacher that change what is computed, and no tensor.
+
+    Such are activations, strides and the number of heads. They are taken by a timm model of the teacher's class, where
+    a configuration can hold them. `build` builds the student with arguments; those `given` stay.
+    """
+    if type(student) is not type(teacher):
+        return student
+    args, shapes, like, noted = dict(given), shapes_of(student), student, built_with(teacher)
+    for key, value in noted.get("base_args", noted).items():  # of a network that was cut out of another
+        if key in args or key == "img_size" or "drop" in key:  # the size is known, and rates are for the training
+            continue
+        with contextlib.suppress(TypeError, ValueError), torch.random.fork_rng(devices=[]):
+            json.dumps(value)
+            built = build(args | {key: value})
+            if shapes_of(built) == shapes:
+                args[key], like = value, built
+    like.load_state_dict(student.state_dict())
+    return like
 
 
 def initialise_from_teacher(
@@ -73,7 +100,7 @@ def initialise_from_teacher(
         logger.warning(
             "The student has its teacher's weights and other logits: the two differ in what has no weights, such as "
             "activations or eps. Give the student the teacher's arguments of timm: %s.",
-            getattr(teacher, "model_args", None) or getattr(teacher, "_model_args", None) or "not known",
+            built_with(teacher) or "not known",
         )
     recalibrated, repaired = fit_to_teacher(student, teacher, made, compared.images)
     facts = StartFacts(

@@ -62,16 +62,20 @@ def timm_model_of(model: nn.Module) -> nn.Module:
     return bare
 
 
+def built_with(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of a timm model, as far as they are known, but for the numbers of classes and channels."""
+    # timm notes them since about 1.0.30.
+    noted = dict(getattr(model, "_model_args", {})) | dict(getattr(model, "model_args", {}))
+    return {key: value for key, value in noted.items() if key not in ("num_classes", "in_chans")}
+
+
 def build_cut(cut: nn.Module, teacher: nn.Module, removed: Collection[Place]) -> nn.Module:
     """Return a timm model with the shapes and weights of `cut`, which can be saved and built again.
 
     `cut` is a copy of `teacher`, a timm model, without the blocks `removed` and some channels. If timm builds a model
     of the teacher's name with other layers, raise a `ValueError`.
     """
-    # timm notes the arguments of a model since about 1.0.30, without those for training.
-    noted = dict(getattr(teacher, "_model_args", {})) | dict(getattr(teacher, "model_args", {}))
-    base_args = {key: value for key, value in noted.items() if key not in ("num_classes", "in_chans")}
-    base = architecture_of(teacher)
+    base, base_args = architecture_of(teacher), built_with(teacher)
     given: dict[str, Any] = {"num_classes": teacher.num_classes, "in_chans": _input_channels(teacher)}
     given["pretrained_cfg"] = pretrained_cfg_of(teacher)
     model = _resnet_like(cut, base, base_args | given) if isinstance(cut, ResNet) else None

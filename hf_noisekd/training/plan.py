@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.cutting import cut_to_budget, ranking_noise
-from hf_noisekd.shrinking.initialisation import initialise_from_teacher
+from hf_noisekd.shrinking.initialisation import computing_like, initialise_from_teacher
 from hf_noisekd.shrinking.repair import Cut
 from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
@@ -185,9 +186,9 @@ def initial_student(
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
-        student = load_student(
-            source, num_classes=teacher.num_classes, input_size=teacher.input_size, model_args=args.model_init_kwargs
-        )
+        build = partial(load_student, source, num_classes=teacher.num_classes, input_size=teacher.input_size)
+        given = args.model_init_kwargs or {}
+        student = build(model_args=given)
         if isinstance(source, nn.Module) or has_weights(str(source)):
             logger.info("The student has the weights that it was given with.")
             return student, None
@@ -195,7 +196,10 @@ def initial_student(
             logger.info("The student has random weights, by init_student='random'.")
             return student, None
         some = images or ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
-        found = initialise_from_teacher(student, bare_model(teacher.model), teacher.input_size, some)
+        original = bare_model(teacher.model)
+        like = computing_like(original, student, lambda model_args: build(model_args=model_args), given)
+        if found := initialise_from_teacher(like, original, teacher.input_size, some):
+            student = like
     if not found:
         logger.info("The student has random weights: its layers do not correspond to those of the teacher.")
         return student, None
