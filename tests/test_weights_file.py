@@ -74,6 +74,7 @@ ARCHITECTURE = ((3, 224, 224), MEAN, (0.229, 0.224, 0.225), "bicubic", 0.95)
         # DeiT's script and others have one number.
         ("resnet18", {"input_size": 64, "mean": 0.5}, ((3, 64, 64), (0.5,) * 3, *ARCHITECTURE[2:])),
         ("resnet18", {"input_size": [3, 40, 48], "std": (1, 2, 3)}, ((3, 40, 48), MEAN, (1, 2, 3), "bicubic", 0.95)),
+        ("resnet18", {"img_size": np.int64(64), "mean": np.full(3, 0.5)}, ((3, 64, 64), (0.5,) * 3, *ARCHITECTURE[2:])),
         ("resnet18", {"mean": [0.0], "crop_pct": 0.5}, (ARCHITECTURE[0], (0.0,) * 3, *ARCHITECTURE[2:4], 0.5)),
     ],
 )  # fmt: skip
@@ -123,6 +124,7 @@ def test_an_architecture_may_have_got_another_name(tmp_path):
         ({"std": "wide"}, "std='wide'"),
         ({"img_size": "large"}, "img_size='large'"),
         ({"model_kwargs": {"act_layr": "silu"}}, "resnet18.*act_layr"),
+        ({"model_kwargs": {"act_layer": "swoosh"}}, "resnet18.*act_layer=swoosh"),
         ({"model_kwargs": 5}, "model_kwargs=5"),
     ],
 )
@@ -144,6 +146,7 @@ def test_only_a_model_that_is_built_by_name_takes_a_file_of_weights(tmp_path):
     "wrapped",
     [
         lambda raw, ema: raw("model.") | ema("ema_model."),
+        lambda raw, ema: raw("") | ema("ema."),
         lambda raw, ema: {"state_dict": raw("model.") | ema("model_ema.module.") | {"loss.weight": torch.ones(3)}},
         lambda raw, ema: {"state_dict": raw("net.online.") | ema("net.ema.") | {"n_averaged": torch.tensor(3)}},
         lambda raw, ema: {"model": raw(""), "model_ema": ema("module.")},
@@ -151,14 +154,16 @@ def test_only_a_model_that_is_built_by_name_takes_a_file_of_weights(tmp_path):
     ],
 )
 def test_averaged_weights_are_taken_before_others(tmp_path, wrapped):
-    states = [trained("test_resnet").state_dict(), trained("test_resnet", in_chans=3).state_dict()]
-    states[0] = {name: torch.zeros_like(tensor) for name, tensor in states[0].items()}
-    raw, ema = (
-        lambda prefix, state=state: {prefix + name: tensor for name, tensor in state.items()} for state in states
-    )
+    model = trained("test_resnet")
+
+    def ema(prefix):
+        return {prefix + name: tensor for name, tensor in model.state_dict().items()}
+
+    def raw(prefix):
+        return {name: torch.zeros_like(tensor) for name, tensor in ema(prefix).items()}
+
     torch.save(wrapped(raw, ema), tmp_path / "w.pth")
-    loaded = load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")
-    assert digest(loaded) == digest(trained("test_resnet"))
+    assert digest(load_teacher("test_resnet", checkpoint=tmp_path / "w.pth")) == digest(model)
 
 
 def test_averages_of_the_parameters_alone_are_not_all_weights(tmp_path):

@@ -93,7 +93,7 @@ class WeightsFile:
         """
         if not self.args.keys() & PREPROCESSING:
             return {}
-        args = {key for key in PREPROCESSING if self.args.get(key) not in (None, "")}
+        args = {key for key in PREPROCESSING if self.args.get(key) is not None and str(self.args[key])}
         sizes = [self._numbers(key, (1, 2, 3)) for key in SIZES if key in args]
         sides = [int(side) for side in (*sizes, cfg["input_size"])[0][-2:]]
         found: dict[str, Any] = {"input_size": (channels, *sides * (2 // len(sides)))}
