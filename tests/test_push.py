@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
+from hf_noisekd.cli.__main__ import main
 from hf_noisekd.models.loading import load_student, load_teacher, model_folder
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.plain import from_dict
@@ -193,6 +194,76 @@ def test_a_failing_push_at_the_end_loses_nothing_and_says_how_to_push_again(hub,
         torch.testing.assert_close(again(inputs), run.model.eval()(inputs), rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A student in a folder, with its card."""
+    run = trainer(tmp_path_factory.mktemp("run"), max_steps=1, eval_strategy="no")
+    run.train()
+    run.create_model_card()
+    return Path(run.args.output_dir)
+
+
+# What another model has in a repository: that which a loader would take for the student's, or a reader would miss.
+OF_ANOTHER = [
+    {"README.md": b"# Written by hand\n"},
+    {"README.md": b"---\nlicense: mit\ntags: [vision]\n---\n# Written by hand\n"},
+    {"config.json": b'{"model_type": "resnet"}'},
+    {"config.json": b"[]"},
+    {"README.md": b"by hand", "config.json": b"{}", "pytorch_model.bin": b"1", "preprocessor_config.json": b"{}"},
+    {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"1", "tf_model.h5": b"1"},
+    {"flax_model.msgpack": b"1", "adapter_config.json": b"{}"},
+]
+
+
+@pytest.mark.parametrize("files", OF_ANOTHER)
+def test_another_model_is_replaced_whole_and_only_if_that_is_wanted(hub, student, files, capsys):
+    kept = {"LICENSE": b"mit", "onnx/model.onnx": b"1", "notes.txt": b"1"}
+    before = hub.create_repo("alice/there", files=files | kept).head
+    command = ["push", "--model", str(student), "--repo-id", "alice/there"]
+    assert main(command) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert all(name in line for name in files), line
+    assert " --overwrite" in line
+    assert "hub_overwrite" not in line
+    assert hub.repo("alice/there").head == before
+    assert main([*command, "--overwrite"]) == 0
+    assert len(hub.repo("alice/there").commits) == 2, "what is added and what is removed are one commit"
+    assert set(hub.repo("alice/there").head["files"]) == {*(FILES - {"curves.png"}), ".gitattributes", *kept}
+    assert load_teacher("alice/there").noisekd
+
+
+def test_an_earlier_student_is_replaced_whole_without_more_words(hub, student, caplog):
+    push_model(student, "alice/student")
+    earlier = dict(hub.repo("alice/student").head["files"])
+    shards = {"model.safetensors.index.json": b"{}", "model-00001-of-00002.safetensors": b"1"}
+    # As a student of transformers leaves them.
+    hub.create_repo("alice/student", files=earlier | shards | {"preprocessor_config.json": b"{}", "curves.png": b"1"})
+    push_model(student, "alice/student")
+    assert set(hub.repo("alice/student").head["files"]) == {*(FILES - {"curves.png"}), ".gitattributes"}
+    for name in (*shards, "preprocessor_config.json", "curves.png"):
+        assert name in caplog.text
+    hub.create_repo("alice/student", files=earlier | {"pytorch_model.bin": b"1"})  # that no push of ours left there
+    with pytest.raises(HubError, match=r"pytorch_model\.bin.*overwrite"):
+        push_model(student, "alice/student")
+
+
+def test_a_training_refuses_another_model_before_its_first_step_and_after_its_last(hub, tmp_path):
+    hub.create_repo("alice/there", files={"README.md": b"by hand"})
+    pushing = {"push_to_hub": True, "hub_model_id": "alice/there"}
+    with pytest.raises(HubError, match=r"README\.md.*hub_overwrite"):
+        trainer(tmp_path, **pushing)
+    assert not (tmp_path / "student").exists()
+    run = trainer(tmp_path, **pushing, hub_overwrite=True)
+    run.train()
+    run.push_to_hub()
+    assert b"noisekd" in hub.repo("alice/there").read("README.md")
+    hub.create_repo("alice/there", files={"README.md": b"written while it trained"})
+    run.args.hub_overwrite = False
+    with pytest.raises(HubError, match=r"noisekd push --model \S+ --repo-id alice/there.*--overwrite"):
+        run.push_to_hub()
+    assert hub.repo("alice/there").read("README.md") == b"written while it trained"
+
+
 def test_a_supervised_trainer_does_not_push_its_arguments(tmp_path):
     args = ClassifierConfig(str(tmp_path), push_to_hub=True, hub_token="hf_write")
     with pytest.raises(ValueError, match="noisekd push --model"):
@@ -269,7 +340,7 @@ def test_teachers_come_from_the_hub_with_their_revision_and_licence(hub, tmp_pat
     push_model(tmp_path / "model", "alice/teacher")
     first = hub.repo("alice/teacher").head["oid"]
     (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\n# Teacher\n")
-    push_model(tmp_path / "model", "alice/teacher")
+    push_model(tmp_path / "model", "alice/teacher", hub_overwrite=True)
     assert load_teacher(f"hf-hub:alice/teacher@{first}").origin["revision"] == first
     args = NoiseKDConfig(
         str(tmp_path / "student"),

@@ -30,9 +30,10 @@ def _switch(text: str) -> bool:
     return text.lower() == "true"
 
 
-def add_switch(parser, name: str, help: str) -> None:
+def add_switch(parser, name: str, help: str, **kwargs) -> None:
     """Add an option that is off unless it is given."""
-    parser.add_argument(name, nargs="?", const=True, default=False, type=_switch, metavar="true|false", help=help)
+    kwargs |= {"nargs": "?", "const": True, "default": False, "type": _switch, "metavar": "true|false"}
+    parser.add_argument(name, help=help, **kwargs)
 
 
 def add_batch_size(parser, help: str) -> None:

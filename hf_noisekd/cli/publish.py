@@ -12,6 +12,8 @@ def push_options(parser: CommandParser) -> None:
     add("--repo-id", required=True, metavar="ORGANISATION/NAME", help="where to push; made if it is not there")
     add_switch(parser, "--private", "make a new repository private (default: as the organisation says)")
     add("--revision", metavar="BRANCH", help="branch to commit to (default: the main one)")
+    help = "replace another model there, its card and its weights; one of this package always is (default: false)"
+    add_switch(parser, "--overwrite", help, dest="hub_overwrite")  # as in messages
     add("--commit-message", default="Upload student", metavar="TEXT", help="title of the commit (default: %(default)s)")
 
 
@@ -19,9 +21,13 @@ def push(args: argparse.Namespace) -> int:
     """Push a student; see [`hf_noisekd.release.push.push_model`]."""
     from hf_noisekd.release.push import push_model
 
-    private = args.private or None
     url = push_model(
-        args.model, args.repo_id, private=private, revision=args.revision, commit_message=args.commit_message
+        args.model,
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        commit_message=args.commit_message,
+        hub_overwrite=args.hub_overwrite,
     )
     print(f"{url}\nAnybody who may read it can run:\n  noisekd evaluate --model {args.repo_id} --dataset DATASET")
     return 0

@@ -14,11 +14,11 @@ from hf_noisekd.models import cifar
 from hf_noisekd.record.plain import code_text, from_dict, markdown_text, to_dict
 from hf_noisekd.record.schema import STATISTICS, Provenance, Record, read_record, write_record
 from hf_noisekd.release.figures import charted_evaluation, plot_class_balance, plot_curves
-from hf_noisekd.release.hub import check_repo_id
+from hf_noisekd.release.hub import OWN, check_repo_id
 from hf_noisekd.release.licenses import card_license
 from hf_noisekd.shrinking import shrunk
 
-TAGS = ("image-classification", "noisekd", "knowledge-distillation")
+TAGS = ("image-classification", OWN, "knowledge-distillation")
 SHOWN_AS_CODE = ("revision", "sha256", "commit", "command")
 METRIC_NAMES = {"accuracy": "accuracy (%)", "top5_accuracy": "top-5 accuracy (%)", "agreement": "agreement (%)"}
 LOSS_NAMES = {"soft_cross_entropy": "soft cross-entropy", "kl": "Kullback-Leibler divergence"}

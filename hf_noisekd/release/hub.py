@@ -1,19 +1,32 @@
-"""The Hub: check write access first, upload the files of a model, and explain errors."""
+"""The Hub: check write access and what is there first, upload the files of a model, and explain errors."""
 
+import fnmatch
 import functools
+import glob
+import json
+import logging
 import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, metadata_load
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
 from hf_noisekd.files import CARD_NAME, CLASS_BALANCE_NAME, CONFIG_NAME, CURVES_NAME, RECORD_NAME, WEIGHTS_NAME
 
+logger = logging.getLogger(__name__)
+
+OWN = "noisekd"  # the tag of our cards, and the section of a student's config.json
+
 # Only these: training arguments may hold a token, and other files in the folder may be private.
 RELEASED_FILES = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, RECORD_NAME, CURVES_NAME, CLASS_BALANCE_NAME]
 RELEASED_FILES += ["model-*.safetensors", "model.safetensors.index.json", "preprocessor_config.json"]
+# What loaders would take beside these, or in their place. Other files in a repository are its owner's affair.
+OF_OTHERS = ["pytorch_model*", "tf_model*", "flax_model*", "model.ckpt*", "rust_model.ot", "saved_model.pb"]
+OF_OTHERS += ["open_clip_*", "adapter_*", "processor_config.json"]
+SHOWN = 8  # names of files in a message
 
 # What to do, by the status of the Hub's response.
 ADVICE = {
@@ -43,31 +56,105 @@ def _api(token: str | None) -> HfApi:
     return HfApi(token=token, library_name="hf_noisekd")
 
 
-def check_hub_access(repo_id: str, *, token: str | None = None, private: bool | None = None) -> str:
-    """Create `repo_id` on the Hub if it is missing, check that `token` can write to it, and return its full id.
+def check_hub_access(
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Create `repo_id` on the Hub if it is missing, check that a student can be pushed there, and return its full id.
 
-    `private` is for a new repository. A bad id, no token or one that cannot write, or no connection is a `HubError`.
+    `private` is for a new repository, `revision` is the branch. A bad id, no token or one that cannot write, or no
+    connection is a `HubError`, and so are files of another model in the repository, unless `overwrite`.
     """
     api = _api(token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # With a read-only token `create_repo` succeeds if the repository exists.
         api.auth_check(repo_id, write=True)
+        _replaced_files(api, repo_id, revision, overwrite)
+    except HubError:
+        raise
     except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
         raise HubError(f"Cannot push to {repo_id!r}: {hub_advice(error)}") from error
     return repo_id
 
 
-def upload(folder: str | Path, repo_id: str, *, token: str | None = None, **kwargs) -> Any:
-    """Upload the `RELEASED_FILES` as `HfApi.upload_folder` does; a `HubError` has the command to push again."""
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    **kwargs,
+) -> Any:
+    """Upload the `RELEASED_FILES` as `HfApi.upload_folder` does; a `HubError` has the command to push again.
+
+    Files of an earlier student that this one does not have are removed in the same commit. Those of another model are,
+    too, with `overwrite`, and a `HubError` without.
+    """
+    api = _api(token)
     try:
-        return _api(token).upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=RELEASED_FILES, **kwargs)
+        replaced = _replaced_files(api, repo_id, revision, overwrite)
+        own = [path.name for path in Path(folder).iterdir() if _is_any(path.name, RELEASED_FILES)]
+        if stale := [name for name in replaced if name not in own]:
+            logger.warning("Of what was in %s is removed: %s.", repo_id, _listed(stale))
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=RELEASED_FILES,
+            delete_patterns=[glob.escape(name) for name in stale],
+            revision=revision,
+            **kwargs,
+        )
     except Exception as error:  # as above
-        branch = f" --revision {kwargs['revision']}" if kwargs.get("revision") else ""
+        reason = error if isinstance(error, HubError) else f"The push to {repo_id!r} failed: {hub_advice(error)}."
+        options = f" --revision {revision}" if revision else ""
+        options += " --overwrite" if overwrite or isinstance(error, HubError) else ""
         raise HubError(
-            f"The push to {repo_id!r} failed: {hub_advice(error)}. The student is complete in {folder}. Push it again "
-            f"with `noisekd push --model {shlex.quote(str(folder))} --repo-id {repo_id}{branch}`."
+            f"{reason} The student is complete in {folder}. Push it again with `noisekd push --model "
+            f"{shlex.quote(str(folder))} --repo-id {repo_id}{options}`."
         ) from error
+
+
+def _replaced_files(api: HfApi, repo_id: str, revision: str | None, overwrite: bool) -> list[str]:
+    """Return the files of a model in a repository, or raise a `HubError` if they are another's, unless `overwrite`."""
+    tree = api.list_repo_tree(repo_id, revision=revision)
+    names = [entry.path for entry in tree if isinstance(entry, RepoFile)]
+    found = [name for name in names if _is_any(name, RELEASED_FILES + OF_OTHERS)]
+    if overwrite or not found:
+        return found
+    texts = [name for name in (CARD_NAME, CONFIG_NAME) if name in found]
+    is_own = texts and all(_is_own(Path(api.hf_hub_download(repo_id, name, revision=revision))) for name in texts)
+    others = [name for name in found if not (is_own and _is_any(name, RELEASED_FILES))]
+    if others:
+        raise HubError(
+            f"{repo_id} has {_listed(others)}, of no student of this package: push to another repository, or replace "
+            "these files with hub_overwrite."
+        )
+    return found
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a card or a configuration is of a student of this package."""
+    try:
+        if path.name == CONFIG_NAME:
+            return OWN in json.loads(path.read_text(encoding="utf-8"))
+        return OWN in (metadata_load(path) or {})["tags"]
+    except Exception:  # it may hold anything
+        return False
+
+
+def _is_any(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def hub_advice(error: BaseException) -> str:

@@ -224,6 +224,10 @@ class NoiseKDConfig(ClassifierConfig):
     )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
     hub_strategy: str = HfArg(default="end", help="When to push with `push_to_hub`: at the end alone.")
+    hub_overwrite: bool = HfArg(
+        default=False,
+        help="Replace another model in the repository that is pushed to. One of this package is always replaced.",
+    )
     warmup_steps: float = HfArg(default=0.1, help="Steps of linear warm-up, or a share of all steps if below 1.")
 
     _default_metric = "batch_agreement"

@@ -8,6 +8,7 @@ from transformers import Trainer
 from hf_noisekd.record.schema import Record
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.release.hub import check_hub_access, upload
+from hf_noisekd.training.config import NoiseKDConfig
 
 
 class PushingTrainer(Trainer):
@@ -16,6 +17,7 @@ class PushingTrainer(Trainer):
     transformers' own push would upload the pickled training arguments, with the token in them, and lose the errors.
     """
 
+    args: NoiseKDConfig
     record: Callable[[], Record]
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -25,6 +27,8 @@ class PushingTrainer(Trainer):
                 self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
                 token=token or self.args.hub_token,
                 private=self.args.hub_private_repo if private is None else private,
+                revision=self.args.hub_revision,
+                overwrite=self.args.hub_overwrite,
             )
 
     def create_model_card(
@@ -85,6 +89,7 @@ class PushingTrainer(Trainer):
             self.hub_model_id,
             token=token,
             revision=revision or self.args.hub_revision,
+            overwrite=self.args.hub_overwrite,
             commit_message=commit_message,
             run_as_future=not blocking,
         )
