@@ -188,8 +188,8 @@ def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], t
     if unknown_preprocessing(model):
         raise ValueError(
             f"The preprocessing of {type(model).__name__} is unknown: save an image processor into its folder, with "
-            "AutoImageProcessor's save_pretrained, set mean and std in the `pretrained_cfg` of its config.json, or "
-            "pass a preprocessed data set."
+            "AutoImageProcessor's save_pretrained, or set mean and std in the `pretrained_cfg` of its config.json. In "
+            "Python a preprocessed data set does as well."
         )
     config = resolve_data_config(pretrained_cfg=cfg)
     channels = (declared_input_size(model) or config["input_size"])[0]
@@ -232,6 +232,6 @@ def find_column(features: datasets.Features, kind: type, column: str | None, nam
         needed = "exactly one column" if column is None else f"a column {column!r}"
         raise ValueError(
             f"{name} needs {needed} of type {kind.__name__}, found {', '.join(found) or f'none among {list(features)}'}"
-            f": name the one to use ({option})."
+            f": name the one to use with {option}."
         )
     return wanted[0]

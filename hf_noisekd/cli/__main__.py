@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         prog, debug = args.parser.prog, args.debug
-        with raising_at_sigterm(), showing_log():
+        with raising_at_sigterm(), showing_log(args.parser.in_options):
             return args.run(args)
     except (KeyboardInterrupt, Terminated) as stop:
         beginning = "\n" if sys.stderr.isatty() else ""  # below a progress bar, and what Ctrl-C is echoed as

@@ -15,6 +15,7 @@ def recalibrate_options(parser: CommandParser) -> None:
     help = "images to make, or to draw at random, at least 2 (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
+    options.add_input_size(parser)
     options.add_batch_size(parser, "real images that are read at a time")
     help = "where the new model goes; new or empty"
     parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
@@ -36,14 +37,16 @@ def recalibrate(args: argparse.Namespace) -> int:
         num_images=args.num_images,
         batch_size=args.batch_size,
         calibration_steps=args.calibration_steps,
+        input_size=args.input_size,
         trust_remote_code=args.trust_remote_code,
     )
     made = getattr(used, "self_agreement", None)
     of = "images" if made is None else f"images made without data (self-agreement of the teacher: {made:.1f} %)"
+    folder, images = args.output_dir, f" --images {args.images}" if args.images else ""
     print(
-        f"{args.output_dir}: running statistics of {used.images:,} {of}. It classifies single images as any network "
-        f"does:\n  noisekd evaluate --model {args.output_dir} --dataset {args.images or 'FOLDER_OR_HUB_ID'} "
-        "--split test"
+        f"{folder}: running statistics of {used.images:,} {of}. It classifies single images as any network does.\n"
+        f"Next:\n  noisekd export --model {folder} --int8{images} --output student.onnx\n"
+        f"  noisekd evaluate --model {folder} --dataset LABELLED_IMAGES --split test"
     )
     return 0
 

@@ -7,6 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+# A word of Python with its value, if any; not in a path, and not in quotation marks.
+ARGUMENT = r"""(?<![\w/.'"-])(\w+)(?:=('[^']*'|\w+(?:\.\w+)*))?(?![\w/'"=]|[.-]\w)"""
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser that takes `--max_steps` for `--max-steps`, reads `--config`, and names the nearest option."""
@@ -52,9 +55,24 @@ class CommandParser(argparse.ArgumentParser):
         return tokens
 
     def in_options(self, message: str) -> str:
-        """Return a message in which Python's names of options, such as `output_dir`, are those of the command line."""
-        options = {action.dest: action.option_strings[0] for action in self._actions if "_" in action.dest}
-        return re.sub(r"\w+", lambda word: options.get(word[0], word[0]), message) if options else message
+        """Return a message in which arguments of Python, `output_dir` or `keep=0.5`, are options of the command line.
+
+        What is in a path or in quotation marks is none. An option of the form `eval_NAME` may be called `NAME`.
+        """
+        options: dict[str, str] = {}
+        for action in self._actions:
+            for option in action.option_strings[:1]:
+                options.setdefault(action.dest, option)  # `--no-...` of a switch comes second
+
+        def option_of(found: re.Match) -> str:
+            name, value = found[1], found[2]
+            is_first = found.start() == 0 and message.startswith(f"{name} is ")
+            if "_" not in name and value is None and not is_first:
+                return found[0]  # a word of English
+            named = options.get(name, options.get(f"eval_{name}"))
+            return found[0] if named is None else " ".join(filter(None, [named, value and value.strip("'")]))
+
+        return re.sub(ARGUMENT, option_of, message)
 
     def _nearest(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, self._option_string_actions, n=1)

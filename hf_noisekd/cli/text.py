@@ -4,13 +4,22 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 @contextlib.contextmanager
-def showing_log() -> Iterator[None]:
-    """Context in which the first process prints what the package logs, such as where a preprocessing comes from."""
+def showing_log(in_options: Callable[[str], str]) -> Iterator[None]:
+    """Context in which the first process prints what the package logs, such as where a preprocessing comes from.
+
+    `in_options` returns a message with the options of the command.
+    """
+
+    class InOptions(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return in_options(super().format(record))
+
     logger, handler = logging.getLogger("hf_noisekd"), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(InOptions())
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     logger.addHandler(handler)
     try:

@@ -157,7 +157,7 @@ def _check_exportable(model: nn.Module, input_size: Sequence[int] | None, name: 
         raise ValueError(
             f"This {architecture_of(model)} needs batch statistics, and an ONNX file has only the running ones, here "
             f"those of noise. Re-estimate them first with `noisekd recalibrate --model {name} --output-dir ...` and "
-            "`--teacher ...` or, for real images, `--dataset ...`, and export the result."
+            "`--teacher ...` or, for real images, `--images ...`, and export the result."
         )
     for layer, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:

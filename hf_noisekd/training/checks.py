@@ -66,8 +66,8 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
             raise ValueError(f"The {role}'s logits for blank images are NaN or infinite: look for what is damaged.")
     if logits.shape[-1] != num_classes:
         raise ValueError(
-            f"The teacher has {num_classes} classes and the student {logits.shape[-1]}: build the student with "
-            f"num_classes={num_classes}."
+            f"The teacher has {num_classes} classes and the student {logits.shape[-1]}: build the "
+            f"student with num_classes={num_classes}, or give it by its timm name, which is built to fit."
         )
     check_trainable(model)
     check_can_be_saved(model, input_size, teacher_model=teacher.model)

@@ -258,7 +258,7 @@ class NoiseKDConfig(ClassifierConfig):
                 f"num_calibration_images is {self.num_calibration_images}: use 0 for none, or at least 2, such as 256."
             )
         if self.input_size is not None and (len(self.input_size) != 3 or min(self.input_size) < 1):
-            raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as [3, 32, 32].")
+            raise ValueError(f"input_size is {self.input_size}: use channels, height and width, such as 3 32 32.")
 
     @property
     def limits(self) -> dict[str, Any]:

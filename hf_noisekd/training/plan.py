@@ -178,7 +178,7 @@ def initial_student(
     found: Any
     if source is None:
         if not args.limits:
-            raise ValueError("There is no student: give one, or keep, max_macs or max_params to cut the teacher down.")
+            raise ValueError("There is no student: give one, or cut the teacher: keep=0.5, max_macs or max_params.")
         if args.model_init_kwargs:
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}

@@ -67,7 +67,7 @@ def distill(
     except Exception as error:  # of transformers, whose refusals are of many kinds
         raise UsageError(str(error) or type(error).__name__) from error
     if bool(args.limits) == (student is not None):
-        raise UsageError("Give either a student, or keep, max_macs or max_params to cut the teacher down.")
+        raise UsageError("Give either a student, or keep=0.5, max_macs or max_params to cut the teacher down.")
     loading: dict = {"checkpoint": teacher_checkpoint, "trust_remote_code": trust_remote_code}
     teacher_model = load_teacher(teacher, input_size=args.input_size, **loading)
     if isinstance(eval_dataset, str | Path):

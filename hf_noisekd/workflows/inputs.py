@@ -49,9 +49,9 @@ def check_unused(output_dir: str | Path, advice: str = "") -> None:
         return
     folder = Path(output_dir).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"The output folder {folder} is not empty: choose another output_dir.{advice}")
+        raise UsageError(f"The output folder {str(folder)!r} is not empty: choose another output_dir.{advice}")
     if folder.is_file():
-        raise UsageError(f"The output folder {folder} is a file: choose another output_dir.")
+        raise UsageError(f"The output folder {str(folder)!r} is a file: choose another output_dir.")
 
 
 def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """A saved student with other running statistics: of images made without data, or of some real ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -29,6 +30,7 @@ def recalibrate(
     num_images: int = 256,
     batch_size: int = 256,
     calibration_steps: int = 900,
+    input_size: Sequence[int] | None = None,
     trust_remote_code: bool = False,
 ) -> CalibrationFacts | ImagesFacts:
     """Re-estimate the running statistics of a student, and save it with its card; see [`recalibrate_batch_norm`].
@@ -44,6 +46,7 @@ def recalibrate(
         num_images: Images to make, or up to so many to draw at random.
         batch_size: Real images that are read at a time.
         calibration_steps: Steps at most to make images; large inputs and many classes need more.
+        input_size: `(channels, height, width)` of images that are made. Default: what the student declares.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
 
     Returns:
@@ -62,7 +65,8 @@ def recalibrate(
     if teacher_model is not None:
         teacher = usable_model(teacher_model, trust_remote_code=trust_remote_code)
         check_same_kind(student, teacher)
-        made = calibration_images(teacher, num_images, input_size=input_size_of(student), max_steps=calibration_steps)
+        size = input_size_of(student, input_size)
+        made = calibration_images(teacher, num_images, input_size=size, max_steps=calibration_steps)
         recalibrate_batch_norm(student, made)
         facts = made.facts
     else:
@@ -73,7 +77,11 @@ def recalibrate(
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
     if checkpoint is None and not isinstance(model, nn.Module) and has_weights(str(model)):
-        folder, _ = model_folder(str(model))
-        if (folder / RECORD_NAME).is_file():
-            write_model_card(read_record(folder).recalibrated(Provenance.of(student)), output_dir)
+        _write_card(model_folder(str(model))[0], student, output_dir)
     return facts
+
+
+def _write_card(before: Path, student: nn.Module, output_dir: str | Path) -> None:
+    """Write the card of a student with new statistics, if there was a record of it in the folder `before`."""
+    if (before / RECORD_NAME).is_file():
+        write_model_card(read_record(before).recalibrated(Provenance.of(student)), output_dir)

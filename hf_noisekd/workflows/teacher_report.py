@@ -48,7 +48,7 @@ def describe_teacher(
     try:
         check_leaves_stored_statistics(model, noise.input_size)
     except ValueError as error:
-        obstacle = f" by default: {error}"
+        obstacle = f" by default: {error}".replace("teacher_statistics=0", "--teacher-statistics 0")
     if num_classes < 2:
         obstacle = ": it has one class only."
     if task := other_task_of(model):
