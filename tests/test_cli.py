@@ -150,6 +150,30 @@ def test_arguments_of_the_student(file):
     assert typed.model_init_kwargs == config_of("--config", path).model_init_kwargs == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("180000", 180_000),
+        ("180k", 180_000),
+        ("180_000", 180_000),
+        ("180,000", 180_000),
+        ("2M", 2_000_000),
+        ("1.5m", 1_500_000),
+        ("1e6", 1_000_000),
+        ("4.1G", 4_100_000_000),
+        ("0.5", 0.5),
+    ],
+)
+def test_numbers_of_parameters_and_multiply_adds_are_written_as_people_do(text, number):
+    assert config_of("--max-params", text, "--max-macs", text).limits == {"max_params": number, "max_macs": number}
+
+
+@pytest.mark.parametrize("text", ["180x", "half", "50%", "k", "", "nan", "inf", "1.5"])
+def test_a_number_that_cannot_be_read_is_refused_with_how_to_write_it(text, capsys):
+    message = usage_error(capsys, "distill", *THREE, f"--max-params={text}")
+    assert all(words in message for words in ("180k", "2M", "0.5", repr(text)))
+
+
 def test_defaults_are_those_of_the_configuration():
     assert config_of().to_dict() == NoiseKDConfig("out", use_cpu=True).to_dict()
 
@@ -387,6 +411,29 @@ def test_distill_leaves_a_student_with_its_card(student, teacher):
     assert re.search(r"running statistics +\d+\.\d\d", printed)
     assert "accuracy (%)" in printed
     assert f"noisekd push --model {folder}" in printed
+
+
+def test_a_distillation_says_how_good_its_student_is_and_what_raises_that(teacher, tmp_path, capsys):
+    def end_of(name, *options):
+        command = ["distill", "--teacher", teacher, "--output-dir", tmp_path / name, "--disable-tqdm", "--max-steps", 1]
+        command += ["--per-device-train-batch-size", 8, "--num-calibration-images", 32, "--eval-noise-batches", 1]
+        assert main(list(map(str, [*command, *options]))) == 0
+        printed, logged = capsys.readouterr()
+        (agreement,) = re.findall(r"the class of its teacher for (\d+\.\d) % of \d+ ", printed)
+        return float(agreement), printed, logged
+
+    agreement, printed, logged = end_of("cut", "--max-params", "0.15")
+    assert agreement < 80
+    (advice,) = [line for line in printed.splitlines() if "--max-steps" in line]
+    assert "--max-params" in advice
+    assert "--images" in advice
+    own, of_teacher = (sum(p.numel() for p in load_teacher(m).parameters()) for m in (tmp_path / "cut", teacher))
+    assert own <= 0.15 * of_teacher
+    sizes = rf"teacher has {of_teacher:,} parameters and [\d.]+ M multiply-adds.*student {own:,} \(\d+ %\) and [\d.]+ M"
+    assert re.search(sizes, logged)
+    agreement, printed, _ = end_of("same", "--student", teacher)
+    assert agreement > 90
+    assert "--max-steps" not in printed
 
 
 @pytest.mark.parametrize(

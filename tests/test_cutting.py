@@ -42,6 +42,13 @@ def test_limits_on_parameters_and_on_multiply_adds():
     assert count_parameters(student) <= 300_000
 
 
+def test_below_1_a_limit_is_a_share_of_the_teacher():
+    teacher = build(width=32, stem_stride=2)
+    budget = Budget.of(teacher, SIZE, max_params=0.5, max_macs=0.25)
+    assert budget.params == count_parameters(teacher) / 2
+    assert budget.macs == count_macs(teacher, SIZE)[""] / 4
+
+
 def test_blocks_that_do_nothing_are_what_goes():
     teacher = build("resnet34_cifar", width=16)
     idle = ["layer2.3", "layer3.2", "layer3.4", "layer4.1", "layer4.2"]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from hf_noisekd.record.schema import Record
     from hf_noisekd.training.noise_trainer import NoiseKDTrainer
 
+LOW_AGREEMENT = 80.0  # percent, below which a student is worth more effort
+
 
 def distill_options(parser: CommandParser) -> None:
     """Add what `HfArgumentParser` makes of the configuration, and the models and images."""
@@ -64,6 +66,8 @@ def _shown(action: argparse.Action, kind: object) -> argparse.Action:
             action.nargs = "+"
         if action.type is string_to_bool:  # of those that may also be None, HfArgumentParser wants a value
             action.nargs, action.const, action.metavar = "?", True, "true|false"
+        if action.dest in ("max_macs", "max_params"):
+            action.type = options.count
         default = "" if action.default in (None, "") else f" (default: {as_text(action.default)})"
         action.help = (action.help or "") + default
     return action
@@ -118,13 +122,13 @@ def distill(args: argparse.Namespace) -> int:
     return 0
 
 
-def _calibration_text(record: "Record") -> str:
-    """Return what the student's running statistics are of, and the agreement that was measured without data."""
+def _statistics_text(record: "Record") -> str:
+    """Return what the student's running statistics are of, and whether it is for single images."""
     made: Any = record.noisekd
     if not record.model.has_batch_norm:
         return "It has no BatchNorm layers, and classifies single images."
     if made.batch_norm == "batch":
-        advice = "Use it in batches, with batch statistics, or re-estimate them with `noisekd recalibrate`."
+        advice = "Use it in batches, with batch statistics, or re-estimate them with `noisekd recalibrate --images`."
         return f"Its running statistics are those of the training noise. {advice}"
     of = "those of the training noise, which hold for images as well"
     if made.noise is None:
@@ -136,21 +140,35 @@ def _calibration_text(record: "Record") -> str:
         of = f"of {without_data}"
     elif made.start and not made.start.training_helped:
         of = "its teacher's"
-    of_which = ("calibration images", "given images", "given and calibration images")
-    agreements = [one for one in record.evaluations if one.dataset in {f"held-out {which}" for which in of_which}]
-    agreement = "".join(
-        f" On {one.images:,} other such images it agrees with its teacher on {one.running['agreement']:.1f} %."
-        for one in agreements
-        if made.calibration or made.recalibration
-    )
     size = ""
     if made.start and made.start.teacher_input_size:
         taken = "x".join(map(str, record.model.input_size or ()))
         size = (
-            f" It takes images of {taken}, smaller than its teacher's. Agreement is with the teacher on such images, "
-            f"on which that keeps {made.start.size_agreement:.0f} % of its predictions."
+            f" It takes images of {taken}, smaller than its teacher's, on which that keeps "
+            f"{made.start.size_agreement:.0f} % of its predictions."
         )
-    return f"Its running statistics are {of}, so it classifies single images.{agreement}{size}"
+    return f"Its running statistics are {of}: it is for single images.{size}"
+
+
+def _quality_text(trainer: "NoiseKDTrainer", record: "Record") -> str:
+    """Return how often the student agrees with its teacher, and, where that is seldom, what raises it."""
+    made: Any = record.noisekd
+    held_out = [one for one in record.evaluations if one.dataset.startswith("held-out")]
+    measured = (held_out or record.evaluations)[-1]  # the last is that of the end of the training
+    agreement = measured.scores(made.batch_norm)["agreement"]
+    text = (
+        f"It predicts the class of its teacher for {agreement:.1f} % of {measured.images:,} images "
+        f"({measured.dataset})."
+    )
+    if agreement >= LOW_AGREEMENT:
+        return text
+    args, length = trainer.args, f"more --max-steps (now {made.steps:,})"
+    if args.max_hours:
+        length = f"more --max-hours (now {args.max_hours:g})"
+    other = "a larger student" if trainer.start else "a student of its teacher's kind"
+    share = next((f"a larger --{name.replace('_', '-')}" for name in args.limits), other)
+    images = "more unlabelled images" if trainer.images else "unlabelled images of its task (--images FOLDER)"
+    return f"{text} That is low. What raises it: {length}, {share}, or {images}."
 
 
 def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
@@ -160,7 +178,8 @@ def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
     scores, default = record.evaluations[0], "held-out given images" if trainer.images else "held-out noise"
     text = (
         f"The student is in {folder}. On {eval_dataset or default}:\n"
-        f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_calibration_text(record)}\n"
+        f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_statistics_text(record)}\n"
+        f"{_quality_text(trainer, record)}\n"
         f"Next:\n  noisekd evaluate --model {folder} --dataset FOLDER_OR_HUB_ID --split test"
     )
     if record.noisekd and record.noisekd.batch_norm == "running":  # an ONNX file has no others

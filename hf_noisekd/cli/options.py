@@ -1,11 +1,15 @@
 """Options that several commands have, and what is done with them first."""
 
 import argparse
+import re
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 MODEL = "a Hub id (org/name, org/name@revision) or a folder in timm's or transformers' layout"
 DATASET = "data set of labelled images: a Hub id, or a folder that `datasets.load_dataset` reads"
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}  # of large numbers
 
 
 def path(text: str) -> Path:
@@ -22,6 +26,17 @@ def at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def count(text: str) -> float:
+    """Read a number of parameters or multiply-adds, such as 180k or 2M, or a share below 1."""
+    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?|0?\.\d+)([kmgb]?)", text.strip().lower())
+    number = Decimal(found[1].replace(",", "").replace("_", "")) * UNITS[found[2]] if found else None
+    if number is None or (number >= 1 and number % 1):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no such number: write 180000, 180k or 2M, or 0.5 for half of what the teacher has"
+        )
+    return int(number) if number >= 1 else float(number)
 
 
 def _switch(text: str) -> bool:

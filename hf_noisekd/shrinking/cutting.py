@@ -66,7 +66,11 @@ class Budget:
         for name, (limit, whole) in limits.items():
             if limit is not None and not 0 < limit < whole:
                 raise ValueError(f"{name} is {limit:,}: use a number above 0 and below {whole:,}, the whole teacher.")
-        return cls(min(macs * (keep or 1), max_macs or math.inf), max_params or math.inf)
+
+        def most(limit: float | None, whole: int) -> float:
+            return math.inf if limit is None else limit * whole if limit < 1 else limit
+
+        return cls(min(most(keep, macs), most(max_macs, macs)), most(max_params, params))
 
     def holds(self, model: nn.Module, input_size: tuple[int, int, int]) -> bool:
         """Return whether `model` is within the budget."""
@@ -102,8 +106,8 @@ def shrink(
     Args:
         teacher: A timm model. It does not change.
         keep: Share of the teacher's multiply-adds that the result may have, in (0, 1).
-        max_macs: Most multiply-adds for an image.
-        max_params: Most parameters.
+        max_macs: Most multiply-adds for an image; below 1 a share of the teacher's.
+        max_params: Most parameters, likewise.
         input_size: `(channels, height, width)` of the images. Default: what the teacher declares.
         images: [`calibration_images`] of the teacher, or batches `[B, C, H, W]` of unlabelled images of its task,
             preprocessed, to compare predictions and to repair on. Default: noise to compare on, and no repair.

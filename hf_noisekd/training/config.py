@@ -143,18 +143,23 @@ class NoiseKDConfig(ClassifierConfig):
     )
     keep: float | None = HfArg(
         default=None,
-        help="Without a student: cut the teacher itself, to this share of its multiply-adds, between 0 and 1.",
+        help="Without a student: cut the teacher itself, a timm model, to this share of its multiply-adds, between 0 "
+        "and 1.",
     )
-    max_macs: int | None = HfArg(
-        default=None, help="Without a student: cut the teacher itself, to so many multiply-adds for an image."
+    max_macs: float | None = HfArg(
+        default=None,
+        help="Without a student: cut the teacher itself, a timm model, to so many multiply-adds for an image, such as "
+        "40M, or, below 1, to this share of them.",
     )
     min_side: float = HfArg(
         default=0.75,
         help="With keep or max_macs, and given images of 64 pixels or more, the student may also take smaller ones, "
         "down to this share of their sides, where that changes the predictions less than a cut. 1 turns it off.",
     )
-    max_params: int | None = HfArg(
-        default=None, help="Without a student: cut the teacher itself, to so many parameters."
+    max_params: float | None = HfArg(
+        default=None,
+        help="Without a student: cut the teacher itself, a timm model, to so many parameters, such as 180k or 2M, or, "
+        "below 1, to this share of them.",
     )
     loss_type: str = HfArg(
         default="kl",

@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 
 from hf_noisekd.batches import SizedDataset
 from hf_noisekd.image_datasets import load_images
+from hf_noisekd.models.classifier import count_parameters
+from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.training.checkpoints import find_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
@@ -81,8 +83,25 @@ def distill(
     return _train(trainer, resume_from_checkpoint)
 
 
+def _sizes(trainer: NoiseKDTrainer) -> str:
+    """Return how large teacher and student are, as a sentence."""
+    size = trainer.teacher.input_size
+    smaller_of = trainer.start.facts.teacher_input_size if trainer.start else None
+    channels, height, width = smaller_of or size
+    of_teacher, own = count_parameters(trainer.teacher_model), count_parameters(trainer.model)
+    macs, own_macs = (
+        count_macs(model, taken)[""]
+        for model, taken in ((trainer.teacher_model, (channels, height, width)), (trainer.model, size))
+    )
+    return (
+        f"The teacher has {of_teacher:,} parameters and {macs / 1e6:.4g} M multiply-adds for an image, the student "
+        f"{own:,} ({100 * own / of_teacher:.0f} %) and {own_macs / 1e6:.4g} M ({100 * own_macs / max(macs, 1):.0f} %)."
+    )
+
+
 def _train(trainer: NoiseKDTrainer, resume_from_checkpoint: str | bool | None) -> NoiseKDTrainer:
     """Train, evaluate, write the card and push; an interruption carries the way to go on in its message."""
+    logger.info("%s", _sizes(trainer))
     try:
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         if trainer.stopped_by_signal:
