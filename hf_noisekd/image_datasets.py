@@ -228,10 +228,11 @@ def find_column(features: datasets.Features, kind: type, column: str | None, nam
     found = [key for key, feature in features.items() if isinstance(feature, kind)]
     wanted = [key for key in found if column in (None, key)]
     if len(wanted) != 1:
-        option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
         needed = "exactly one column" if column is None else f"a column {column!r}"
+        option = {"Image": "image_column", "ClassLabel": "label_column"}[kind.__name__]
+        advice = f"name the one to use with {option}" if found else "give a data set that has one"
         raise ValueError(
             f"{name} needs {needed} of type {kind.__name__}, found {', '.join(found) or f'none among {list(features)}'}"
-            f": name the one to use with {option}."
+            f": {advice}."
         )
     return wanted[0]

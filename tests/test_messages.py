@@ -90,11 +90,23 @@ def test_what_is_printed_of_a_start_names_options(saved, tmp_path, capsys):
     assert "random weights, by --init-student random." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["export", "recalibrate"])
+def test_who_has_a_few_photos_without_labels_finds_that_in_the_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith(f"  noisekd {command}") and "--images" in line]
+    assert all(words in line for words in ("photos", "few", "no labels"))
+    options = line.removeprefix("  noisekd ").partition("  ")[0].split()
+    assert parse_args(options).images == "FOLDER"
+
+
 def test_twenty_photos_without_labels_recalibrate_and_lead_to_what_needs_no_labels(tmp_path, capsys):
     cfg = {"input_size": (3, 32, 32)}
     save_model(timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=cfg), tmp_path / "model")
+    (tmp_path / "photos").mkdir()
     for index in range(4):
-        pictures(tmp_path / "photos" / str(index))
+        for name, picture in pictures(tmp_path / "originals").items():
+            picture.save(tmp_path / "photos" / f"{index}{name}")
     photos = str(tmp_path / "photos")
     command = ["recalibrate", "--model", str(tmp_path / "model"), "--images", photos]
     assert main([*command, "--output-dir", str(tmp_path / "new")]) == 0
@@ -104,3 +116,6 @@ def test_twenty_photos_without_labels_recalibrate_and_lead_to_what_needs_no_labe
     assert main([word if "." not in word else f"{tmp_path}/{word}" for word in export.split()]) == 0
     evaluations = re.findall(r"noisekd evaluate .*", printed)
     assert not any(photos in line for line in evaluations), "which needs labels"
+    command = ["evaluate", "--model", str(tmp_path / "new"), "--dataset", photos, "--split", "train"]
+    assert main(command) == 1
+    assert "--label-column" not in capsys.readouterr().err, "there is none to name"

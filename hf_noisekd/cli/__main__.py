@@ -30,6 +30,7 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]
     add_options: Callable[[CommandParser], None]
     help: str
+    examples: str = ""
 
 
 COMMANDS = (
@@ -41,8 +42,15 @@ COMMANDS = (
         deploy.recalibrate,
         deploy.recalibrate_options,
         "re-estimate running statistics, without data or from some real images",
+        deploy.RECALIBRATE_EXAMPLES,
     ),
-    Command("export", deploy.export, deploy.export_options, "write a model as one file for other runtimes"),
+    Command(
+        "export",
+        deploy.export,
+        deploy.export_options,
+        "write a model as one file for other runtimes",
+        deploy.EXPORT_EXAMPLES,
+    ),
     Command("convert", deploy.convert, deploy.convert_options, "save a model, or a file of weights, as a folder"),
     Command("push", publish.push, publish.push_options, "push a student to the Hub"),
     Command("card", publish.card, publish.card_options, "write the model card of a student anew"),
@@ -66,7 +74,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     place = next((index for index, token in enumerate(tokens) if not token.startswith("-")), len(tokens))
     for command in COMMANDS:
         description = f"{command.help[0].upper()}{command.help[1:]}."
-        subparser = subparsers.add_parser(command.name, help=command.help, description=description)
+        subparser = subparsers.add_parser(
+            command.name, help=command.help, description=description, epilog=command.examples
+        )
         if tokens[place : place + 1] != [command.name]:
             continue  # another command: `distill` would import transformers
         subparser.set_defaults(run=command.run, parser=subparser)

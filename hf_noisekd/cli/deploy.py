@@ -5,6 +5,18 @@ import argparse
 from . import options
 from .parser import CommandParser
 
+RECALIBRATE_EXAMPLES = """\
+examples:
+  noisekd recalibrate --model student --teacher MODEL --output-dir new    without data
+  noisekd recalibrate --model student --images FOLDER --output-dir new    from a few photos, 16 or more, no labels
+"""
+EXPORT_EXAMPLES = """\
+examples:
+  noisekd export --model student --output student.onnx                          in float32
+  noisekd export --model student --int8 --output student.onnx                   in int8, without data
+  noisekd export --model student --int8 --images FOLDER --output student.onnx   from a few photos, 16 or more, no labels
+"""
+
 
 def recalibrate_options(parser: CommandParser) -> None:
     options.add_model(parser, "the student: a timm name,")
@@ -12,7 +24,7 @@ def recalibrate_options(parser: CommandParser) -> None:
     help = "its teacher, from whose stored statistics images are made without data: a timm name,"
     options.add_model(parser, help, "--teacher", required=False)
     options.add_images(parser, "to use in place of images made without data")
-    help = "images to make, or to draw at random, at least 2 (default: 256)"
+    help = "images to make, or to draw from those given, of which there may be fewer (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
     options.add_input_size(parser)
@@ -64,7 +76,7 @@ def export_options(parser: CommandParser) -> None:
     help = "for --int8: the model from whose stored statistics the images are made (default: --model): a timm name,"
     options.add_model(parser, help, "--teacher", required=False)
     options.add_images(parser, "for --int8, in place of images made without data", column=False)
-    help = "for --int8: images to make, or to draw at random, at least 2 (default: 256)"
+    help = "for --int8: images to make, or to draw from those given, of which there may be fewer (default: 256)"
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
     options.add_trust_remote_code(parser, "model")

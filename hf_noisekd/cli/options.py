@@ -87,7 +87,7 @@ def add_teacher(parser, use: str) -> None:
 
 
 def add_images(parser, use: str, *, column: bool = True) -> None:
-    help = f"unlabelled images of the teacher's task, {use}: a Hub id, or a folder of image files"
+    help = f"photos or other images of the teacher's task, without labels, {use}: a Hub id, or a folder of image files"
     parser.add_argument("--images", metavar="DATASET", help=help)
     parser.add_argument("--images-split", default="train", metavar="SPLIT", help="their split (default: train)")
     if column:
