@@ -100,6 +100,21 @@ def test_who_has_a_few_photos_without_labels_finds_that_in_the_help(command, cap
     assert parse_args(options).images == "FOLDER"
 
 
+@pytest.mark.parametrize(
+    "words", ["export --int8 --output MODEL/new.onnx", "recalibrate --teacher MODEL --output-dir MODEL/new"]
+)
+def test_what_making_images_takes_is_said_before_it_begins(saved, capsys, monkeypatch, words):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_noisekd.training.cost._seconds", lambda function, device: function() or 0.64)
+    monkeypatch.setattr("hf_noisekd.workflows.inputs.calibration_images", stop)
+    command, *options = words.replace("MODEL", str(saved)).split()
+    assert main([command, "--model", str(saved), *options, "--num-images", "64"]) == 130
+    # Of 64 images and 32 held out, with 10 ms a step and image, before the first check.
+    assert re.search(r"^About 58 s on a CPU .*60 steps .*96 images.*900", capsys.readouterr().err, flags=re.MULTILINE)
+
+
 def test_twenty_photos_without_labels_recalibrate_and_lead_to_what_needs_no_labels(tmp_path, capsys):
     cfg = {"input_size": (3, 32, 32)}
     save_model(timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=cfg), tmp_path / "model")

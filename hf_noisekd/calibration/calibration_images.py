@@ -115,7 +115,8 @@ class CalibrationImages:
             return (
                 f"The calibration images are too unlike the teacher's data: {after} the teacher with statistics of "
                 f"these images agrees with itself on {self.self_agreement:.0f} % of held-out ones, below "
-                f"{MIN_SELF_AGREEMENT:.0f} %. Give unlabelled images of its task, {ENOUGH_REAL} or more, instead."
+                f"{MIN_SELF_AGREEMENT:.0f} %. Give unlabelled images of its task instead, {ENOUGH_REAL} or more: "
+                "images=FOLDER."
             )
         return None
 
@@ -184,9 +185,13 @@ def calibration_images(
     if not stored_statistics(teacher):
         logger.warning("%s stores no BatchNorm statistics: its calibration images are noise.", type(teacher).__name__)
         return _as_made(start, num_images, seed)
+    return _matched(frozen_copy(teacher), start, num_images, seed, steps, _rounds(steps, max_steps), show_progress)
+
+
+def frozen_copy(teacher: nn.Module) -> nn.Module:
+    """Return a copy of a teacher to match images with, in evaluation mode and float32."""
     frozen = copy.deepcopy(teacher).float().eval().requires_grad_(False)
-    frozen.to(memory_format=training_memory_format(frozen, device_of(frozen)))
-    return _matched(frozen, start, num_images, seed, steps, _rounds(steps, max_steps), show_progress)
+    return frozen.to(memory_format=training_memory_format(frozen, device_of(frozen)))
 
 
 def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hf_noisekd.calibration.calibration_images import frozen_copy
 from hf_noisekd.calibration.matching import match_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits, device_of
@@ -47,12 +48,16 @@ class Estimate:
         return self.steps * self.step + self.calibration + self.evaluation
 
     def __str__(self) -> str:
-        of = f"a CPU of {torch.get_num_threads()} threads" if self.device.type == "cpu" else f"a {self.device.type}"
         parts = [f"{self.steps:,} steps of {duration(self.step)}"]
         parts += [f"up to {duration(self.calibration)} for calibration images"] if self.calibration else []
         parts += [f"{duration(self.evaluation)} to evaluate"] if self.evaluation else []
-        text = f"About {duration(self.seconds)} on {of}: {', '.join(parts)}."
+        text = f"About {duration(self.seconds)} on {named(self.device)}: {', '.join(parts)}."
         return f"{text} A step keeps {self.memory / 2**30:.1f} GiB in memory."
+
+
+def named(device: torch.device) -> str:
+    """Return what a time was measured on, as text."""
+    return f"a CPU of {torch.get_num_threads()} threads" if device.type == "cpu" else f"a {device.type}"
 
 
 def duration(seconds: float) -> str:
@@ -101,17 +106,23 @@ def cost_of_an_image(
         compute_logits(trained, pixel_values)
         compute_logits(trained, pixel_values)
 
-    def match() -> None:
-        frozen = copy.deepcopy(teacher.model).float().eval().requires_grad_(False)
-        match_statistics(frozen, draw(number).float(), 1)
-
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         training = min(_seconds(step, device), _seconds(step, device))
         memory = sum(kept.values()) - sum(tensor.nbytes for tensor in trained.parameters())
         evaluation = _seconds(evaluate, device)
-        matching = _seconds(match, device) if stored_statistics(teacher.model) else 0.0
-    return ImageCost(training / number, evaluation / number, matching / number, max(memory, 0) / number)
+        matching = cost_of_matching(teacher.model, draw(number)) if stored_statistics(teacher.model) else 0.0
+    return ImageCost(training / number, evaluation / number, matching, max(memory, 0) / number)
+
+
+def cost_of_matching(teacher: nn.Module, images: torch.Tensor) -> float:
+    """Measure how many seconds an image takes in a step in which `images` are matched to `teacher`."""
+    frozen, device = frozen_copy(teacher), images.device
+
+    def match() -> None:
+        match_statistics(frozen, images.float(), 1)
+
+    return min(_seconds(match, device), _seconds(match, device)) / len(images)
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:

@@ -10,15 +10,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import calibration_images
+from hf_noisekd.calibration.calibration_images import STEPS
 from hf_noisekd.files import check_output_file
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.onnx.floats import export_onnx, halve_onnx
 from hf_noisekd.onnx.int8 import BATCH_SIZE, has_vnni, quantize_onnx
-from hf_noisekd.workflows.inputs import UsageError, check_same_kind, unlabelled_images, usable_model
+from hf_noisekd.workflows.inputs import UsageError, check_same_kind, made_images, unlabelled_images, usable_model
 
 PRECISIONS = ("float32", "float16", "int8")
+RANGES_STEPS = STEPS // 2  # of calibration images: ranges need fewer than statistics
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def export(
             loader: Any = DataLoader(drawn, batch_size=BATCH_SIZE, collate_fn=collate_images)
             return _exported(path, precision, quantize_onnx(float32, path, loader), len(drawn), has_vnni())
         size = input_size_of(classifier, input_size)
-        made = calibration_images(source, num_images, input_size=size, max_steps=calibration_steps)
+        made = made_images(source, num_images, size, RANGES_STEPS, calibration_steps)
         return _exported(path, precision, quantize_onnx(float32, path, made), len(made.held_out), has_vnni())
 
 

@@ -1,5 +1,7 @@
 """What the functions of this folder are given: models and data sets by name, and folders to write to."""
 
+import logging
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +9,21 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hf_noisekd.calibration.calibration_images import (
+    CalibrationImages,
+    calibration_images,
+    default_held_out,
+    noise_images,
+)
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
+from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
+from hf_noisekd.training.cost import MEASURED_PIXELS, MIN_MEASURED, cost_of_matching, duration, named
+
+logger = logging.getLogger(__name__)
 
 
 class UsageError(ValueError):
@@ -40,6 +52,21 @@ def unlabelled_images(
     """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random."""
     images = load_images(source, model, split=split, image_column=image_column, labels=False)
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
+
+
+def made_images(
+    teacher: nn.Module, num_images: int, input_size: tuple[int, int, int], steps: int, max_steps: int
+) -> CalibrationImages:
+    """Return the [`calibration_images`] of a teacher, after a line in the log on what they take."""
+    if stored_statistics(teacher):
+        number, first = num_images + default_held_out(num_images), min(steps, max_steps)
+        measured = min(num_images, max(MIN_MEASURED, MEASURED_PIXELS // math.prod(input_size[1:])))
+        images = noise_images(teacher, measured, input_size=input_size, seed=0)
+        step = number * cost_of_matching(teacher, images)
+        more = f", up to {max_steps:,} where they need them ({duration(max_steps * step)})" if max_steps > first else ""
+        takes, device = duration(first * step), named(images.device)
+        logger.info("About %s on %s: %d steps to make %d images without data%s.", takes, device, first, number, more)
+    return calibration_images(teacher, num_images, input_size=input_size, steps=steps, max_steps=max_steps)
 
 
 def check_unused(output_dir: str | Path, advice: str = "") -> None:

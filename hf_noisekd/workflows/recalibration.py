@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import calibration_images
+from hf_noisekd.calibration.calibration_images import STEPS
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
 from hf_noisekd.models.loading import has_weights, model_folder
@@ -15,7 +15,14 @@ from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts, Provenance, read_record
 from hf_noisekd.release.card import write_model_card
-from hf_noisekd.workflows.inputs import UsageError, check_same_kind, check_unused, unlabelled_images, usable_model
+from hf_noisekd.workflows.inputs import (
+    UsageError,
+    check_same_kind,
+    check_unused,
+    made_images,
+    unlabelled_images,
+    usable_model,
+)
 
 
 def recalibrate(
@@ -65,8 +72,7 @@ def recalibrate(
     if teacher_model is not None:
         teacher = usable_model(teacher_model, trust_remote_code=trust_remote_code)
         check_same_kind(student, teacher)
-        size = input_size_of(student, input_size)
-        made = calibration_images(teacher, num_images, input_size=size, max_steps=calibration_steps)
+        made = made_images(teacher, num_images, input_size_of(student, input_size), STEPS, calibration_steps)
         recalibrate_batch_norm(student, made)
         facts = made.facts
     else:
