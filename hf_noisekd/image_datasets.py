@@ -15,6 +15,7 @@ import torch
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import PreTrainedModel
 
 from hf_noisekd.models.classifier import (
     class_descriptions,
@@ -186,10 +187,12 @@ def _preprocessing(model: nn.Module) -> tuple[str, Callable[[PIL.Image.Image], t
     if processor is not None:
         return image_mode(getattr(model.config, "num_channels", 3)), partial(_processed, processor)
     if unknown_preprocessing(model):
+        advice = "set mean and std in the `pretrained_cfg` of its config.json"
+        if isinstance(model, PreTrainedModel):
+            advice = f"save an image processor into its folder, with AutoImageProcessor's save_pretrained, or {advice}"
         raise ValueError(
-            f"The preprocessing of {type(model).__name__} is unknown: save an image processor into its folder, with "
-            "AutoImageProcessor's save_pretrained, or set mean and std in the `pretrained_cfg` of its config.json. In "
-            "Python a preprocessed data set does as well."
+            f"The preprocessing of {type(model).__name__} is unknown: {advice}. In Python a preprocessed data set "
+            "does as well."
         )
     config = resolve_data_config(pretrained_cfg=cfg)
     channels = (declared_input_size(model) or config["input_size"])[0]

@@ -72,6 +72,12 @@ def test_every_command_that_needs_an_input_size_has_the_option_that_it_asks_for(
     assert parse_args([*command, "--input-size", "3", "32", "32"]).input_size == [3, 32, 32]
 
 
+def test_a_teacher_that_cannot_be_cut_leads_to_a_student_by_name(undeclared, tmp_path, capsys):
+    command = ["distill", "--teacher", undeclared, "--keep", "0.5", "--input-size", "3", "32", "32"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 2
+    assert re.search(r"no timm model.*--student \w+", capsys.readouterr().err)
+
+
 def test_warnings_are_in_the_words_of_the_command_too(capsys, monkeypatch):
     def warn(*args, **kwargs):
         logging.getLogger("hf_noisekd.models.preprocessing").warning("%s: give input_size for another.", "ResNet")

@@ -26,7 +26,7 @@ RELEASED_FILES += ["model-*.safetensors", "model.safetensors.index.json", "prepr
 # What loaders would take beside these, or in their place. Other files in a repository are its owner's affair.
 OF_OTHERS = ["pytorch_model*", "tf_model*", "flax_model*", "model.ckpt*", "rust_model.ot", "saved_model.pb"]
 OF_OTHERS += ["open_clip_*", "adapter_*", "processor_config.json"]
-SHOWN = 8  # names of files in a message
+SHOWN = 5  # names of files in a message
 
 # What to do, by the status of the Hub's response.
 ADVICE = {

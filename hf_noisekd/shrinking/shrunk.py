@@ -57,7 +57,7 @@ def timm_model_of(model: nn.Module) -> nn.Module:
     if not timm.is_model(architecture_of(bare)):
         raise ValueError(
             f"{type(model).__name__} is no timm model, so what is cut out of it could not be built again: give a "
-            "student instead."
+            "student instead, such as student=resnet18."
         )
     return bare
 
