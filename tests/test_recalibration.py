@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_noisekd import batch_statistics, recalibrate_batch_norm
+from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.record.plain import to_dict
 from hf_noisekd.record.schema import ImagesFacts, Provenance
@@ -173,3 +175,16 @@ def test_recalibrates_a_model_in_half_precision(tiny_cnn):
     assert tiny_cnn.bn1.running_var.dtype == torch.bfloat16
     expected = tiny_cnn.conv1(images.bfloat16()).float().mean((0, 2, 3))
     torch.testing.assert_close(tiny_cnn.bn1.running_mean.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_given_images_are_recorded_as_real_ones_and_made_ones_beside_them(tiny_cnn):
+    made_by_noise(batch_norm="batch").attach(tiny_cnn)
+    pixels = torch.randn(48, 1, 8, 8)
+    made = CalibrationImages(torch.randn(8, 1, 8, 8), torch.randn(4, 1, 8, 8), 8, steps=2, self_agreement=95.0)
+    images = CalibrationImages(
+        pixels[:36], pixels[36:], 36, given=ImagesFacts(images=48, dataset="photos"), self_agreement=99.0
+    )
+    for one, calibration in ((images, None), (replace(images, made=made), made.facts)):
+        recalibrate_batch_norm(tiny_cnn, one)
+        found = Provenance.of(tiny_cnn)
+        assert (found.recalibration, found.calibration) == (ImagesFacts(images=36, dataset="photos"), calibration)

@@ -76,8 +76,10 @@ class CalibrationImages:
         return replace(self, pixel_values=pixel_values, held_out=held_out, made=made)
 
     @property
-    def facts(self) -> CalibrationFacts:
-        """The facts for a student's provenance."""
+    def facts(self) -> CalibrationFacts | None:
+        """The facts of those that are made, for a student's provenance; None if all are given."""
+        if self.given:
+            return self.made.facts if self.made else None
         assert self.self_agreement is not None
         sizes = {"images": len(self), "held_out": len(self.held_out)}
         return CalibrationFacts(**sizes, steps=self.steps, seed=self.seed, self_agreement=self.self_agreement)

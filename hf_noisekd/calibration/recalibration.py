@@ -36,15 +36,16 @@ def recalibrate_batch_norm(
     """
     provenance = Provenance.of(model)
     check_recalibration(model)
-    calibration = batches.check().facts if isinstance(batches, CalibrationImages) else None
+    checked = batches.check() if isinstance(batches, CalibrationImages) else None
     if isinstance(batches, torch.Tensor):
         batches = [batches]
     if iter(batches) is batches:
         batches = list(batches)
     num_images = store_statistics(model, batches)
     if provenance:
-        images = None if calibration else ImagesFacts(images=num_images, dataset=dataset, split=split)
-        replace(provenance, batch_norm="running", recalibration=images, calibration=calibration).attach(model)
+        real = checked.real if checked else ImagesFacts(images=num_images, dataset=dataset, split=split)
+        made = checked.facts if checked else None
+        replace(provenance, batch_norm="running", recalibration=real, calibration=made).attach(model)
 
 
 def check_recalibration(model: nn.Module) -> None:

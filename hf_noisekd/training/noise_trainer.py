@@ -263,8 +263,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         if self._ending:
             made = replace(made, batch_norm="running")
             if (images := self._ending.images) is not None:
-                made_ones = images.made if images.given else images
-                made = replace(made, recalibration=images.real, calibration=made_ones.facts if made_ones else None)
+                made = replace(made, recalibration=images.real, calibration=images.facts)
             if start := self._ending.start or made.start:
                 made = replace(made, start=replace(start, training_helped=self._ending.is_trained))
         return made

@@ -74,6 +74,7 @@ def recalibrate(
         check_same_kind(student, teacher)
         made = made_images(teacher, num_images, input_size_of(student, input_size), STEPS, calibration_steps)
         recalibrate_batch_norm(student, made)
+        assert made.facts is not None  # none is given
         facts = made.facts
     else:
         assert images is not None
