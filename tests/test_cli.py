@@ -686,6 +686,7 @@ def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_pa
     with_images = ["--images", tmp_path / "photos"]
     command = ["distill", "--teacher", teacher, "--keep", "0.6", "--output-dir", tmp_path / "student", *with_images]
     command += ["--max-steps", "1", "--per-device-train-batch-size", "8", "--disable-tqdm", "--eval-noise-batches", "1"]
+    command += ["--num-calibration-images", "0"]
     assert main([*map(str, command)]) == 0
     made = Provenance.of(load_teacher(tmp_path / "student"))
     printed = capsys.readouterr().out

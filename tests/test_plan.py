@@ -177,7 +177,7 @@ def test_given_images_are_trained_on(digits_teacher, given, tmp_path, monkeypatc
 
 
 def test_beside_a_few_given_images_others_are_made(digits_teacher, given, tmp_path):
-    options = {"keep": 0.5, "num_calibration_images": 96, "max_steps": 100, "learning_rate": 1e-5}
+    options = {"keep": 0.5, "num_calibration_images": 64, "max_steps": 100, "learning_rate": 1e-5}
     trainer = NoiseKDTrainer(None, digits_teacher, config(tmp_path / "out", **options), images=given[:32])
     assert len(trainer.images) > 24 == len(trainer.images.pixel_values)
     trainer.args.max_steps = 2
