@@ -8,7 +8,8 @@ from torch import nn
 from hf_noisekd import shrink
 from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
-from hf_noisekd.shrinking.channels import ChannelCutter, compensate
+from hf_noisekd.shrinking.channels import ChannelCutter
+from hf_noisekd.shrinking.compensation import compensate
 from hf_noisekd.shrinking.ranking import running_statistics
 from hf_noisekd.shrinking.repair import Cut, Pair, fit_to_teacher, pairs_of, repair
 

@@ -147,13 +147,18 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def compute_alike(model: nn.Module, other: nn.Module, input_size: tuple[int, int, int]) -> bool:
-    """Return whether two models with the same weights give the same logits for noise; `other` goes to the device."""
+def compute_alike(
+    model: nn.Module, other: nn.Module, input_size: tuple[int, int, int], tolerance: float = 1e-3
+) -> bool:
+    """Return whether two models give the same logits for noise, within a share of the largest.
+
+    `other` goes to the device of `model`.
+    """
     pixel_values = to_device_of(model, torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)))
     with evaluation_mode(model, other.to(pixel_values)):
         # Copies, because some models change their input in place.
         logits, others = (compute_logits(each, pixel_values.clone()) for each in (model, other))
-    return torch.allclose(logits, others, rtol=0, atol=1e-3 * logits.abs().max().item(), equal_nan=True)
+    return torch.allclose(logits, others, rtol=0, atol=tolerance * logits.abs().max().item(), equal_nan=True)
 
 
 def architecture_of(model: nn.Module) -> str:

@@ -4,9 +4,11 @@ Which layers must lose the same channels is found by torch-pruning's dependency 
 Any Structural Pruning", CVPR 2023). Those channels are kept whose loss would change the predictions the most.
 """
 
+import copy
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,20 +16,29 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch_pruning import DependencyGraph
-from torch_pruning.pruner.function import BasePruningFunc
 
-from hf_noisekd.models.batch_norm import find_batch_norm
-from hf_noisekd.models.classifier import compute_logits, evaluation_mode, logits_of_blanks, to_device_of
-from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit
+from hf_noisekd.models.classifier import (
+    compute_alike,
+    compute_logits,
+    evaluation_mode,
+    logits_of_blanks,
+    to_device_of,
+)
+from hf_noisekd.shrinking.dependency_graph import (
+    FAULTS,
+    LAYERS,
+    BoundedGraph,
+    is_depthwise,
+    is_grouped,
+    num_inputs,
+    num_outputs,
+    weight_by_output,
+)
 
-LAYERS = (nn.Conv2d, nn.Linear)
 MULTIPLE = 8  # of the channels of a layer
 MIN_CHANNELS = 8
-# Steps of torch-pruning's search for one group: a DenseNet-264 takes 7,240, and a ReXNet would never end.
-MAX_VISITS = 10_000
-# What torch-pruning raises for a network that it cannot analyse, and what layers raise that no longer fit together.
-FAULTS = (ValueError, RuntimeError, IndexError, AssertionError, TypeError, KeyError, AttributeError)
+# Of logits of a network that lost channels which nothing read: float32 gives 1e-6, wrong channels 1e-3 and more.
+SAME = 1e-4
 
 
 @dataclass
@@ -36,7 +47,8 @@ class ChannelGroup:
 
     They are removed in runs of `unit` channels, for grouped convolutions, and each of `parts` equal parts must lose
     the same number, for GroupNorm. `writers` are the layers that output them, and `readers` those that have them as
-    input: name, indices of the outputs or inputs, and the channel of each.
+    input: name, indices of the outputs or inputs, and the channel of each. `tensors` have something for each channel,
+    all but the weights of readers: name, dimension, indices along it, and the channel of each.
     """
 
     root: str
@@ -45,6 +57,7 @@ class ChannelGroup:
     parts: int = 1
     writers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
     readers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
+    tensors: list[tuple[str, int, list[int], list[int]]] = field(default_factory=list)
 
     def width(self, share: float) -> int:
         """Return a share of its channels, rounded to a number that hardware likes and that can be reached."""
@@ -54,46 +67,145 @@ class ChannelGroup:
         wanted = round(self.channels * share / step) * step
         return min(max(wanted, step, MIN_CHANNELS), self.channels)
 
+    @torch.no_grad()
+    def silence(self, model: nn.Module, generator: torch.Generator) -> list[int]:
+        """Let nothing read some of the channels of `model`, in place, at least half of them; return which.
+
+        They become copies of the others, all of which get as many: what a norm takes over channels stays, too.
+        """
+        units = self.channels // (self.parts * self.unit)
+        copies = next((number for number in range(2, units) if units % number == 0), units)
+        numbers = torch.arange(self.channels)
+        for part in numbers.view(self.parts, units, self.unit):
+            order = torch.randperm(units, generator=generator)
+            part[order] = part[order[: units // copies]].repeat(copies, 1)
+        source = numbers.tolist()
+        silent = [channel for channel, other in enumerate(source) if channel != other]
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        for name, dim, indices, channels in self.tensors:
+            places = defaultdict[int, list[int]](list)
+            for index, channel in zip(indices, channels, strict=True):
+                places[channel].append(index)
+            tensor = tensors[name].movedim(dim, 0)
+            if len(tensor) > 1:  # else it is the same for all
+                to = [place for channel in silent for place in places[channel]]
+                tensor[to] = tensor[[place for channel in silent for place in places[source[channel]]]]
+        for name, inputs, of in self.readers:
+            weight_by_output(model.get_submodule(name))[:, [*indices_of(inputs, of, silent)]] = 0
+        return silent
+
 
 class ChannelCutter:
-    """Cuts channels of a classifier in place; `groups`, by root, are empty if torch-pruning cannot analyse it."""
+    """Cuts channels of a classifier in place.
 
-    def __init__(self, model: nn.Module, input_size: tuple[int, int, int]):
+    `groups`, by root, are those that can be cut. `left_alone` has the writers of the others by root: torch-pruning
+    cannot follow these, or takes other channels for theirs. That is tested, together if possible: channels that nothing
+    reads can be cut without a change of the logits.
+
+    Args:
+        model: The classifier, which does not change before the cut.
+        input_size: `(channels, height, width)` of its images.
+        fixed: Names of layers that are known not to be roots of groups that can be cut.
+        groups: Those of a network of the same layers, if they are known; they are not tested again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: tuple[int, int, int],
+        fixed: Collection[str] = (),
+        groups: Mapping[str, ChannelGroup] | None = None,
+    ):
         self._model, self._input_size = model, input_size
         self._num_classes = logits_of_blanks(model, input_size, "model").shape[-1]
-        # A layer with one output for each class counts as the classifier, whose outputs stay.
-        heads = [x for x in model.modules() if isinstance(x, LAYERS) and num_outputs(x) == self._num_classes]
         self._modules = dict(model.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
         model.requires_grad_(True)
-        self.groups: dict[str, ChannelGroup] = {}
+        self.groups = dict(groups or {})
+        self.left_alone: dict[str, list[str]] = {}
         self.kept: dict[str, list[int]] = {}  # outputs that a narrowed layer has kept, by its name
         with warnings.catch_warnings(), torch.enable_grad(), evaluation_mode(model), suppress(*FAULTS):
             warnings.simplefilter("ignore")
-            self._graph = _BoundedGraph().build_dependency(
+            self._graph = BoundedGraph().build_dependency(
                 model,
                 to_device_of(model, torch.zeros(2, *input_size)),
                 # timm's 1d convolutions run along the channels.
                 ignored_layers=[layer for layer in model.modules() if isinstance(layer, nn.Conv1d)],
                 verbose=False,
             )
-            found = self._graph.get_all_groups(ignored_layers=heads, root_module_types=list(LAYERS))
-            self.groups = {group.root: group for group in map(self._describe, found) if self._is_sound(group)}
+            if groups is None:
+                self._find_groups(fixed)
+                self._test([*self.groups], passed := dict[str, ChannelGroup]())
+                self.left_alone |= {root: _writers(group) for root, group in self.groups.items() if root not in passed}
+                self.groups = passed
+
+    def _find_groups(self, fixed: Collection[str]) -> None:
+        # A layer with one output for each class counts as the classifier, whose outputs stay.
+        heads = {x for x in self._modules.values() if isinstance(x, LAYERS) and num_outputs(x) == self._num_classes}
+        seen = heads | {self._modules[name] for name in fixed}
+        for root in [module for module in self._graph.module2node if isinstance(module, LAYERS)]:
+            if root in seen:
+                continue
+            try:
+                found = self._found(root, range(num_outputs(root)))
+            except FAULTS:
+                self.left_alone[self._names[root]] = [self._names[root]]
+                continue
+            changed = {
+                item.dep.target.module for item in found if self._graph.is_out_channel_pruning_fn(item.dep.handler)
+            }
+            seen |= changed
+            group = self._describe(found)
+            if changed & heads:
+                continue
+            if self._is_sound(group):
+                self.groups[group.root] = group
+            else:
+                self.left_alone[group.root] = _writers(group)
+
+    def _found(self, root: nn.Module, channels: Sequence[int]) -> Any:
+        """Return torch-pruning's group of some channels of its root."""
+        handler = self._graph.get_pruner_of_module(root).prune_out_channels
+        return self._graph.get_pruning_group(root, handler, list(channels))
+
+    def _test(self, roots: Sequence[str], passed: dict[str, ChannelGroup]) -> None:
+        """Add to `passed` those groups that can be cut together with what it has."""
+        tried = passed | {root: self.groups[root] for root in roots}
+        if _are_in_step(self._model, self._input_size, tried):
+            passed |= tried
+        elif len(roots) > 1:
+            half = len(roots) // 2
+            self._test(roots[:half], passed)
+            self._test(roots[half:], passed)
 
     def _describe(self, found: Any) -> ChannelGroup:
         root = found[0].dep.target.module
         group = ChannelGroup(self._names[root], num_outputs(root))
         for item in found:
             layer, is_input = item.dep.target.module, self._graph.is_in_channel_pruning_fn(item.dep.handler)
+            indices = (list(item.idxs), list(item.root_idxs))
             if isinstance(layer, nn.GroupNorm) and layer.num_groups < layer.num_channels:
                 group.parts = math.lcm(group.parts, layer.num_groups)
-            if _is_grouped(layer):
+            if is_grouped(layer):
                 group.unit = math.lcm(group.unit, layer.out_channels // layer.groups)
-            if isinstance(layer, LAYERS) and (not is_input or _is_grouped(layer) or _is_depthwise(layer)):
-                group.writers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
-            elif isinstance(layer, LAYERS):
-                group.readers.append((self._names[layer], list(item.idxs), list(item.root_idxs)))
+            if isinstance(layer, LAYERS) and is_input and not is_grouped(layer) and not is_depthwise(layer):
+                group.readers.append((self._names[layer], *indices))
+                continue
+            if isinstance(layer, LAYERS):
+                group.writers.append((self._names[layer], *indices))
+            group.tensors += [(name, dim, *indices) for name, dim in self._tensors(item.dep.target)]
         return group
+
+    def _tensors(self, node: Any) -> Iterator[tuple[str, int]]:
+        """Yield the tensors that have the channels of a node, by name, and along which dimension."""
+        if isinstance(node.module, nn.Parameter):
+            yield self._graph._param_to_name[node.module], node.pruning_dim
+        elif (name := self._names.get(node.module)) is not None:
+            along_inputs = isinstance(node.module, nn.ConvTranspose2d) and not is_depthwise(node.module)
+            for key, tensor in (node.module._parameters | node.module._buffers).items():
+                if tensor is not None and tensor.ndim:
+                    is_weight = isinstance(node.module, LAYERS) and key == "weight"
+                    yield f"{name}.{key}", int(along_inputs) if is_weight else -1
 
     def _is_sound(self, group: ChannelGroup) -> bool:
         """Whether the layers have the inputs and channels that the graph lists."""
@@ -108,14 +220,27 @@ class ChannelCutter:
             for root, channels in removed.items():
                 if channels:
                     for name, outputs, of in self.groups[root].writers if root in self.groups else ():
-                        lost = _lost(outputs, of, channels)
+                        lost = indices_of(outputs, of, channels)
                         self.kept[name] = sorted(set(range(num_outputs(self._modules[name]))) - lost)
-                    module = self._modules[root]
-                    handler = self._graph.get_pruner_of_module(module).prune_out_channels
-                    self._graph.get_pruning_group(module, handler, list(channels)).prune()
+                    self._found(self._modules[root], channels).prune()
             return logits_of_blanks(self._model, self._input_size, "model").shape[-1] == self._num_classes
         except FAULTS:
             return False
+
+
+def _writers(group: ChannelGroup) -> list[str]:
+    return [name for name, *_ in group.writers]
+
+
+def _are_in_step(model: nn.Module, input_size: tuple[int, int, int], groups: Mapping[str, ChannelGroup]) -> bool:
+    """Return whether channels of all groups that nothing reads can be cut without a change of the logits."""
+    silenced, generator = copy.deepcopy(model).cpu(), torch.Generator().manual_seed(0)  # GPUs round too much
+    try:
+        removed = {root: group.silence(silenced, generator) for root, group in groups.items()}
+        cutter = ChannelCutter(cut := copy.deepcopy(silenced), input_size, groups=groups)
+        return cutter.cut(removed) and compute_alike(silenced, cut, input_size, SAME)
+    except FAULTS:
+        return False
 
 
 def channel_importance(
@@ -173,146 +298,10 @@ def least_important(group: ChannelGroup, importance: torch.Tensor, kept: int) ->
     return sorted((runs.flatten()[:, None] * group.unit + torch.arange(group.unit)).flatten().tolist())
 
 
-@torch.no_grad()
-def compensate(
-    model: nn.Module,
-    groups: Mapping[str, ChannelGroup],
-    removed: Mapping[str, Sequence[int]],
-    images: Sequence[torch.Tensor],
-    statistics: AbstractContextManager,
-) -> None:
-    """Let the channels that stay stand for those to be removed, by root of their group, in the layers that read them.
-
-    What a reader loses is predicted linearly from the inputs that it keeps, and its weights take that in:
-    `W[kept] += W[removed] C`, with the coefficients `C` of ridge regression on batches `[B, C, H, W]` of images. A
-    constant goes into its bias, or into the stored mean of a BatchNorm layer behind it. In place, and to be called
-    before the cut; `statistics` is as for [`channel_importance`].
-    """
-    gone: dict[str, set[int]] = {}
-    for root, channels in removed.items():
-        for name, inputs, of in groups[root].readers:
-            gone.setdefault(name, set()).update(_lost(inputs, of, channels))
-    readers = {name: _Reader(model.get_submodule(name), lost) for name, lost in gone.items() if lost}
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        stack.enter_context(statistics)
-        fits = {name: RidgeFit(sum(map(len, images))) for name in readers}
-        for name, reader in readers.items():
-            stack.enter_context(reader.layer.register_forward_hook(partial(reader.take_in, fits[name])))
-        for layer in find_batch_norm(model).values():
-            for reader in readers.values():
-                stack.enter_context(layer.register_forward_pre_hook(reader.note_norm))
-        for batch in images:
-            for chunk in batch.split(CHUNK_SIZE):
-                compute_logits(model, to_device_of(model, chunk.clone()))  # some models change their input
-    for name, reader in readers.items():
-        reader.change(fits[name])
-
-
-def _lost(indices: Sequence[int], channels: Sequence[int], removed: Collection[int]) -> set[int]:
-    """Return the indices whose channels are removed."""
-    removed = set(removed)
-    return {index for index, channel in zip(indices, channels, strict=True) if channel in removed}
-
-
-class _Reader:
-    """A layer that loses inputs, and the BatchNorm layer behind it, if there is one."""
-
-    def __init__(self, layer: Any, lost: Collection[int]):
-        self.layer = layer
-        self.lost = sorted(lost)
-        self.kept = sorted(set(range(num_inputs(layer))) - set(lost))
-        self.norm: Any = None
-        self._output: torch.Tensor | None = None
-
-    def take_in(self, fit: RidgeFit, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        """Take in what the layer got; a hook."""
-        x = args[0] if isinstance(layer, nn.Linear) else args[0].movedim(1, -1)
-        rows = x.reshape(len(x), -1, 1, x.shape[-1])
-        fit.add(rows[..., self.kept], rows[..., self.lost])
-        self._output = output
-
-    def note_norm(self, norm: Any, args: tuple) -> None:
-        """Note that a BatchNorm layer got the layer's output; a hook."""
-        if args[0] is self._output:
-            self.norm = norm
-
-    def change(self, fit: RidgeFit) -> None:
-        """Change the weights for the lost inputs to be zero."""
-        takes_offset = self.layer.bias is not None or getattr(self.norm, "running_mean", None) is not None
-        solution = fit.solve(has_offset=takes_offset)
-        if solution is None:
-            return
-        weight = self.layer.weight
-        lost = weight[:, self.lost].double().cpu()
-        # The rest of the weight's dimensions are positions of a kernel.
-        weight[:, self.kept] += torch.einsum("or...,kr->ok...", lost, solution.weights[0]).to(weight)
-        offset = torch.einsum("or...,r->o", lost, solution.offsets[0]).to(weight)
-        if self.layer.bias is not None:
-            self.layer.bias += offset
-        elif takes_offset:
-            self.norm.running_mean -= offset
-
-
-class _BoundedGraph(DependencyGraph):
-    """A dependency graph where grouped convolutions lose whole groups, and whose searches end after [`MAX_VISITS`]."""
-
-    def __init__(self):
-        super().__init__()
-        self._whole_groups = _WholeGroups()
-        self._in_channel_pruning_fn.add(self._whole_groups.prune_in_channels)
-        self._out_channel_pruning_fn.add(self._whole_groups.prune_out_channels)
-
-    def get_pruner_of_module(self, module: nn.Module) -> BasePruningFunc:
-        # torch-pruning registers pruners by class, and the class of grouped convolutions is that of all others.
-        return self._whole_groups if _is_grouped(module) else super().get_pruner_of_module(module)
-
-    def build_dependency(self, *args, **kwargs):
-        built = super().build_dependency(*args, **kwargs)
-        for node in self.module2node.values():
-            node.dependencies = _Counted(node.dependencies, self._count)
-        return built
-
-    def get_pruning_group(self, *args, **kwargs):
-        self._visits = 0
-        return super().get_pruning_group(*args, **kwargs)
-
-    def _count(self) -> None:
-        self._visits += 1
-        if self._visits > MAX_VISITS:
-            raise RuntimeError(f"The search for a group of channels did not end after {MAX_VISITS:,} steps.")
-
-
-class _Counted(list):
-    """A list that calls a function whenever it is iterated over."""
-
-    def __init__(self, items: Iterable, count: Callable[[], None]):
-        super().__init__(items)
-        self._count = count
-
-    def __iter__(self) -> Iterator:
-        self._count()
-        return super().__iter__()
-
-
-class _WholeGroups(BasePruningFunc):
-    """Removes whole groups from a grouped convolution: outputs together with inputs."""
-
-    def prune_out_channels(self, layer: nn.Conv2d, idxs: Sequence[int]) -> nn.Conv2d:
-        kept = [index for index in range(layer.out_channels) if index not in set(idxs)]
-        layer.groups = len(kept) * layer.groups // layer.out_channels
-        layer.in_channels = layer.out_channels = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
-        if layer.bias is not None:
-            layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
-        return layer
-
-    prune_in_channels = prune_out_channels
-
-    def get_out_channels(self, layer: nn.Conv2d) -> int:
-        return layer.out_channels
-
-    get_in_channels = get_out_channels
+def indices_of(indices: Sequence[int], channels: Sequence[int], chosen: Collection[int]) -> set[int]:
+    """Return the indices of a layer whose channels are among those chosen."""
+    chosen = set(chosen)
+    return {index for index, channel in zip(indices, channels, strict=True) if channel in chosen}
 
 
 def _by_channel(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -321,21 +310,3 @@ def _by_channel(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Linear):  # channels last
         return product.reshape(len(x), -1, x.shape[-1]).sum(1).cpu()
     return product.flatten(2).sum(2).cpu()
-
-
-def num_outputs(layer: Any) -> int:
-    """Return the number of output channels of a convolution or a linear layer."""
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-
-
-def num_inputs(layer: Any) -> int:
-    """Return the number of input channels of a convolution or a linear layer."""
-    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
-
-
-def _is_depthwise(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.out_channels
-
-
-def _is_grouped(layer: Any) -> bool:
-    return isinstance(layer, nn.Conv2d) and 1 < layer.groups < layer.out_channels == layer.in_channels

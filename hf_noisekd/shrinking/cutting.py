@@ -28,10 +28,10 @@ from hf_noisekd.shrinking.channels import (
     ChannelCutter,
     ChannelGroup,
     channel_importance,
-    compensate,
     least_important,
-    num_inputs,
 )
+from hf_noisekd.shrinking.compensation import compensate
+from hf_noisekd.shrinking.dependency_graph import num_inputs
 from hf_noisekd.shrinking.ranking import Comparison, num_ranked, order_of_removal
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
 from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
@@ -256,26 +256,16 @@ def _narrowed(
     Beside it are the outputs that narrowed layers keep. Layers that cannot be narrowed stay, and their names in the
     teacher, from `name_before`, are added to `fixed`.
     """
-    while True:
-        cut = copy.deepcopy(whole)
-        cutter = ChannelCutter(cut, input_size)
-        groups = {root: group for root, group in cutter.groups.items() if name_before[root] not in fixed}
-        widths = _widths(whole, groups, budget, input_size)
-        if widths is None:
-            return None, {}
-        importance = channel_importance(cut, groups, compared.batches, compared.statistics(cut))
-        removed = {root: least_important(groups[root], importance[root], width) for root, width in widths.items()}
-        compensate(cut, groups, removed, compared.batches, compared.statistics(cut))
-        if cutter.cut(removed):
-            return cut, cutter.kept
-        failing = {
-            name_before[root]
-            for root, channels in removed.items()
-            if not ChannelCutter(copy.deepcopy(whole), input_size).cut({root: channels})
-        }
-        if not failing:
-            return None, {}
-        fixed |= failing
+    cut = copy.deepcopy(whole)
+    cutter = ChannelCutter(cut, input_size, {name for name, before in name_before.items() if before in fixed})
+    fixed |= {name_before[name] for writers in cutter.left_alone.values() for name in writers}
+    widths = _widths(whole, cutter.groups, budget, input_size)
+    if widths is None:
+        return None, {}
+    importance = channel_importance(cut, cutter.groups, compared.batches, compared.statistics(cut))
+    removed = {root: least_important(cutter.groups[root], importance[root], width) for root, width in widths.items()}
+    compensate(cut, cutter.groups, removed, compared.batches, compared.statistics(cut))
+    return (cut, cutter.kept) if cutter.cut(removed) else (None, {})
 
 
 def _widths(

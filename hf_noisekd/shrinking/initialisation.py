@@ -15,14 +15,9 @@ from hf_noisekd.models.classifier import compute_alike, device_of
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.blocks import Place, removable_blocks, remove_blocks, stages_of
-from hf_noisekd.shrinking.channels import (
-    LAYERS,
-    ChannelCutter,
-    channel_importance,
-    compensate,
-    least_important,
-    num_outputs,
-)
+from hf_noisekd.shrinking.channels import ChannelCutter, channel_importance, least_important
+from hf_noisekd.shrinking.compensation import compensate
+from hf_noisekd.shrinking.dependency_graph import LAYERS, num_outputs
 from hf_noisekd.shrinking.ranking import Comparison, order_of_removal
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher
 from hf_noisekd.shrinking.shrunk import built_with, shapes_of
