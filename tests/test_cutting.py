@@ -33,6 +33,33 @@ def test_a_share_of_the_multiply_adds_is_kept(keep):
     assert all(conv.out_channels % 8 == 0 for conv in student.modules() if isinstance(conv, nn.Conv2d))
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.75, 0.6, 0.5])
+@pytest.mark.parametrize("kwargs", [{"width": 16}, {"width": 16, "norm_groups": 4}])
+def test_what_is_left_of_the_budget_goes_to_single_layers(keep, kwargs):
+    teacher = build("resnet10_cifar", stem_stride=2, **kwargs)
+    macs, params = count_macs(teacher, SIZE)[""], count_parameters(teacher)
+    names = {name: name for name, _ in teacher.named_modules()}
+    narrow, _ = _narrowed(teacher, Budget(macs=keep * macs), SIZE, Comparison.on(IMAGES), set(), names)
+    assert keep - 0.03 < count_macs(narrow, SIZE)[""] / macs <= keep
+    narrow, _ = _narrowed(teacher, Budget(params=keep * params), SIZE, Comparison.on(IMAGES), set(), names)
+    assert keep - 0.05 < count_parameters(narrow) / params <= keep
+
+
+def test_a_network_far_below_what_was_asked_for_says_so():
+    teacher = build("resnet18_cifar", width=8, stem_stride=2)
+    for stage in (teacher.layer1, teacher.layer2, teacher.layer3, teacher.layer4):
+        for block in [*stage][1:]:
+            nn.init.zeros_(block.bn2.weight)
+            nn.init.zeros_(block.bn2.bias)
+    _, start = shrink(teacher, 0.95, images=IMAGES)
+    assert (len(start.removed_blocks), start.cut) == (1, 0)
+    assert start.macs < 0.92
+    assert start.allowed_macs == pytest.approx(0.95)
+    assert "95%" in str(start)
+    _, start = shrink(build("resnet10_cifar", width=16, stem_stride=2), 0.75, images=IMAGES)
+    assert start.allowed_macs is None
+
+
 def test_limits_on_parameters_and_on_multiply_adds():
     teacher = build(width=32, stem_stride=2)
     student, _ = shrink(teacher, max_params=1_000_000, images=IMAGES)

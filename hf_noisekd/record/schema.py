@@ -88,6 +88,7 @@ class StartFacts:
     from_teacher: int
     cut: int
     macs: float  # its multiply-adds as a share of the teacher's
+    allowed_macs: float | None = None  # likewise, the most it could have, where that is more than 3 points more
     teacher_input_size: list[int] | None = None  # where the student takes smaller images
     size_agreement: float | None = None  # in percent, of the whole teacher on these with itself on its own
     recalibrated: bool = False  # whether the initial weights have statistics of images
@@ -97,6 +98,8 @@ class StartFacts:
     def __str__(self) -> str:
         some = "all" if self.from_teacher == self.tensors else f"{self.from_teacher} of"
         parts = [f"{some} {self.tensors} tensors are the teacher's", f"{self.macs:.0%} of its multiply-adds"]
+        if self.allowed_macs:
+            parts[1] += f", of the {self.allowed_macs:.0%} that it could have"
         if self.cut:
             parts[0] += f", {self.cut} of them with fewer channels"
         if blocks := len(self.removed_blocks):

@@ -59,13 +59,16 @@ class ChannelGroup:
     readers: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
     tensors: list[tuple[str, int, list[int], list[int]]] = field(default_factory=list)
 
+    @property
+    def step(self) -> int:
+        """Channels by which its width can change, to numbers that hardware likes where it has one now."""
+        step = math.lcm(MULTIPLE, self.unit * self.parts)
+        return self.unit * self.parts if self.channels % step else step
+
     def width(self, share: float) -> int:
         """Return a share of its channels, rounded to a number that hardware likes and that can be reached."""
-        step = math.lcm(MULTIPLE, self.unit * self.parts)
-        if self.channels % step:
-            step = self.unit * self.parts
-        wanted = round(self.channels * share / step) * step
-        return min(max(wanted, step, MIN_CHANNELS), self.channels)
+        wanted = round(self.channels * share / self.step) * self.step
+        return min(max(wanted, self.step, MIN_CHANNELS), self.channels)
 
     @torch.no_grad()
     def silence(self, model: nn.Module, generator: torch.Generator) -> list[int]:

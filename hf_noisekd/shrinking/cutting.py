@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -39,6 +40,7 @@ from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
 # A network that lost only blocks keeps nearly correct BatchNorm statistics: it may diverge so many times more.
 PREFERENCE = 1.25
+UNUSED = 0.03  # of the teacher's multiply-adds, of which it is told if the budget has so many left
 LEAST_SIDE, SIDE_STEP = 64, 8  # pixels of images that may be made smaller, and by how many at a time
 
 
@@ -94,7 +96,7 @@ def shrink(
     """Cut a smaller network out of a timm model, without training: whole blocks first, then channels.
 
     Those blocks are removed first that change the predictions the least for the multiply-adds they save. For several
-    numbers of removed blocks, all layers are narrowed by the same share until the budget is met, each to its most
+    numbers of removed blocks, all layers are narrowed by about the same share until the budget is met, each to its most
     important channels; see [`channel_importance`]. The network with the smallest KL divergence from the teacher is
     taken; one that lost only blocks may have 25 % more. What reads narrowed layers is changed, so that the channels
     that stay stand for those removed; see [`compensate`].
@@ -159,12 +161,15 @@ def cut_to_budget(
         )
     recalibrated, repaired = fit_to_teacher(student, whole, cut, images and images.at(best.input_size[1:]))
     remove_blocks(rest := copy.deepcopy(teacher), cut.removed)
+    macs_of_teacher = count_macs(teacher, size)[""]
+    macs, most = count_macs(student, best.input_size)[""] / macs_of_teacher, budget.macs / macs_of_teacher
     facts = StartFacts(
         removed_blocks=[place.name for place in cut.removed],
         tensors=len(student.state_dict()),
         from_teacher=len(student.state_dict()),
         cut=len(differing(shapes_of(rest), shapes_of(student))),
-        macs=count_macs(student, best.input_size)[""] / count_macs(teacher, size)[""],
+        macs=macs,
+        allowed_macs=most if macs + UNUSED < most < 1 else None,
         recalibrated=recalibrated,
         repaired_blocks=repaired,
     )
@@ -251,7 +256,7 @@ def _narrowed(
     fixed: set[str],
     name_before: Mapping[str, str],
 ) -> tuple[nn.Module | None, dict[str, list[int]]]:
-    """Return `whole` with all its layers narrowed by the same share to a budget, or None if that is impossible.
+    """Return `whole` with all its layers narrowed by about the same share to a budget, or None if that is impossible.
 
     Beside it are the outputs that narrowed layers keep. Layers that cannot be narrowed stay, and their names in the
     teacher, from `name_before`, are added to `fixed`.
@@ -271,28 +276,56 @@ def _narrowed(
 def _widths(
     model: nn.Module, groups: Mapping[str, ChannelGroup], budget: Budget, input_size: tuple[int, int, int]
 ) -> dict[str, int] | None:
-    """Return the widths of all groups that meet a budget: about the same share of each, or None."""
-    costs = count_macs(model, input_size)
-    params = {name: sum(p.numel() for p in module.parameters(recurse=False)) for name, module in model.named_modules()}
+    """Return the widths of all groups that meet a budget, or None: about the same share of each, and then what is left.
 
-    def cost(widths: Mapping[str, int]) -> tuple[float, float]:
-        share = dict.fromkeys(costs, 1.0)
-        for root, group in groups.items():
-            rest = widths[root] / group.channels
-            for name, *_ in group.writers:
-                share[name] *= rest
-            for name, inputs, _ in group.readers:
-                share[name] -= share[name] * (1 - rest) * len(inputs) / num_inputs(model.get_submodule(name))
-        leaves = [name for name in costs if params.get(name)]
-        return sum(costs[n] * share[n] for n in leaves), sum(params[n] * share[n] for n in leaves)
-
-    best, low, high = None, 0.0, 1.0
+    That goes to the groups one by one, a step each, the narrowest first, until no step is within the budget.
+    """
+    costs = _Costs(model, groups, input_size)
+    best: dict[str, int] | None = None
+    low, high = 0.0, 1.0
     for _ in range(12):
         share = (low + high) / 2
         widths = {root: group.width(share) for root, group in groups.items()}
-        macs, num_params = cost(widths)
-        if macs <= budget.macs and num_params <= budget.params:
+        if costs.are_within(budget, widths):
             best, low = widths, share
         else:
             high = share
+    if best is None:
+        return None
+    shares, left = {root: width / groups[root].channels for root, width in best.items()}, set(groups)
+    while left:
+        root = min(sorted(left), key=lambda root: shares[root])
+        wider = best | {root: min(best[root] + groups[root].step, groups[root].channels)}
+        if wider == best or not costs.are_within(budget, wider):
+            left.remove(root)  # what does not fit now will not fit later
+        else:
+            best, shares[root] = wider, wider[root] / groups[root].channels
     return best
+
+
+class _Costs:
+    """What a network costs if groups of channels are narrowed, which nothing else is then."""
+
+    def __init__(self, model: nn.Module, groups: Mapping[str, ChannelGroup], input_size: tuple[int, int, int]):
+        self._groups = groups
+        macs = count_macs(model, input_size)
+        self._macs = dict(macs)  # of each module without those in it
+        for name in filter(None, macs):
+            self._macs[name.rpartition(".")[0]] -= macs[name]
+        self._params = {name: tensor.numel() for name, tensor in model.named_parameters()}
+        self._inputs = {
+            name: num_inputs(model.get_submodule(name)) for group in groups.values() for name, *_ in group.readers
+        }
+
+    def are_within(self, budget: Budget, widths: Mapping[str, int]) -> bool:
+        """Return whether a network whose groups have these widths, by root, is within a budget."""
+        outputs, inputs = defaultdict[str, float](lambda: 1.0), defaultdict[str, float](lambda: 1.0)
+        for root, group in self._groups.items():
+            rest = widths[root] / group.channels
+            for name, *_ in group.tensors:
+                outputs[name] *= rest
+            for name, indices, _ in group.readers:
+                inputs[f"{name}.weight"] -= (1 - rest) * len(indices) / self._inputs[name]
+        macs = sum(n * outputs[f"{name}.weight"] * inputs[f"{name}.weight"] for name, n in self._macs.items() if n)
+        params = sum(n * outputs[name] * inputs[name] for name, n in self._params.items())
+        return macs <= budget.macs and params <= budget.params
