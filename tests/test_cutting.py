@@ -60,6 +60,20 @@ def test_a_network_far_below_what_was_asked_for_says_so():
     assert start.allowed_macs is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_teacher_of_another_type_is_cut_in_float32(dtype):
+    teacher = build("resnet10_cifar", width=16, stem_stride=2).to(dtype)
+    for images in (None, IMAGES, [IMAGES[0].to(dtype)]):
+        student, start = shrink(teacher, 0.5, images=images)
+        assert {tensor.dtype for tensor in student.state_dict().values() if tensor.is_floating_point()} == {
+            torch.float32
+        }
+        assert 0.45 < start.macs <= 0.5
+    assert teacher.conv1.weight.dtype == dtype
+    expected, _ = shrink(teacher.float(), 0.5, images=IMAGES)
+    torch.testing.assert_close(student(IMAGES[0].to(dtype).float()), expected(IMAGES[0]), atol=0.05, rtol=0.05)
+
+
 def test_limits_on_parameters_and_on_multiply_adds():
     teacher = build(width=32, stem_stride=2)
     student, _ = shrink(teacher, max_params=1_000_000, images=IMAGES)

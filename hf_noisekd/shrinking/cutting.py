@@ -106,7 +106,7 @@ def shrink(
     which are wrong once channels were cut: correct them with [`recalibrate_batch_norm`].
 
     Args:
-        teacher: A timm model. It does not change.
+        teacher: A timm model. It does not change. If it is in half precision, it is cut in float32.
         keep: Share of the teacher's multiply-adds that the result may have, in (0, 1).
         max_macs: Most multiply-adds for an image; below 1 a share of the teacher's.
         max_params: Most parameters, likewise.
@@ -118,7 +118,7 @@ def shrink(
             of fewer than 64 pixels a side.
 
     Returns:
-        The network, in evaluation mode, which can be saved like any other, and what was cut.
+        The network, in float32 and evaluation mode, which can be saved like any other, and what was cut.
 
     Raises:
         ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
@@ -136,11 +136,11 @@ def cut_to_budget(
     **limits: float | None,
 ) -> tuple[nn.Module, StartFacts, Cut]:
     """Return what [`shrink`] does, and what was cut."""
-    teacher = timm_model_of(teacher)
+    teacher = _in_float32(timm_model_of(teacher))
     size = input_size_of(teacher, input_size)
     budget = Budget.of(teacher, size, **limits)
     if images is not None and not isinstance(images, CalibrationImages):
-        images = given_images(teacher, torch.cat(list(images)))
+        images = given_images(teacher, torch.cat(list(images)).float())
     compared = Comparison.on(images or ranking_noise(teacher, size))
     expected = compared.log_probs(teacher)
     cuts = [_best_cut(teacher, budget, size, compared, expected)]
@@ -178,6 +178,12 @@ def cut_to_budget(
         agreement = 100 * (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
         facts = replace(facts, teacher_input_size=list(size), size_agreement=agreement)
     return student, facts, cut
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """Return a model, or a copy of it in float32 if it is in another type, in which gradients and solutions fail."""
+    others = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} - {torch.float32}
+    return copy.deepcopy(model).float() if others else model
 
 
 class _Found(NamedTuple):
