@@ -3,8 +3,9 @@
     python recipes/families.py    # a quarter of an hour on a CPU
 
 Beyond the paper. Each is cut to half its multiply-adds, as by `noisekd distill --keep 0.5`, saved, and loaded by
-timm and by transformers, whose logits must be the same; then exported to ONNX and run by onnxruntime. A network none
-of whose tensors is narrowed is one that is as well off without blocks, or one whose layers torch-pruning cannot follow.
+timm and by transformers, whose logits must be the same; then exported to ONNX and run by onnxruntime. Groups of
+channels that torch-pruning cannot follow, or takes for others, are left alone. A network none of whose tensors is
+narrowed is one that is as well off without blocks, or one that has no other groups.
 """
 
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import timm
 import torch
+from harness.channel_groups import groups_left_alone
 from harness.onnx_files import exported_logits
 from harness.results import Results, recipe_parser
 from torch import nn
@@ -69,7 +71,8 @@ def cut_and_read(name: str, keep: float, side: int) -> dict:
             nn.init.normal_(layer.bias, std=0.1)
     size = (3, side, side)
     images = [torch.randn(16, *size)]
-    row: dict = {"multiply-adds (%)": None, "cut": "", "built as": "", "read by": ""}
+    row: dict = {"multiply-adds (%)": None, "groups left alone": "", "cut": "", "built as": "", "read by": ""}
+    row["groups left alone"] = groups_left_alone(teacher, size)
     try:
         student, start = shrink(teacher, keep, input_size=size, images=images)
     except Exception as error:  # the others are to be tried all the same
