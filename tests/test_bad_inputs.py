@@ -81,7 +81,7 @@ def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused
 
 
 def test_budgets(refused, saved):
-    for words in ("--keep 2", "--keep 0", "--max-macs 0", "--max-params 99999999"):
+    for words in ("--keep 2", "--keep 0", "--max-macs 0", "--max-params 99999999", "--max-params 180x", "--max-macs k"):
         refused(2, "distill", "--teacher", saved, "--output-dir", "out", *words.split())
 
 
@@ -142,6 +142,21 @@ def test_checkpoints_of_others(refused, tmp_path, content):
     else:
         (tmp_path / "w.pth").write_bytes(content)
     refused(1, "info", "--teacher", "resnet10_cifar", "--teacher-checkpoint", "w.pth")
+
+
+@pytest.mark.parametrize("said", [{"arch": "resnet18"}, {"args": {"mean": "many"}}, {"args": {"model_kwargs": [1]}}])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate --model resnet10_cifar --checkpoint w.pth --dataset nowhere",
+        "export --model resnet10_cifar --checkpoint w.pth --output model.onnx",
+        "convert --model resnet10_cifar --checkpoint w.pth --output-dir out",
+        "convert --model FOLDER --checkpoint w.pth --output-dir out",
+    ],
+)
+def test_files_of_trainings_that_do_not_fit(refused, saved, tmp_path, words, said):
+    torch.save({"state_dict": load_file(saved / "model.safetensors")} | said, tmp_path / "w.pth")
+    refused(1, *words.replace("FOLDER", str(saved)).split())
 
 
 def pictures_of(folder, classes, break_it=None):
