@@ -1,6 +1,7 @@
 """A network cut and repaired, and what of it could not be cut."""
 
 import copy
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -10,6 +11,8 @@ from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.cutting import cut_to_budget
 from hf_noisekd.shrinking.repair import fit_to_teacher
+
+RANKED = 16  # noise images to choose a cut on: it is to be tried, not to be good
 
 
 def groups_left_alone(model: nn.Module, input_size: tuple[int, int, int]) -> str:
@@ -27,7 +30,8 @@ def cut_and_repaired(
     deviation of the teacher's.
     """
     size = tuple(images.shape[1:])
-    student, facts, cut = cut_to_budget(teacher, keep=keep, input_size=size, images=None)
+    with patch("hf_noisekd.shrinking.cutting.num_ranked", lambda size: RANKED):
+        student, facts, cut = cut_to_budget(teacher, keep=keep, input_size=size, images=None)
     errors = [logit_error(student, teacher, others)]
     fit_to_teacher(student, teacher, cut, given_images(teacher, images))
     return student, facts, [*errors, logit_error(student, teacher, others)]
