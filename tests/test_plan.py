@@ -161,6 +161,7 @@ def test_given_images_are_trained_on(digits_teacher, given, tmp_path, monkeypatc
     args = config(tmp_path / "out", keep=0.5, learning_rate=1e-4, max_steps=4)
     trainer = NoiseKDTrainer(None, digits_teacher, args, images=given)
     before = snapshot(trainer.model)
+    assert trainer.train_dataset.share == (0.5 * 48 / 256 if fit else 1)
     trainer.train()
     made = Provenance.of(load_teacher(args.output_dir))
     assert made.real_images.images == 48  # the others are compared on

@@ -43,7 +43,6 @@ from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.training.training_data import (
     HELD_OUT_GIVEN,
-    IMAGES_SHARE,
     at_size,
     breaks_bfloat16,
     calibration_of,
@@ -123,7 +122,7 @@ def plan_training(
     check_models(model, teacher, explicit_size=args.input_size is not None)
     args = _with_defaults(args, teacher, initial, train_dataset, freezes=frozen_cut is not None)
     if train_dataset is None and given is not None:
-        train_dataset = mixed_noise(args, teacher, given, share=1.0 if by_stored else IMAGES_SHARE)
+        train_dataset = mixed_noise(args, teacher, given, alone=by_stored)
     noise = train_noise(args, teacher, train_dataset, (model, teacher_model))
     train_dataset = train_dataset if noise is None else noise
     check_train_noise(train_dataset, args, teacher)

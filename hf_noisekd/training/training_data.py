@@ -22,7 +22,7 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 SHARE = 0.15  # of the cost of a training that calibration images may have
-IMAGES_SHARE = 0.5  # of the steps, where images are given
+IMAGES_SHARE, IMAGES_OF_SHARE = 0.5, 256  # of the steps, where so many images are given; with fewer it is less
 EVAL_PIXELS = 2**21  # of the noise to evaluate on
 MIN_IMAGES = 16  # that a user gives
 HELD_OUT_GIVEN = "held-out given images"
@@ -103,8 +103,12 @@ def needs_stored_statistics(
     return decides and bool(stored_statistics(teacher_model)) and given.problem is not None
 
 
-def mixed_noise(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, share: float) -> NoiseDataset:
-    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps."""
+def mixed_noise(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, alone: bool) -> NoiseDataset:
+    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps, or all.
+
+    A few dozen images in half of the steps would be learnt by heart.
+    """
+    share = 1.0 if alone else IMAGES_SHARE * min(1.0, len(given.pixel_values) / IMAGES_OF_SHARE)
     name = given.given.dataset if given.given else None
     images = PixelsDataset(given.pixel_values.cpu(), name, augments=True)
     return MixedDataset.for_model(
