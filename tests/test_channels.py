@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import StdConv2d
 from torch import nn
 
 from hf_noisekd.shrinking.channels import ChannelCutter, ChannelGroup, channel_importance, least_important
@@ -231,3 +232,14 @@ def test_a_constant_behind_a_transposed_convolution_goes_into_its_bias():
     assert cutter.cut({"conv1": [5]})
     with torch.no_grad():
         torch.testing.assert_close(cut(images), whole(images), rtol=1e-3, atol=1e-3)
+
+
+def test_convolutions_that_standardise_their_weights_can_be_cut():
+    whole = Net(torch.square, 16).eval()
+    whole.conv2 = StdConv2d(16, 16, 3)
+    cutter = ChannelCutter(whole, SIZE)
+    assert cutter.groups.keys() == {"conv1", "conv2", "conv3"}
+    assert isinstance(whole.conv2, StdConv2d)
+    whole = Net(gate, 8).eval()
+    whole.conv2 = StdConv2d(8, 16, 3)
+    assert ChannelCutter(whole, SIZE).left_alone == {"conv1": ["conv1"]}

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from hf_noisekd.models.classifier import (
@@ -39,6 +40,8 @@ MULTIPLE = 8  # of the channels of a layer
 MIN_CHANNELS = 8
 # Of logits of a network that lost channels which nothing read: float32 gives 1e-6, wrong channels 1e-3 and more.
 SAME = 1e-4
+# Convolutions that standardise the weights of all inputs together, and those that take them as they are.
+PLAIN = {StdConv2d: nn.Conv2d, StdConv2dSame: Conv2dSame}
 
 
 @dataclass
@@ -238,6 +241,8 @@ def _writers(group: ChannelGroup) -> list[str]:
 def _are_in_step(model: nn.Module, input_size: tuple[int, int, int], groups: Mapping[str, ChannelGroup]) -> bool:
     """Return whether channels of all groups that nothing reads can be cut without a change of the logits."""
     silenced, generator = copy.deepcopy(model).cpu(), torch.Generator().manual_seed(0)  # GPUs round too much
+    for layer in silenced.modules():
+        layer.__class__ = PLAIN.get(type(layer), type(layer))  # else what they read would depend on the silent ones
     try:
         removed = {root: group.silence(silenced, generator) for root, group in groups.items()}
         cutter = ChannelCutter(cut := copy.deepcopy(silenced), input_size, groups=groups)
