@@ -195,3 +195,11 @@ def test_a_teacher_of_another_function_than_timm_builds_is_refused(change):
             module.act1 = nn.Hardtanh()
     with pytest.raises(ValueError, match=r"resnet10_cifar .*changed by hand"):
         shrink(teacher, 0.5, images=IMAGES)
+
+
+@pytest.mark.parametrize("max_params", [0.6, 0.3])
+def test_parameters_behind_concatenations_are_counted(max_params):
+    teacher = timm.create_model("densenet121", growth_rate=16, block_config=(4, 4), num_classes=10)
+    student, _ = shrink(teacher, max_params=max_params, input_size=(3, 32, 32))
+    share = count_parameters(student) / count_parameters(teacher)
+    assert max_params - 0.05 < share <= max_params

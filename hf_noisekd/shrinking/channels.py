@@ -40,7 +40,8 @@ MULTIPLE = 8  # of the channels of a layer
 MIN_CHANNELS = 8
 # Of logits of a network that lost channels which nothing read: float32 gives 1e-6, wrong channels 1e-3 and more.
 SAME = 1e-4
-# Convolutions that standardise the weights of all inputs together, and those that take them as they are.
+# In the test, convolutions that standardise the weights of all inputs together take them as they are: else those for
+# silent inputs would change the others.
 PLAIN = {StdConv2d: nn.Conv2d, StdConv2dSame: Conv2dSame}
 
 
@@ -104,12 +105,12 @@ class ChannelGroup:
 class ChannelCutter:
     """Cuts channels of a classifier in place.
 
-    `groups`, by root, are those that can be cut. `left_alone` has the writers of the others by root: torch-pruning
-    cannot follow these, or takes other channels for theirs. That is tested, together if possible: channels that nothing
-    reads can be cut without a change of the logits.
+    `groups`, by root, are those that can be cut. `left_alone` has the writers of the others by root, without those of
+    the classifier: torch-pruning cannot follow these, or takes other channels for theirs. That is tested, together if
+    possible: channels that nothing reads can be cut without a change of the logits.
 
     Args:
-        model: The classifier, which does not change before the cut.
+        model: The classifier, which does not change before the cut but for `requires_grad`.
         input_size: `(channels, height, width)` of its images.
         fixed: Names of layers that are known not to be roots of groups that can be cut.
         groups: Those of a network of the same layers, if they are known; they are not tested again.
@@ -140,12 +141,13 @@ class ChannelCutter:
                 verbose=False,
             )
             if groups is None:
-                self._find_groups(fixed)
-                self._test([*self.groups], passed := dict[str, ChannelGroup]())
-                self.left_alone |= {root: _writers(group) for root, group in self.groups.items() if root not in passed}
-                self.groups = passed
+                found = self._find_groups(fixed)
+                self._test(found, [*found])
+                self.left_alone |= {root: _writers(group) for root, group in found.items() if root not in self.groups}
 
-    def _find_groups(self, fixed: Collection[str]) -> None:
+    def _find_groups(self, fixed: Collection[str]) -> dict[str, ChannelGroup]:
+        """Return those groups that torch-pruning can follow, but for those of the classifier, by root."""
+        groups: dict[str, ChannelGroup] = {}
         # A layer with one output for each class counts as the classifier, whose outputs stay.
         heads = {x for x in self._modules.values() if isinstance(x, LAYERS) and num_outputs(x) == self._num_classes}
         seen = heads | {self._modules[name] for name in fixed}
@@ -165,24 +167,25 @@ class ChannelCutter:
             if changed & heads:
                 continue
             if self._is_sound(group):
-                self.groups[group.root] = group
+                groups[group.root] = group
             else:
                 self.left_alone[group.root] = _writers(group)
+        return groups
 
     def _found(self, root: nn.Module, channels: Sequence[int]) -> Any:
         """Return torch-pruning's group of some channels of its root."""
         handler = self._graph.get_pruner_of_module(root).prune_out_channels
         return self._graph.get_pruning_group(root, handler, list(channels))
 
-    def _test(self, roots: Sequence[str], passed: dict[str, ChannelGroup]) -> None:
-        """Add to `passed` those groups that can be cut together with what it has."""
-        tried = passed | {root: self.groups[root] for root in roots}
+    def _test(self, found: Mapping[str, ChannelGroup], roots: Sequence[str]) -> None:
+        """Add to `self.groups` those of the groups found that can be cut together with what is there."""
+        tried = self.groups | {root: found[root] for root in roots}
         if _are_in_step(self._model, self._input_size, tried):
-            passed |= tried
+            self.groups = tried
         elif len(roots) > 1:
             half = len(roots) // 2
-            self._test(roots[:half], passed)
-            self._test(roots[half:], passed)
+            self._test(found, roots[:half])
+            self._test(found, roots[half:])
 
     def _describe(self, found: Any) -> ChannelGroup:
         root = found[0].dep.target.module

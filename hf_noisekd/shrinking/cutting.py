@@ -40,7 +40,7 @@ from hf_noisekd.shrinking.shrunk import build_cut, shapes_of, timm_model_of
 MAX_DEPTHS = 8  # numbers of removed blocks to try, besides none
 # A network that lost only blocks keeps nearly correct BatchNorm statistics: it may diverge so many times more.
 PREFERENCE = 1.25
-UNUSED = 0.03  # of the teacher's multiply-adds, of which it is told if the budget has so many left
+UNUSED = 0.03  # share of the teacher's multiply-adds; a note is made if the budget has more left
 LEAST_SIDE, SIDE_STEP = 64, 8  # pixels of images that may be made smaller, and by how many at a time
 
 
@@ -169,7 +169,7 @@ def cut_to_budget(
         from_teacher=len(student.state_dict()),
         cut=len(differing(shapes_of(rest), shapes_of(student))),
         macs=macs,
-        allowed_macs=most if macs + UNUSED < most < 1 else None,
+        allowed_macs=most if macs + UNUSED < most < 1 and budget.params == math.inf else None,
         recalibrated=recalibrated,
         repaired_blocks=repaired,
     )
@@ -239,7 +239,7 @@ def _cuts(
         name_before = remove_blocks(cut, removed)
         fits = budget.holds(cut, size)
         narrow, kept = (cut, {}) if fits else _narrowed(cut, budget, size, compared, fixed, name_before)
-        if narrow is not None and budget.holds(narrow, size):  # `_widths` ignores products without weights
+        if narrow is not None and budget.holds(narrow, size):  # products without weights do not count there
             change = compared.divergence(expected, narrow) / (PREFERENCE if fits else 1)
             yield _Found(change, narrow, Cut(removed, kept), size)
         if fits:
@@ -318,7 +318,7 @@ class _Costs:
         self._macs = dict(macs)  # of each module without those in it
         for name in filter(None, macs):
             self._macs[name.rpartition(".")[0]] -= macs[name]
-        self._params = {name: tensor.numel() for name, tensor in model.named_parameters()}
+        self._params = dict(model.named_parameters())
         self._inputs = {
             name: num_inputs(model.get_submodule(name)) for group in groups.values() for name, *_ in group.readers
         }
@@ -328,10 +328,11 @@ class _Costs:
         outputs, inputs = defaultdict[str, float](lambda: 1.0), defaultdict[str, float](lambda: 1.0)
         for root, group in self._groups.items():
             rest = widths[root] / group.channels
-            for name, *_ in group.tensors:
-                outputs[name] *= rest
+            for name, dim, indices, _ in group.tensors:  # a norm behind a concatenation is of several groups
+                if name in self._params and (size := self._params[name].shape[dim]) > 1:
+                    outputs[name] -= (1 - rest) * len(indices) / size
             for name, indices, _ in group.readers:
                 inputs[f"{name}.weight"] -= (1 - rest) * len(indices) / self._inputs[name]
         macs = sum(n * outputs[f"{name}.weight"] * inputs[f"{name}.weight"] for name, n in self._macs.items() if n)
-        params = sum(n * outputs[name] * inputs[name] for name, n in self._params.items())
+        params = sum(tensor.numel() * outputs[name] * inputs[name] for name, tensor in self._params.items())
         return macs <= budget.macs and params <= budget.params
