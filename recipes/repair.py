@@ -7,7 +7,7 @@ Beyond the paper. Students are initialised from their teacher, as `noisekd disti
 evaluated in ordinary evaluation mode. Images `none, not repaired` are students as they were cut, with statistics of
 calibration images; `none` are repaired on these images, which are made without data. A number is that of training
 images, without their labels. `trained` is after a short training, as `noisekd distill` does it. Seconds, before it, are
-of one core; those of `none` have the making of the images in them.
+of one core; those of `none` and of few images have the making of images in them.
 """
 
 import time

@@ -81,7 +81,15 @@ def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused
 
 
 def test_budgets(refused, saved):
-    for words in ("--keep 2", "--keep 0", "--max-macs 0", "--max-params 99999999", "--max-params 180x", "--max-macs k"):
+    for words in (
+        "--keep 2",
+        "--keep 0",
+        "--max-macs 0",
+        "--max-params 99999999",
+        "--max-params 180x",
+        "--max-macs k",
+        "--max-params 1,5M",
+    ):
         refused(2, "distill", "--teacher", saved, "--output-dir", "out", *words.split())
 
 
@@ -144,7 +152,7 @@ def test_checkpoints_of_others(refused, tmp_path, content):
     refused(1, "info", "--teacher", "resnet10_cifar", "--teacher-checkpoint", "w.pth")
 
 
-@pytest.mark.parametrize("said", [{"arch": "resnet18"}, {"args": {"mean": "many"}}, {"args": {"model_kwargs": [1]}}])
+@pytest.mark.parametrize("said", [{"arch": "resnet18"}, {"args": {"mean": "many"}}, {"args": {"model_kwargs": {1: 2}}}])
 @pytest.mark.parametrize(
     "words",
     [

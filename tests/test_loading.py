@@ -195,3 +195,8 @@ def test_an_input_size_is_declared_by_a_copy_of_either_library(saved):
         assert input_size_of(changed) == input_size_of(bare_model(changed)) == (1, 24, 24)
         assert input_size_of(model) == input_size_of(bare_model(model)) == (1, 32, 32)
         assert next(changed.parameters()).data_ptr() == next(model.parameters()).data_ptr()
+
+
+def test_whatever_timm_says_to_arguments_is_one_error():
+    with pytest.raises(ValueError, match=r"swin_tiny.*num_heads=\(2, 4\)"):
+        load_student("swin_tiny_patch4_window7_224", model_args={"num_heads": (2, 4)})

@@ -6,6 +6,7 @@ import re
 import pytest
 import timm
 from conftest import pictures
+from PIL import Image
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_noisekd.cli.__main__ import main, parse_args
@@ -144,3 +145,19 @@ def test_twenty_photos_without_labels_recalibrate_and_lead_to_what_needs_no_labe
     command = ["evaluate", "--model", str(tmp_path / "new"), "--dataset", photos, "--split", "train"]
     assert main(command) == 1
     assert "--label-column" not in capsys.readouterr().err, "there is none to name"
+
+
+def test_photos_have_the_size_that_is_given_and_are_not_too_few(tmp_path, capsys):
+    cfg = {"input_size": (3, 64, 64)}
+    save_model(timm.create_model("test_resnet", num_classes=5, pretrained_cfg_overlay=cfg), tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    for index in range(16):
+        Image.new("RGB", (40, 40), (index, 9, 9)).save(tmp_path / "photos" / f"{index}.png")
+    export = ["export", "--model", str(tmp_path / "model"), "--int8", "--output", str(tmp_path / "int8.onnx")]
+    with_photos = ["--images", str(tmp_path / "photos"), "--input-size", "3", "32", "32"]
+    assert main([*export, *with_photos]) == 0
+    (tmp_path / "photos" / "0.png").unlink()
+    recalibrate = ["recalibrate", "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "new")]
+    capsys.readouterr()
+    assert main([*recalibrate, *with_photos]) == 1
+    assert "There are 15 images: give at least 16" in capsys.readouterr().err

@@ -36,6 +36,7 @@ from transformers import (
     pipeline,
 )
 
+from hf_noisekd import convert
 from hf_noisekd.models.classifier import class_names, teacher_identity
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of, unknown_preprocessing
@@ -372,3 +373,9 @@ def test_two_input_sizes_are_both_told(tmp_path, caplog):
     assert input_size_of(load_teacher(tmp_path)) == (3, 24, 24)
     assert "3x24x24" in caplog.text
     assert "3x32x32" in caplog.text
+
+
+def test_a_folder_keeps_the_licence_of_what_it_was_converted_from(saved, tmp_path):
+    (saved / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    convert(saved, tmp_path / "new")
+    assert load_teacher(tmp_path / "new").origin["license"] == "cc-by-nc-4.0"

@@ -123,6 +123,7 @@ def test_an_architecture_may_have_got_another_name(tmp_path):
         ({"mean": [0.1, 0.2]}, r"mean=\[0\.1, 0\.2\].*1 or 3"),
         ({"std": "wide"}, "std='wide'"),
         ({"img_size": "large"}, "img_size='large'"),
+        ({"img_size": -32}, "img_size=-32"),
         ({"model_kwargs": {"act_layr": "silu"}}, "resnet18.*act_layr"),
         ({"model_kwargs": {"act_layer": "swoosh"}}, "resnet18.*act_layer=swoosh"),
         ({"model_kwargs": 5}, "model_kwargs=5"),

@@ -31,13 +31,12 @@ logger = logging.getLogger(__name__)
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
 MIN_BATCH, MATCHED_PIXELS = 32, 2**20  # of images that are matched together
-# Steps of images that are not hopeless. A teacher agrees with itself after half of them, which is before statistics of
-# the images hold for a student with features of its own.
+# A teacher agrees with itself after half of these. Statistics for a student with features of its own need them all.
 STEPS = 120
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
-MIN_OF_GIVEN = 50.0  # percent of given images, maybe of four, with which others are worth to be made beside them
+MIN_OF_GIVEN = 50.0  # percent of given images, of which maybe four are held out, for others to be made beside them
 ENOUGH_REAL = 64  # unlabelled images, where those made are not good enough
 
 

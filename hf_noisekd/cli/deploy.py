@@ -1,6 +1,7 @@
 """`noisekd recalibrate`, `export` and `convert`: a model for single images, for other runtimes, and as a folder."""
 
 import argparse
+import shlex
 
 from . import options
 from .parser import CommandParser
@@ -54,7 +55,8 @@ def recalibrate(args: argparse.Namespace) -> int:
     )
     made = getattr(used, "self_agreement", None)
     of = "images" if made is None else f"images made without data (self-agreement of the teacher: {made:.1f} %)"
-    folder, images = args.output_dir, f" --images {args.images}" if args.images else ""
+    folder = shlex.quote(str(args.output_dir))
+    images = f" --images {shlex.quote(args.images)} --images-split {args.images_split}" if args.images else ""
     print(
         f"{folder}: running statistics of {used.images:,} {of}. It classifies single images as any network does.\n"
         f"Next:\n  noisekd export --model {folder} --int8{images} --output student.onnx\n"

@@ -30,7 +30,7 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 def count(text: str) -> float:
     """Read a number of parameters or multiply-adds, such as 180k or 2M, or a share below 1."""
-    found = re.fullmatch(r"(\d[\d_,]*(?:\.\d+)?(?:e\d+)?|0?\.\d+)([kmgb]?)", text.strip().lower())
+    found = re.fullmatch(r"((?:\d{1,3}(?:[,_]\d{3})+|\d+)(?:\.\d+)?(?:e\d+)?|\.\d+)([kmgb]?)", text.strip().lower())
     number = Decimal(found[1].replace(",", "").replace("_", "")) * UNITS[found[2]] if found else None
     if number is None or (number >= 1 and number % 1):
         raise argparse.ArgumentTypeError(

@@ -139,7 +139,7 @@ def _create_timm_model(name: str, *, model_args: Mapping[str, Any] | None = None
     except RuntimeError as error:  # no weights, or none of this tag
         found = str(error).partition(" Use `pretrained")[0]  # an argument that only timm has
         raise ValueError(f"{found} Give a folder, a Hub id, or the weights of {name!r} as checkpoint.") from error
-    except (TypeError, KeyError, AssertionError) as error:
+    except Exception as error:  # arguments may be anything
         if not model_args:
             raise
         given = " ".join(f"{key}={value}" for key, value in model_args.items())

@@ -173,6 +173,6 @@ def _save_timm_config(model: nn.Module, path: Path, like: nn.Module, section: di
     if bare_model(like) is not model:
         for key in OF_OTHER_WEIGHTS:
             config["pretrained_cfg"].pop(key, None)
-        if license_ := getattr(like, "origin", {}).get("license"):
-            config["pretrained_cfg"]["license"] = license_
+    if license_ := getattr(like, "origin", {}).get("license"):
+        config["pretrained_cfg"]["license"] = license_
     path.write_text(json.dumps(config, indent=2) + "\n")

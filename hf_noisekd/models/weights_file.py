@@ -81,7 +81,7 @@ class WeightsFile:
     def model_args(self) -> dict[str, Any]:
         """Return the arguments of timm that the model was built with, but for those of its training alone."""
         further = self.args.get("model_kwargs") or {}
-        if not isinstance(further, Mapping):
+        if not isinstance(further, Mapping) or not all(isinstance(key, str) for key in further):
             raise self._refusal("model_kwargs", "to build a model with")
         given = {"global_pool": self.args.get("gp"), "bn_eps": self.args.get("bn_eps")} | dict(further)
         return {key: value for key, value in given.items() if value is not None and "drop" not in key}
@@ -114,9 +114,10 @@ class WeightsFile:
         """Return the number or the numbers of an argument."""
         with contextlib.suppress(TypeError, ValueError):
             found = np.atleast_1d(np.asarray(self.args[key], dtype=float)).tolist()
-            if len(found) in lengths and np.isfinite(found).all():
+            if len(found) in lengths and np.isfinite(found).all() and (key == "mean" or min(found) > 0):
                 return found
-        raise self._refusal(key, f"where {' or '.join(map(str, sorted(set(lengths))))} numbers are wanted")
+        sign = "" if key == "mean" else " above 0"
+        raise self._refusal(key, f"where {' or '.join(map(str, sorted(set(lengths))))} numbers{sign} are wanted")
 
     def _refusal(self, key: str, why: str) -> ValueError:
         return ValueError(

@@ -62,19 +62,19 @@ def check_hub_access(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    overwrite: bool = False,
+    hub_overwrite: bool = False,
 ) -> str:
     """Create `repo_id` on the Hub if it is missing, check that a student can be pushed there, and return its full id.
 
     `private` is for a new repository, `revision` is the branch. A bad id, no token or one that cannot write, or no
-    connection is a `HubError`, and so are files of another model in the repository, unless `overwrite`.
+    connection is a `HubError`, and so are files of another model in the repository, unless `hub_overwrite`.
     """
     api = _api(token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # With a read-only token `create_repo` succeeds if the repository exists.
         api.auth_check(repo_id, write=True)
-        _replaced_files(api, repo_id, revision, overwrite)
+        _replaced_files(api, repo_id, revision, hub_overwrite)
     except HubError:
         raise
     except Exception as error:  # of the Hub's client, and of either of the HTTP libraries below it
@@ -88,17 +88,17 @@ def upload(
     *,
     token: str | None = None,
     revision: str | None = None,
-    overwrite: bool = False,
+    hub_overwrite: bool = False,
     **kwargs,
 ) -> Any:
     """Upload the `RELEASED_FILES` as `HfApi.upload_folder` does; a `HubError` has the command to push again.
 
     Files of an earlier student that this one does not have are removed in the same commit. Those of another model are,
-    too, with `overwrite`, and a `HubError` without.
+    too, with `hub_overwrite`, and a `HubError` without.
     """
     api = _api(token)
     try:
-        replaced = _replaced_files(api, repo_id, revision, overwrite)
+        replaced = _replaced_files(api, repo_id, revision, hub_overwrite)
         own = [path.name for path in Path(folder).iterdir() if _is_any(path.name, RELEASED_FILES)]
         if stale := [name for name in replaced if name not in own]:
             logger.warning("Of what was in %s is removed: %s.", repo_id, _listed(stale))
@@ -113,19 +113,19 @@ def upload(
     except Exception as error:  # as above
         reason = error if isinstance(error, HubError) else f"The push to {repo_id!r} failed: {hub_advice(error)}."
         options = f" --revision {revision}" if revision else ""
-        options += " --overwrite" if overwrite or isinstance(error, HubError) else ""
+        options += " --overwrite" if hub_overwrite or isinstance(error, HubError) else ""
         raise HubError(
             f"{reason} The student is complete in {folder}. Push it again with `noisekd push --model "
             f"{shlex.quote(str(folder))} --repo-id {repo_id}{options}`."
         ) from error
 
 
-def _replaced_files(api: HfApi, repo_id: str, revision: str | None, overwrite: bool) -> list[str]:
-    """Return the files of a model in a repository, or raise a `HubError` if they are another's, unless `overwrite`."""
+def _replaced_files(api: HfApi, repo_id: str, revision: str | None, hub_overwrite: bool) -> list[str]:
+    """Return the files of a model in a repository; a `HubError` if they are another's, unless `hub_overwrite`."""
     tree = api.list_repo_tree(repo_id, revision=revision)
     names = [entry.path for entry in tree if isinstance(entry, RepoFile)]
     found = [name for name in names if _is_any(name, RELEASED_FILES + OF_OTHERS)]
-    if overwrite or not found:
+    if hub_overwrite or not found:
         return found
     texts = [name for name in (CARD_NAME, CONFIG_NAME) if name in found]
     is_own = texts and all(_is_own(Path(api.hf_hub_download(repo_id, name, revision=revision))) for name in texts)

@@ -30,7 +30,7 @@ def push_model(
     has_record = (folder / RECORD_NAME).is_file()
     if not (has_record and (folder / WEIGHTS_NAME).is_file()):  # a plain torch module has no config.json
         check_model_folder(folder)
-    target: Any = {"token": token, "revision": revision, "overwrite": hub_overwrite}
+    target: Any = {"token": token, "revision": revision, "hub_overwrite": hub_overwrite}
     repo_id = check_hub_access(repo_id, private=private, **target)
     if has_record:
         write_model_card(folder, repo_id=repo_id)

@@ -77,7 +77,7 @@ class Plan:
 
     model: nn.Module  # the student
     initial: InitialWeights | None  # what it was initialised with, if from its teacher
-    images: CalibrationImages | None  # those that were given
+    images: CalibrationImages | None  # those that were given, and what is made beside them
     teacher: Teacher
     args: NoiseKDConfig
     train_dataset: Any

@@ -28,7 +28,7 @@ class PushingTrainer(Trainer):
                 token=token or self.args.hub_token,
                 private=self.args.hub_private_repo if private is None else private,
                 revision=self.args.hub_revision,
-                overwrite=self.args.hub_overwrite,
+                hub_overwrite=self.args.hub_overwrite,
             )
 
     def create_model_card(
@@ -89,7 +89,7 @@ class PushingTrainer(Trainer):
             self.hub_model_id,
             token=token,
             revision=revision or self.args.hub_revision,
-            overwrite=self.args.hub_overwrite,
+            hub_overwrite=self.args.hub_overwrite,
             commit_message=commit_message,
             run_as_future=not blocking,
         )

@@ -46,7 +46,7 @@ class TimedTrainer(NoiseStepsTrainer):
     planned_for: float  # seconds that its planning took
     _asked_for: int | None = None  # the batch size before a training made it smaller
     start: InitialWeights | None  # what the student was initialised with, if from its teacher
-    images: CalibrationImages | None  # those that were given
+    images: CalibrationImages | None  # those that were given, and what is made beside them
 
     def estimate(self) -> Estimate:
         """Measure on a few images what the training will take; a `ValueError` if it is not on noise."""

@@ -22,7 +22,8 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 SHARE = 0.15  # of the cost of a training that calibration images may have
-IMAGES_SHARE, IMAGES_OF_SHARE = 0.5, 256  # of the steps, where so many images are given; with fewer it is less
+IMAGES_SHARE = 0.5  # of the steps, with given images
+IMAGES_OF_SHARE = 256  # images for that share; with fewer it is smaller
 EVAL_PIXELS = 2**21  # of the noise to evaluate on
 MIN_IMAGES = 16  # that a user gives
 HELD_OUT_GIVEN = "held-out given images"
@@ -53,10 +54,15 @@ def calibration_of(
     )
 
 
+def check_enough(number: int) -> None:
+    """Raise a `ValueError` if there are too few images."""
+    if number < MIN_IMAGES:
+        raise ValueError(f"There are {number} images: give at least {MIN_IMAGES}, better some hundreds.")
+
+
 def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:
     """Return unlabelled images of a user as pixels `[N, C, H, W]`, or raise a `ValueError` where they do not fit."""
-    if len(images) < MIN_IMAGES:
-        raise ValueError(f"There are {len(images)} images: give at least {MIN_IMAGES}, better some hundreds.")
+    check_enough(len(images))
     pixel_values = collate_fn([images[index] for index in range(len(images))])["pixel_values"]
     if (found := tuple(pixel_values.shape[1:])) != input_size:
         raise ValueError(

@@ -88,7 +88,7 @@ def export(
         if precision != "int8":
             return _exported(path, precision)
         if images is not None:
-            drawn = unlabelled_images(images, classifier, split=images_split, at_most=num_images)
+            drawn = unlabelled_images(images, classifier, split=images_split, at_most=num_images, input_size=input_size)
             loader: Any = DataLoader(drawn, batch_size=BATCH_SIZE, collate_fn=collate_images)
             return _exported(path, precision, quantize_onnx(float32, path, loader), len(drawn), has_vnni())
         size = input_size_of(classifier, input_size)

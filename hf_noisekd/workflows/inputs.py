@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
 from hf_noisekd.training.cost import MEASURED_PIXELS, MIN_MEASURED, cost_of_matching, duration, named
+from hf_noisekd.training.training_data import check_enough
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +49,21 @@ def usable_model(
 
 
 def unlabelled_images(
-    source: str | Path, model: nn.Module, *, split: str, at_most: int, image_column: str | None = None
+    source: str | Path,
+    model: nn.Module,
+    *,
+    split: str,
+    at_most: int,
+    image_column: str | None = None,
+    input_size: Sequence[int] | None = None,
 ) -> Images:
-    """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random."""
-    images = load_images(source, model, split=split, image_column=image_column, labels=False)
+    """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random.
+
+    With `input_size`, `(channels, height, width)`, they have that size. Too few images are a `ValueError`.
+    """
+    like = load_teacher(model, input_size=input_size)
+    images = load_images(source, like, split=split, image_column=image_column, labels=False)
+    check_enough(len(images))
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -53,7 +54,7 @@ def recalibrate(
         num_images: Images to make, or up to so many to draw at random.
         batch_size: Real images that are read at a time.
         calibration_steps: Steps at most to make images; large inputs and many classes need more.
-        input_size: `(channels, height, width)` of images that are made. Default: what the student declares.
+        input_size: `(channels, height, width)` of the images. Default: what the student declares.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
 
     Returns:
@@ -68,17 +69,15 @@ def recalibrate(
     check_unused(output_dir)
     student = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     check_recalibration(student)
-    facts: CalibrationFacts | ImagesFacts
     if teacher_model is not None:
         teacher = usable_model(teacher_model, trust_remote_code=trust_remote_code)
         check_same_kind(student, teacher)
         made = made_images(teacher, num_images, input_size_of(student, input_size), STEPS, calibration_steps)
         recalibrate_batch_norm(student, made)
-        assert made.facts is not None  # none is given
-        facts = made.facts
+        facts: Any = made.facts
     else:
-        assert images is not None
-        drawn = unlabelled_images(images, student, split=images_split, at_most=num_images, image_column=image_column)
+        given: Any = {"split": images_split, "at_most": num_images, "image_column": image_column}
+        drawn = unlabelled_images(str(images), student, **given, input_size=input_size)
         loader = DataLoader(drawn, batch_size=batch_size, collate_fn=collate_images)
         recalibrate_batch_norm(student, loader, dataset=drawn.name, split=images_split)
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
