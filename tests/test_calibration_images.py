@@ -251,3 +251,8 @@ def test_an_imagenet_teacher_refuses_images_that_have_had_too_few_steps():
     with pytest.raises(ValueError, match="10 steps"):
         recalibrate_batch_norm(student, images)
     assert digest(student) == before
+
+
+def test_a_few_images_and_many_to_compare_on(tiny_cnn):
+    images = made(tiny_cnn, num_images=2, num_held_out=48, batch_size=16, steps=2, max_steps=2)
+    assert (len(images), len(images.held_out)) == (2, 48)

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
 HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
+MIN_TRIED = 6  # images of the batch that is tried first: a third of them are held out
 MIN_BATCH, MATCHED_PIXELS = 32, 2**20  # of images that are matched together
 # A teacher agrees with itself after half of these. Statistics for a student with features of its own need them all.
 STEPS = 120
@@ -250,7 +251,7 @@ def _matched(
             matched = []
             for batch in batches:
                 matched.append(match_statistics(teacher, batch, count, **options))
-                if index == 0 and len(matched) == 1 and len(start) > 2:
+                if index == 0 and len(matched) == 1 and len(start) > 2 and len(batch) >= MIN_TRIED:
                     made, agreement = _checked(teacher, matched, -(-2 * len(batch) // 3), seed, steps)
                     if agreement < MIN_OF_ONE_BATCH:
                         return made
