@@ -10,11 +10,11 @@ from timm.layers import freeze_batch_norm_2d
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
 from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.models.loading import load_teacher
-from hf_noisekd.record.schema import Provenance, StartFacts
+from hf_noisekd.record.schema import Evaluation, Provenance, StartFacts
 from hf_noisekd.shrinking.cutting import shrink
 from hf_noisekd.shrinking.repair import Cut
 from hf_noisekd.training import ending as ending_module
-from hf_noisekd.training.ending import end_without_data
+from hf_noisekd.training.ending import Candidate, end_without_data
 from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
 
@@ -164,3 +164,17 @@ def test_given_images_give_statistics_also_where_the_teacher_stores_none(digits_
     ending = end_without_data(student, Teacher(frozen), 64, **options)
     assert ending.images is options["images"]
     assert ending.agreement.running["agreement"] > 80
+
+
+@pytest.mark.parametrize(
+    ("initial", "helped"), [((90.0, 0.5), True), ((70.0, 0.1), True), ((90.0, 0.1), False), ((80.0, 0.1), False)]
+)
+def test_initial_weights_are_taken_where_agreement_and_divergence_are_better(initial, helped):
+    def candidate(is_trained, agreement, kl):
+        scores = {"running": {"agreement": agreement, "kl": kl}, "batch": {}, "precision": "float32"}
+        measured = Evaluation(dataset="images", images=40, batch_size=40, step=1, **scores)
+        return Candidate({}, is_trained, agreement=measured)
+
+    tried = [candidate(True, 80.0, 0.2), candidate(True, 90.0, 0.3), candidate(False, *initial)]
+    best = ending_module._best(tried)
+    assert best is (tried[0] if helped else tried[2])

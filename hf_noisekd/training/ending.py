@@ -10,7 +10,8 @@ A student is compared with its teacher on images that were held out, and becomes
 | initial | as they were | running statistics | the student was initialised from its teacher |
 | initial, repaired | of calibration images | running statistics | as above, and these images are good enough |
 
-So a student that was initialised from its teacher is never worse than it was before the training. Repair solves a cut
+Initial weights are taken where both agreement and KL divergence say that they are better. So a student that was
+initialised from its teacher does not end worse than it was before the training. Repair solves a cut
 for its teacher's features; a trained student has features of its own, which that would spoil.
 """
 
@@ -69,7 +70,7 @@ class Candidate:
 
     @property
     def divergence(self) -> float:
-        """KL divergence from the teacher, in nats: it decides between equal agreements on few images."""
+        """KL divergence from the teacher, in nats."""
         assert self.agreement is not None
         return self.agreement.scores(self.statistics)["kl"]
 
@@ -120,7 +121,7 @@ def end_without_data(
     except (Exception, KeyboardInterrupt) as error:  # of too little memory, and of a user who does not want to wait
         why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         tried = []
-    best = max(tried, key=lambda candidate: (candidate.score, -candidate.divergence), default=None)
+    best = _best(tried)
     if best is None or best.statistics == "batch":
         student.load_state_dict(trained)
         logger.warning("The student keeps the running statistics of its training noise. %s", why)
@@ -132,6 +133,18 @@ def end_without_data(
     if not best.is_trained:
         _say_that_training_did_not_help(best, tried, len(held_out))
     return best
+
+
+def _best(tried: list[Candidate]) -> Candidate | None:
+    """Return the trained candidate with the lowest divergence, or an initial one that is better by both measures.
+
+    On a few dozen images agreement is a lottery; divergence alone would punish a student that is less sure.
+    """
+    by_kind = [[one for one in tried if one.is_trained is is_trained] for is_trained in (True, False)]
+    trained, initial = (min(kind, key=lambda one: one.divergence, default=None) for kind in by_kind)
+    if trained and initial and initial.score >= trained.score and initial.divergence < trained.divergence:
+        return initial
+    return trained
 
 
 def _say_that_training_did_not_help(best: Candidate, tried: list[Candidate], num_images: int) -> None:
