@@ -148,6 +148,21 @@ def test_a_cut_is_repaired_on_images_before_the_training(digits_teacher, digits,
     assert with_images > without
 
 
+@pytest.mark.parametrize("are_good", [True, False])
+def test_without_images_a_cut_is_repaired_on_calibration_images(
+    digits_teacher, digits, tmp_path, monkeypatch, are_good
+):
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 80 if are_good else 101)
+    cut, _ = start(digits_teacher, tmp_path, student=None, keep=0.5)
+    args = config(tmp_path / "made", keep=0.5, num_calibration_images=64)
+    trainer = NoiseKDTrainer(None, digits_teacher, args)
+    assert trainer.start.facts.recalibrated == are_good
+    assert trainer.provenance().is_data_free
+    if are_good:
+        repaired, plain = (evaluate(model, digits[1])["running"]["accuracy"] for model in (trainer.model, cut))
+        assert repaired > plain
+
+
 def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     small = [{"pixel_values": one["pixel_values"][:, :16, :16]} for one in given]
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):
