@@ -159,5 +159,5 @@ def test_photos_have_the_size_that_is_given_and_are_not_too_few(tmp_path, capsys
     (tmp_path / "photos" / "0.png").unlink()
     recalibrate = ["recalibrate", "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "new")]
     capsys.readouterr()
-    assert main([*recalibrate, *with_photos]) == 1
+    assert main([*recalibrate, *with_photos]) == 2
     assert "There are 15 images: give at least 16" in capsys.readouterr().err

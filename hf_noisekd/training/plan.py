@@ -29,9 +29,10 @@ from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import StartFacts
-from hf_noisekd.shrinking.cutting import cut_to_budget, ranking_noise
+from hf_noisekd.shrinking.cutting import Budget, cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import computing_like, initialise_from_teacher
 from hf_noisekd.shrinking.repair import Cut
+from hf_noisekd.shrinking.shrunk import timm_model_of
 from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
@@ -181,6 +182,7 @@ def initial_student(
         if args.model_init_kwargs:
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}
+        Budget.of(timm_model_of(teacher.model), teacher.input_size, **args.limits)  # what it refuses comes first
         to_cut_on = images or _made_for_cut(teacher, args)
         student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=to_cut_on)
     elif args.limits:

@@ -59,11 +59,14 @@ def unlabelled_images(
 ) -> Images:
     """Return images of a data set, preprocessed for `model`, without labels; up to `at_most`, drawn at random.
 
-    With `input_size`, `(channels, height, width)`, they have that size. Too few images are a `ValueError`.
+    With `input_size`, `(channels, height, width)`, they have that size. Too few images are a [`UsageError`].
     """
     like = load_teacher(model, input_size=input_size)
     images = load_images(source, like, split=split, image_column=image_column, labels=False)
-    check_enough(len(images))
+    try:
+        check_enough(len(images))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
 
 
