@@ -13,7 +13,9 @@ from torch.utils.data import TensorDataset
 
 from hf_noisekd import NoiseDataset, NoiseKDConfig, NoiseKDTrainer, evaluate
 from hf_noisekd.calibration import calibration_images as calibration
+from hf_noisekd.record.schema import ImagesFacts
 from hf_noisekd.training import ending
+from hf_noisekd.training.training_data import of_first_process
 
 STEPS = 5
 
@@ -75,6 +77,7 @@ def run(folder: Path) -> None:
         "samples": round(metrics["eval_samples_per_second"] * metrics["eval_runtime"]),
         "log": trainer.state.log_history,
         "recalibrated": recalibrated(trainer),
+        "images": images_of_first(trainer),
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
     torch.distributed.destroy_process_group()  # its threads would rarely abort a process that ends before the other
@@ -93,6 +96,14 @@ def recalibrated(trainer) -> list[str]:
     trainer._end()
     digests.append(digest(trainer.model))
     return digests
+
+
+def images_of_first(trainer) -> list[float]:
+    """Return what each process has of images that were made otherwise in each."""
+    pixels = torch.full((2, 1, 8, 8), float(trainer.args.process_index + 5))
+    made = calibration.CalibrationImages(pixels, pixels, 2)
+    given = calibration.CalibrationImages(pixels, pixels, 2, given=ImagesFacts(images=4), made=made)
+    return [batch.mean().item() for batch in of_first_process(given, trainer.args)]
 
 
 @pytest.fixture(scope="module", params=["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
@@ -137,6 +148,10 @@ def test_ranks_recalibrate_alike_or_not_at_all(reports):
     assert first["recalibrated"] == second["recalibrated"]
     assert first["digest"] not in first["recalibrated"]
     assert first["recalibrated"][0] == first["recalibrated"][1]
+
+
+def test_both_ranks_have_the_images_of_the_first(reports):
+    assert [report["images"] for report in reports[1]] == [[5.0, 5.0]] * 2
 
 
 def test_gradients_are_means_over_both_ranks(reports):

@@ -75,6 +75,11 @@ class CalibrationImages:
         pixel_values, held_out = resized(self.pixel_values, size), resized(self.held_out, size)
         return replace(self, pixel_values=pixel_values, held_out=held_out, made=made)
 
+    def to(self, device: torch.device | str) -> "CalibrationImages":
+        """Return the same images on another device."""
+        made = self.made and self.made.to(device)
+        return replace(self, pixel_values=self.pixel_values.to(device), held_out=self.held_out.to(device), made=made)
+
     @property
     def facts(self) -> CalibrationFacts | None:
         """The facts of those that are made, for a student's provenance; None if all are given."""

@@ -50,6 +50,7 @@ from hf_noisekd.training.training_data import (
     eval_noise,
     mixed_noise,
     needs_stored_statistics,
+    of_first_process,
     on_device,
     train_noise,
 )
@@ -219,6 +220,7 @@ def _made_for_cut(teacher: Teacher, args: NoiseKDConfig) -> CalibrationImages | 
     shows = not args.disable_tqdm and args.process_index == 0
     options: dict[str, Any] = {"input_size": teacher.input_size, "seed": args.seed, "show_progress": shows}
     made = calibration_images(teacher.model, args.num_calibration_images, max_image_steps=0, **options)
+    made = of_first_process(made, args)
     return None if made.problem else made
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hf_noisekd.batches import DrawnDataset, PixelsDataset, ResizedDataset, SizedDataset, dataset_name
@@ -43,7 +44,7 @@ def calibration_of(
     given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
     limit = 0.0 if args.max_hours else SHARE * steps * args.train_batch_size * args.gradient_accumulation_steps
-    return with_made_images(
+    both = with_made_images(
         teacher_model,
         given,
         args.num_calibration_images,
@@ -52,6 +53,15 @@ def calibration_of(
         seed=args.seed,
         show_progress=not args.disable_tqdm and args.process_index == 0,
     )
+    return of_first_process(both, args)
+
+
+def of_first_process(images: CalibrationImages, args: NoiseKDConfig) -> CalibrationImages:
+    """Return the images of process 0: those of others are rounded otherwise on GPUs, and might lead to another cut."""
+    if args.world_size == 1:
+        return images
+    [found] = broadcast_object_list([images.to("cpu")])
+    return found.to(args.device)
 
 
 def check_enough(number: int) -> None:
