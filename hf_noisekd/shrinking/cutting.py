@@ -239,7 +239,7 @@ def _cuts(
         name_before = remove_blocks(cut, removed)
         fits = budget.holds(cut, size)
         narrow, kept = (cut, {}) if fits else _narrowed(cut, budget, size, compared, fixed, name_before)
-        if narrow is not None and budget.holds(narrow, size):  # products without weights do not count there
+        if narrow is not None and budget.holds(narrow, size):  # what `_widths` counted is an estimate
             change = compared.divergence(expected, narrow) / (PREFERENCE if fits else 1)
             yield _Found(change, narrow, Cut(removed, kept), size)
         if fits:

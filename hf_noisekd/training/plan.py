@@ -16,8 +16,8 @@ from transformers import set_seed
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
-from hf_noisekd.calibration.calibration_images import CalibrationImages, calibration_images
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
+from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
 from hf_noisekd.models.classifier import (
     bare_model,
     declare_input_size,
@@ -48,9 +48,9 @@ from hf_noisekd.training.training_data import (
     breaks_bfloat16,
     calibration_of,
     eval_noise,
+    made_for_cut,
     mixed_noise,
     needs_stored_statistics,
-    of_first_process,
     on_device,
     train_noise,
 )
@@ -184,7 +184,7 @@ def initial_student(
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}
         Budget.of(timm_model_of(teacher.model), teacher.input_size, **args.limits)  # what it refuses comes first
-        to_cut_on = images or _made_for_cut(teacher, args)
+        to_cut_on = images or made_for_cut(args, teacher)
         student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=to_cut_on)
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
@@ -211,17 +211,6 @@ def initial_student(
     return student, InitialWeights(
         facts, cut, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
     )
-
-
-def _made_for_cut(teacher: Teacher, args: NoiseKDConfig) -> CalibrationImages | None:
-    """Return a few calibration images to choose and repair a cut on, or None where these are not good enough."""
-    if not args.num_calibration_images or not stored_statistics(teacher.model):
-        return None
-    shows = not args.disable_tqdm and args.process_index == 0
-    options: dict[str, Any] = {"input_size": teacher.input_size, "seed": args.seed, "show_progress": shows}
-    made = calibration_images(teacher.model, args.num_calibration_images, max_image_steps=0, **options)
-    made = of_first_process(made, args)
-    return None if made.problem else made
 
 
 def _training_input_size(

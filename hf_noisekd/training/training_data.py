@@ -11,7 +11,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from hf_noisekd.batches import DrawnDataset, PixelsDataset, ResizedDataset, SizedDataset, dataset_name
-from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images, with_made_images
+from hf_noisekd.calibration.calibration_images import (
+    CalibrationImages,
+    calibration_images,
+    given_images,
+    with_made_images,
+)
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
@@ -44,16 +49,23 @@ def calibration_of(
     given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
     limit = 0.0 if args.max_hours else SHARE * steps * args.train_batch_size * args.gradient_accumulation_steps
-    both = with_made_images(
-        teacher_model,
-        given,
-        args.num_calibration_images,
-        input_size=input_size,
-        max_image_steps=limit,
-        seed=args.seed,
-        show_progress=not args.disable_tqdm and args.process_index == 0,
-    )
-    return of_first_process(both, args)
+    options = {"max_image_steps": limit} | _matching(args, input_size)
+    return of_first_process(with_made_images(teacher_model, given, args.num_calibration_images, **options), args)
+
+
+def made_for_cut(args: NoiseKDConfig, teacher: Teacher) -> CalibrationImages | None:
+    """Return a few calibration images to choose and repair a cut on, or None where these are not good enough."""
+    if not args.num_calibration_images or not stored_statistics(teacher.model):
+        return None
+    options = {"max_image_steps": 0.0} | _matching(args, teacher.input_size)
+    made = of_first_process(calibration_images(teacher.model, args.num_calibration_images, **options), args)
+    return None if made.problem else made
+
+
+def _matching(args: NoiseKDConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
+    """Return how calibration images are made before a training."""
+    shows = not args.disable_tqdm and args.process_index == 0
+    return {"input_size": input_size, "seed": args.seed, "show_progress": shows}
 
 
 def of_first_process(images: CalibrationImages, args: NoiseKDConfig) -> CalibrationImages:
