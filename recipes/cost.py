@@ -35,7 +35,7 @@ def main() -> None:
         for pixels in options.pixels or preset["pixels"]:
             estimate = estimate_of(name, pixels)
             row: dict = {"network": name, "pixels": pixels, "seconds a step": estimate.step}
-            row |= {"GiB a step": estimate.memory / 2**30, "minutes of calibration images": estimate.calibration / 60}
+            row |= {"GiB a step": estimate.memory / 2**30}
             rows.append(row | {"hours for 2,000 steps": estimate.seconds / 3600})
             results.measure("cost", rows)
             print(f"{name} at {pixels} pixels: {estimate}", flush=True)
@@ -47,7 +47,8 @@ def estimate_of(name: str, pixels: int):
     overlay = {"pretrained_cfg_overlay": {"input_size": (3, pixels, pixels)}}
     teacher, student = (timm.create_model(name, **overlay) for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
-        args = NoiseKDConfig(folder, max_steps=STEPS, per_device_train_batch_size=BATCH_SIZE, resolutions="1")
+        options = {"max_steps": STEPS, "per_device_train_batch_size": BATCH_SIZE, "resolutions": "1"}
+        args = NoiseKDConfig(folder, num_calibration_images=0, **options)
         return NoiseKDTrainer(student, teacher.eval(), args).estimate()
 
 

@@ -20,19 +20,19 @@ from harness.equal_seconds import step_cost
 from harness.experiment import Experiment, experiment_parser, share_of_macs
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, STRUCTURED_SIZES
-from torch import nn
 
-from hf_noisekd import calibration_images
+from hf_noisekd import NoiseKDTrainer, calibration_images, evaluate
 
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40
-RANDOM, FROM_TEACHER = {"init_student": "random"}, {"init_student": "teacher"}
+RANDOM = {"init_student": "random"}
+FROM_TEACHER = {"init_student": "teacher", "num_calibration_images": CALIBRATION_IMAGES}
 RESNET10 = {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "stem_stride": 2}}
 HALF_WIDTH = {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}}
 RESNET18 = {"student": "resnet18_cifar", "model_init_kwargs": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}
 SMALL_FIRST = {"resolutions": STRUCTURED_SIZES}  # the default for random initial weights
-KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
+KEPT = {f"keep {share}": (FROM_TEACHER | {"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student is initialised, and the times that it is trained for, in steps of the first one.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": NOISE_PAIRS["cpu"]
@@ -103,21 +103,25 @@ def main() -> None:
     )
     rows: list[dict] = []
     for name, (_, times) in preset["starts"].items():
-        trainer, cutting = timed(experiment.distillation_trainer, name, **runs[name] | {"max_steps": 1})
+        trainer = experiment.distillation_trainer(name, **runs[name] | {"max_steps": 1})
         facts = {
             "student": name,
             "parameters (M)": sum(parameter.numel() for parameter in trainer.model.parameters()) / 1e6,
         }
         facts["multiply-adds (%)"] = 100 * share_of_macs(trainer)
         if trainer.start:
-            rows.append(facts | {"time": 0, "steps": 0} | accuracies(experiment, trainer.model, calibration))
+            rows.append(facts | {"time": 0, "steps": 0} | accuracies(experiment, trainer, calibration))
         for time_ in times:
-            steps = round((time_ - (seconds + cutting) / step) / costs[name])
-            student = experiment.distill(
-                f"{name}, time of {time_:,}", **runs[name] | {"max_steps": max(steps, 1), "eval_strategy": "no"}
-            )
-            row = {"time": time_, "steps": student.state.global_step}
-            rows.append(facts | row | accuracies(experiment, student.model, calibration))
+            run, arguments = f"{name}, time of {time_:,}", runs[name] | {"eval_strategy": "no"}
+            # How many images are made goes by the number of steps.
+            most = round(time_ / costs[name])
+            trainer, before = timed(experiment.distillation_trainer, run, **arguments | {"max_steps": most})
+            before += 0 if trainer.images else seconds
+            trainer.args.max_steps = options.max_steps or max(1, round((time_ - before / step) / costs[name]))
+            experiment.results.train(run, trainer)
+            minutes = (before + experiment.results.runs[-1].seconds) / 60
+            row = {"time": time_, "steps": trainer.state.global_step, "minutes": minutes}
+            rows.append(facts | row | accuracies(experiment, trainer, calibration))
             experiment.results.measure("accuracy", rows)
     limits = {"the teacher": experiment.results.runs[0].evaluations[0].running["accuracy"]}
     if (steps := preset.get("real_images_steps")) and not options.starts:
@@ -145,12 +149,16 @@ def seconds_of_a_step(experiment: Experiment, arguments: Mapping) -> float:
     return experiment.distillation_trainer("a step", **arguments).train().metrics["train_runtime"] / steps
 
 
-def accuracies(experiment: Experiment, model: nn.Module, calibration) -> dict[str, float]:
+def accuracies(experiment: Experiment, trainer: NoiseKDTrainer, calibration) -> dict[str, float]:
     """Return test accuracies in percent in evaluation mode, without data, and with statistics of real images."""
+    if trainer.images:  # of which it has statistics
+        own = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
+    else:
+        own = experiment.recalibrated_accuracy(trainer.model, calibration)
     return {
-        "accuracy": experiment.recalibrated_accuracy(model, calibration),
+        "accuracy": own,
         f"with statistics of {REAL_IMAGES:,} real images": experiment.recalibrated_accuracy(
-            model, experiment.real_images(REAL_IMAGES)
+            trainer.model, experiment.real_images(REAL_IMAGES)
         ),
     }
 

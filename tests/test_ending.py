@@ -8,7 +8,8 @@ from conftest import snapshot
 from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.calibration.calibration_images import given_images
+from hf_noisekd.calibration.calibration_images import calibration_images, given_images
+from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Evaluation, Provenance, StartFacts
 from hf_noisekd.shrinking.cutting import shrink
@@ -40,7 +41,10 @@ def begun(student):
 
 
 def end(student, teacher, initial):
-    return end_without_data(student, teacher, 64, initial=initial, seed=0, step=1, show_progress=False)
+    images = None
+    if stored_statistics(teacher.model):
+        images = calibration_images(teacher.model, 64, steps=30, max_steps=30, show_progress=False)
+    return end_without_data(student, teacher, images, initial=initial, num_noise=64, seed=0, step=1)
 
 
 def test_a_student_that_training_spoilt_becomes_the_cut_again(cut, teacher, caplog):
@@ -67,7 +71,6 @@ def test_images_that_are_no_good_for_statistics_still_tell_whether_training_help
     cut, teacher, helped, monkeypatch, caplog
 ):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(ending_module, "calibration_images", lambda *args, **kwargs: few_steps(*args, **kwargs))
     trained, start = cut if helped else cut[::-1]
     trained, before = copy.deepcopy(trained), snapshot(trained)
     ending = end(trained, teacher, begun(start))
@@ -87,7 +90,6 @@ def test_statistics_of_training_may_hold_where_the_teacher_used_its_own(
     def spoil(model, images=None):
         torch.nn.init.normal_(model.layer4[0].bn1.running_mean, std=10)
 
-    monkeypatch.setattr(ending_module, "calibration_images", few_steps)
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0)
     student = copy.deepcopy(digits_teacher)
     spoil(student) if worse == "old" else monkeypatch.setattr(ending_module, "store_statistics", spoil)
@@ -103,7 +105,6 @@ def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
     digits_teacher, weight, batch_is_better, monkeypatch, caplog
 ):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 101)
-    monkeypatch.setattr(ending_module, "calibration_images", few_steps)
     student = copy.deepcopy(digits_teacher)
     if batch_is_better:
         torch.nn.init.normal_(student.layer4[0].bn1.running_mean, std=10)
@@ -113,12 +114,6 @@ def test_without_good_images_a_student_at_random_is_read_as_it_is_better(
     assert (ending is None) == by_batch
     assert ("running statistics of its training noise" in caplog.text) == by_batch
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
-
-
-def few_steps(*args, **kwargs):
-    from hf_noisekd.calibration.calibration_images import calibration_images
-
-    return calibration_images(*args, **kwargs, steps=5, max_steps=5)
 
 
 def test_the_trainer_tells_that_its_training_did_not_help(digits_teacher, tmp_path):
@@ -160,9 +155,10 @@ def test_given_images_give_statistics_also_where_the_teacher_stores_none(digits_
     student = copy.deepcopy(digits_teacher)
     student.bn1.running_mean.add_(3.0)
     pixels = torch.stack([digits[0][index]["pixel_values"] for index in range(128)])
-    options = {"initial": None, "images": given_images(frozen, pixels), "seed": 0, "step": 1, "show_progress": False}
-    ending = end_without_data(student, Teacher(frozen), 64, **options)
-    assert ending.images is options["images"]
+    options = {"initial": None, "num_noise": 64, "seed": 0, "step": 1}
+    images = given_images(frozen, pixels)
+    ending = end_without_data(student, Teacher(frozen), images, **options)
+    assert ending.images is images
     assert ending.agreement.running["agreement"] > 80
 
 

@@ -110,8 +110,8 @@ def test_who_has_a_few_photos_without_labels_finds_that_in_the_help(command, cap
 @pytest.mark.parametrize(
     ("words", "takes"),
     [
-        ("export --int8 --output MODEL/new.onnx", "58 s on a CPU .*60 steps"),
-        ("recalibrate --teacher MODEL --output-dir MODEL/new", "115 s on a CPU .*120 steps"),
+        ("export --int8 --output MODEL/new.onnx", "29 s on a CPU .*60 steps"),
+        ("recalibrate --teacher MODEL --output-dir MODEL/new", "58 s on a CPU .*120 steps"),
     ],
 )
 def test_what_making_images_takes_is_said_before_it_begins(saved, capsys, monkeypatch, words, takes):
@@ -122,7 +122,7 @@ def test_what_making_images_takes_is_said_before_it_begins(saved, capsys, monkey
     monkeypatch.setattr("hf_noisekd.workflows.inputs.calibration_images", stop)
     command, *options = words.replace("MODEL", str(saved)).split()
     assert main([command, "--model", str(saved), *options, "--num-images", "64"]) == 130
-    # Of 64 images and 32 held out, with 10 ms a step and image.
+    # Of 64 images and 32 held out, with 5 ms a step and image.
     assert re.search(rf"^About {takes} .*96 images.*900", capsys.readouterr().err, flags=re.MULTILINE)
 
 

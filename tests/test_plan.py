@@ -218,6 +218,37 @@ def test_beside_a_few_given_images_others_are_made(digits_teacher, given, tmp_pa
     assert NoiseKDTrainer(None, digits_teacher, config(tmp_path / "c", **options), images=noise).images.made is None
 
 
+@pytest.mark.parametrize(
+    ("options", "mixes"), [({"keep": 0.5}, True), ({"init_student": "random", "model_init_kwargs": KIN}, False)]
+)
+def test_what_was_cut_from_its_teacher_is_trained_on_calibration_images_too(
+    digits_teacher, tmp_path, monkeypatch, options, mixes
+):
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0)
+    args = config(tmp_path, num_calibration_images=64, max_steps=8, **options)
+    trainer = NoiseKDTrainer(None if "keep" in options else "resnet10_cifar", digits_teacher, args)
+    assert getattr(trainer.train_dataset, "share", 0.0) == (0.25 * 64 / 256 if mixes else 0.0)
+    trainer.train()
+    made = Provenance.of(load_teacher(tmp_path))
+    assert made.is_data_free
+    assert (made.made_images, made.compares_features) == ((64, True) if mixes else (0, False))
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert ("a batch from 64 calibration images" in card, "features at the ends" in card) == (mixes, mixes)
+    assert made.calibration.images == 64
+
+
+def test_features_are_compared_unless_that_is_turned_off(digits_teacher, tmp_path):
+    losses = {}
+    for matches in (True, False):
+        args = config(tmp_path / str(matches), keep=0.5, match_features=matches, logging_steps=1, max_steps=1)
+        trainer = NoiseKDTrainer(None, digits_teacher, args)
+        trainer.train()
+        losses[matches] = trainer.state.log_history[0]["loss"]
+    assert losses[True] > 0.1 * losses[False] > 0
+    assert losses[True] != pytest.approx(losses[False])
+
+
 def test_given_images_and_training_images_of_the_users_own(digits_teacher, given, tmp_path):
     args = config(tmp_path, keep=0.5, input_size=[1, 32, 32])
     trainer = NoiseKDTrainer(None, digits_teacher, args, train_dataset=given, images=given)

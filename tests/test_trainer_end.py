@@ -157,7 +157,7 @@ def test_a_student_is_not_lost_to_what_comes_after(error, tiny_cnn, tmp_path, ca
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_noisekd.training.ending.calibration_images", fail)
+    monkeypatch.setattr("hf_noisekd.training.ending.measured", fail)
     with caplog.at_level(logging.WARNING):
         trainer = NoiseKDTrainer(student(), tiny_cnn, config(tmp_path, num_calibration_images=8))
         trainer.train()
@@ -198,7 +198,8 @@ def test_a_student_is_exported_straight_after_each_ending(
 ):
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", needed)
-    monkeypatch.setattr("hf_noisekd.training.ending.calibration_images", partial(calibration_images, max_steps=10))
+    few_steps = partial(calibration_images, max_steps=10)
+    monkeypatch.setattr("hf_noisekd.training.training_data.calibration_images", few_steps)
     args = config(tmp_path, input_size=None, num_calibration_images=64, max_steps=3, **options)
     trainer = NoiseKDTrainer(None if "keep" in options else "resnet10_cifar", digits_teacher, args)
     trainer.train()

@@ -167,7 +167,7 @@ def _quality_text(trainer: "NoiseKDTrainer", record: "Record") -> str:
         length = f"more --max-hours (now {args.max_hours:g})"
     other = "a larger student" if trainer.start else "a student of its teacher's kind"
     share = next((f"a larger --{name.replace('_', '-')}" for name in args.limits), other)
-    images = "more unlabelled images" if trainer.images else "unlabelled images of its task (--images FOLDER)"
+    images = "more unlabelled images" if made.given_images else "unlabelled images of its task (--images FOLDER)"
     return f"{text} That is low. What raises it: {length}, {share}, or {images}."
 
 
@@ -175,7 +175,8 @@ def _summary(trainer: "NoiseKDTrainer", eval_dataset: str | None) -> str:
     """Return what a distillation came to, and what can be done with it."""
     folder = trainer.args.output_dir
     record = trainer.record()
-    scores, default = record.evaluations[0], "held-out given images" if trainer.images else "held-out noise"
+    made: Any = record.noisekd
+    scores, default = record.evaluations[0], "held-out given images" if made.given_images else "held-out noise"
     text = (
         f"The student is in {folder}. On {eval_dataset or default}:\n"
         f"{scores_table({'running': scores.running, 'batch': scores.batch})}\n{_statistics_text(record)}\n"

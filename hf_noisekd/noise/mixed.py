@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from hf_noisekd.batches import SizedDataset, collate_images
+from hf_noisekd.batches import SizedDataset, collate_images, dataset_name
 from hf_noisekd.noise.dataset import NoiseDataset, draw_seed
+from hf_noisekd.record.schema import ImagesFacts
 
 
 class MixedDataset(NoiseDataset):
@@ -39,15 +40,17 @@ class MixedDataset(NoiseDataset):
             found = tuple(collate_images([images[0]])["pixel_values"].shape[1:])
         if found != self.input_size:
             raise ValueError(f"The images have the size {found} and the noise {self.input_size}: make them equal.")
-        self.real_images = images
+        self.images = images
+        # None for images that were made without data.
+        self.real: ImagesFacts | None = ImagesFacts(images=len(images), dataset=dataset_name(images))
 
     def draw(self, step: int) -> torch.Tensor:
         """Return the batch `[B, C, H, W]` of training step `step`, counted from 0 over all epochs."""
         if int(step * self.share) == int((step + 1) * self.share):
             return super().draw(step)
         with _augmentation_seeded(draw_seed(self.seed, self.rank, step, self.held_out)):
-            indices = torch.randint(len(self.real_images), (self.batch_size,)).tolist()
-            several = getattr(self.real_images, "__getitems__", lambda many: [self.real_images[one] for one in many])
+            indices = torch.randint(len(self.images), (self.batch_size,)).tolist()
+            several = getattr(self.images, "__getitems__", lambda many: [self.images[one] for one in many])
             pixel_values = collate_images(several(indices))["pixel_values"]
         return pixel_values.to(self.device, self.dtype, memory_format=self.memory_format)
 

@@ -133,6 +133,8 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     noise: NoiseFacts | None = None
     real_images: ImagesFacts | None = None  # trained on, in some steps beside noise or in all
+    made_images: int = 0  # calibration images, trained on in some steps
+    compares_features: bool = False  # at the ends of stages, in the loss
     given_images: ImagesFacts | None = None  # unlabelled, to cut, repair, train and measure the student on
     recalibration: ImagesFacts | None = None  # for running statistics
     calibration: CalibrationFacts | None = None  # for running statistics, made without data

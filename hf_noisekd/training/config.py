@@ -188,6 +188,11 @@ class NoiseKDConfig(ClassifierConfig):
         "order, such as '0.5:0.6,0.75:0.25,1:0.15'; no side gets below 16 pixels. Default: that for structured "
         "noise, a student with random weights and a teacher with batch statistics, and else full size.",
     )
+    match_features: bool = HfArg(
+        default=True,
+        help="Where the student is initialised from its teacher, also train it on the teacher's features at the ends "
+        "of stages.",
+    )
     teacher_statistics: float | None = HfArg(
         default=None,
         help="What the teacher's BatchNorm layers normalise noise by, in [0, 1]: 1 is the batch at hand, as in the "
@@ -291,6 +296,7 @@ class NoiseKDConfig(ClassifierConfig):
             "temperature": 1.0,
             "num_calibration_images": 0,
             "init_student": "random",
+            "match_features": False,
         }
         return cls(output_dir, **setting | overrides)
 

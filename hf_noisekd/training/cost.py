@@ -1,6 +1,7 @@
 """What a training takes in time and memory, measured on a few images before its first step."""
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -10,15 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import frozen_copy
+from hf_noisekd.calibration.calibration_images import frozen_copy, noise_images
 from hf_noisekd.calibration.matching import match_statistics
-from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits, device_of
 from hf_noisekd.models.cpu_faults import fast_depthwise
 from hf_noisekd.training.teacher import Teacher
 
+logger = logging.getLogger(__name__)
+
 MEASURED_PIXELS = 2**20  # of the images that are measured, fewer than a batch has at 224 pixels
 MIN_MEASURED = 8
+MOST_MATCHED = 128  # images; more do not take longer in proportion
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,6 @@ class ImageCost:
 
     training: float  # of a step: it is drawn, both models' logits are computed, and the student's gradient
     evaluation: float  # of both models' logits, the student's twice
-    matching: float  # of a step in which it is matched to the teacher
     memory: float
 
 
@@ -37,7 +39,6 @@ class Estimate:
 
     steps: int
     step: float
-    calibration: float
     evaluation: float
     memory: float
     device: torch.device
@@ -45,11 +46,10 @@ class Estimate:
     @property
     def seconds(self) -> float:
         """The sum of all."""
-        return self.steps * self.step + self.calibration + self.evaluation
+        return self.steps * self.step + self.evaluation
 
     def __str__(self) -> str:
         parts = [f"{self.steps:,} steps of {duration(self.step)}"]
-        parts += [f"up to {duration(self.calibration)} for calibration images"] if self.calibration else []
         parts += [f"{duration(self.evaluation)} to evaluate"] if self.evaluation else []
         text = f"About {duration(self.seconds)} on {named(self.device)}: {', '.join(parts)}."
         return f"{text} A step keeps {self.memory / 2**30:.1f} GiB in memory."
@@ -111,18 +111,29 @@ def cost_of_an_image(
         training = min(_seconds(step, device), _seconds(step, device))
         memory = sum(kept.values()) - sum(tensor.nbytes for tensor in trained.parameters())
         evaluation = _seconds(evaluate, device)
-        matching = cost_of_matching(teacher.model, draw(number)) if stored_statistics(teacher.model) else 0.0
-    return ImageCost(training / number, evaluation / number, matching, max(memory, 0) / number)
+    return ImageCost(training / number, evaluation / number, max(memory, 0) / number)
 
 
-def cost_of_matching(teacher: nn.Module, images: torch.Tensor) -> float:
-    """Measure how many seconds an image takes in a step in which `images` are matched to `teacher`."""
+def cost_of_matching(teacher: nn.Module, input_size: tuple[int, int, int]) -> float:
+    """Measure how many seconds an image takes in a step in which it is matched to `teacher`."""
+    number = min(MOST_MATCHED, max(MIN_MEASURED, MEASURED_PIXELS // math.prod(input_size[1:])))
+    images = noise_images(teacher, number, input_size=input_size, seed=0)
     frozen, device = frozen_copy(teacher), images.device
 
     def match() -> None:
-        match_statistics(frozen, images.float(), 1)
+        match_statistics(frozen, images, 1)
 
-    return min(_seconds(match, device), _seconds(match, device)) / len(images)
+    return min(_seconds(match, device), _seconds(match, device)) / number
+
+
+def say_what_matching_takes(
+    teacher: nn.Module, input_size: tuple[int, int, int], number: int, steps: int, max_steps: int
+) -> None:
+    """Log what it takes to make `number` images, with those held out, of a teacher that stores statistics."""
+    step, first = number * cost_of_matching(teacher, input_size), min(steps, max_steps)
+    more = f", up to {max_steps:,} where they need them ({duration(max_steps * step)})" if max_steps > first else ""
+    takes, device = duration(first * step), named(device_of(teacher))
+    logger.info("About %s on %s: %d steps to make %d images without data%s.", takes, device, first, number, more)
 
 
 def _seconds(function: Callable[[], None], device: torch.device) -> float:

@@ -26,7 +26,7 @@ from hf_noisekd.training.agreement import AgreementLog
 from hf_noisekd.training.checkpoints import check_checkpoint, check_length, last_whole_checkpoint
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.ending import Candidate, end_without_data
-from hf_noisekd.training.features import PooledFeatures
+from hf_noisekd.training.features import StageFeatures
 from hf_noisekd.training.losses import LOSSES
 from hf_noisekd.training.plan import plan_training
 from hf_noisekd.training.provenance import describe_training
@@ -105,9 +105,10 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         )
         self.start, self.images, self.planned_for = plan.initial, plan.images, plan.seconds
         self.teacher = plan.teacher.settle(plan.args, training_memory_format(plan.teacher.model, plan.args.device))
-        cut = plan.frozen_cut
-        self._frozen = list(find_batch_norm(self.model).values()) if cut else []
-        self._features = PooledFeatures(self.model, self.teacher_model, cut.kept) if cut else None
+        self._frozen = list(find_batch_norm(self.model).values()) if plan.is_frozen else []
+        self._features = None
+        if args.match_features and self.start:
+            self._features = StageFeatures(self.model, self.teacher_model, self.start.cut)
         self._agreement_log = AgreementLog(plan.teacher.num_classes, plan.args.device)
         self._ending: Candidate | None = None
         self.is_saved = False  # whether the output directory has the student after its last step
@@ -180,13 +181,11 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         ending = end_without_data(
             self.model,
             self.teacher,
-            self.args.num_calibration_images,
+            self.images,
             initial=self.start,
-            images=self.images,
-            trained_on=math.inf if self.images else self.full_size_images(self.state.global_step),
+            num_noise=self.args.num_calibration_images,
             seed=self.args.seed,
             step=self._step_of_weights(),
-            show_progress=not self.args.disable_tqdm and self.is_local_process_zero(),
         )
         if self._sum_over_processes(torch.tensor([float(ending is not None)])) < self.args.world_size:
             self.model.load_state_dict(before)
@@ -211,15 +210,18 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         with self.accelerator.autocast():
             teacher_logits = self.teacher.training_logits(pixel_values)
         student_logits = compute_logits(model, pixel_values)
-        loss = self.distillation_loss(student_logits, teacher_logits)
-        if self._features:
-            loss = self._features.loss(loss)
+        loss = self.training_loss(student_logits, teacher_logits)
         self._agreement_log.add(teacher_logits, student_logits)
         return (loss, {"logits": student_logits}) if return_outputs else loss
 
     def distillation_loss(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
         """Return how far logits `[B, num_classes]` are from the teacher's; a subclass may have a loss of its own."""
         return LOSSES[self.args.loss_type](student_logits, teacher_logits, self.args.temperature)
+
+    def training_loss(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a training step: that of the logits, and where features are compared, of these, too."""
+        loss = self.distillation_loss(student_logits, teacher_logits)
+        return self._features.loss(loss) if self._features else loss
 
     def reference_logits(self, dataset: Dataset) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the function to the teacher's logits: for noise as in training, for images as it is deployed."""
@@ -256,6 +258,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         steps = self._step_of_weights()
         evaluations = current_evaluations(self._evaluations, steps)
         made = describe_training(self.args, self.teacher, self.train_dataset, self.model, evaluations, steps)
+        made = replace(made, compares_features=self._features is not None)
         if self.images:
             made = replace(made, given_images=self.images.given)
         if self.start:
@@ -264,8 +267,8 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
             made = replace(made, batch_norm="running")
             if (images := self._ending.images) is not None:
                 made = replace(made, recalibration=images.real, calibration=images.facts)
-            if start := self._ending.start or made.start:
-                made = replace(made, start=replace(start, training_helped=self._ending.is_trained))
+            if made.start:
+                made = replace(made, start=replace(made.start, training_helped=self._ending.is_trained))
         return made
 
     def _save_classifier(self, output_dir: str) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
@@ -28,6 +29,7 @@ from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
+from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.cutting import Budget, cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import computing_like, initialise_from_teacher
@@ -48,7 +50,7 @@ from hf_noisekd.training.training_data import (
     breaks_bfloat16,
     calibration_of,
     eval_noise,
-    made_for_cut,
+    made_before_training,
     mixed_noise,
     needs_stored_statistics,
     on_device,
@@ -79,14 +81,14 @@ class Plan:
 
     model: nn.Module  # the student
     initial: InitialWeights | None  # what it was initialised with, if from its teacher
-    images: CalibrationImages | None  # those that were given, and what is made beside them
+    images: CalibrationImages | None  # those that were given, or made without data, or both
     teacher: Teacher
     args: NoiseKDConfig
     train_dataset: Any
     eval_dataset: Any
     counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
     seconds: float  # that it took to plan
-    frozen_cut: Cut | None  # how the student was cut, if its statistics stay as they are: its teacher's
+    is_frozen: bool  # whether the student's statistics stay as they are: its teacher's
 
 
 def plan_training(
@@ -100,6 +102,7 @@ def plan_training(
 ) -> Plan:
     """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
     began_at = time.monotonic()
+    get_reporting_integration_callbacks(args.report_to)  # an error of the Trainer's that would come after minutes
     if args.device.type == "cpu":
         keep_freed_memory()
     if teacher_model is None:
@@ -109,45 +112,65 @@ def plan_training(
     given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
     teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
+    if eval_dataset is not None:
+        check_eval_datasets(eval_dataset, teacher, collate_fn)
     set_seed(args.seed)  # before a student given by name gets its random weights
     may_be_smaller = args.input_size is None and train_dataset is None and collate_fn is collate_images
-    model, initial = initial_student(model, teacher, args, given, min_side=args.min_side if may_be_smaller else 1.0)
+    images_of = cache(partial(_calibration_images, args, teacher, given, train_dataset))
+    model, initial = initial_student(model, teacher, args, images_of, min_side=args.min_side if may_be_smaller else 1.0)
+    calibration = images_of()
     if initial and initial.facts.teacher_input_size:
         size = input_size_of(model)
         teacher_model = load_teacher(teacher_model, input_size=size)
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
-        args, given, eval_dataset = at_size(size, args, given, eval_dataset, is_whole=initial.cut.is_whole)
-    is_all_the_teachers = initial is not None and initial.facts.from_teacher == initial.facts.tensors
-    frozen_cut = initial.cut if by_stored and initial and is_all_the_teachers else None
+        args, calibration, eval_dataset = at_size(size, args, calibration, eval_dataset, is_whole=initial.cut.is_whole)
+    is_frozen = by_stored and initial is not None and initial.facts.from_teacher == initial.facts.tensors
     if args.input_size is not None:
         declare_input_size(model, teacher.input_size)
     check_models(model, teacher, explicit_size=args.input_size is not None)
-    args = _with_defaults(args, teacher, initial, train_dataset, freezes=frozen_cut is not None)
-    if train_dataset is None and given is not None:
-        train_dataset = mixed_noise(args, teacher, given, alone=by_stored)
-    noise = train_noise(args, teacher, train_dataset, (model, teacher_model))
-    train_dataset = train_dataset if noise is None else noise
-    check_train_noise(train_dataset, args, teacher)
-    if breaks_bfloat16(args, model, noise, teacher.input_size):
-        args.bf16, args.mixed_precision = False, "no"
-    check_last_batch(train_dataset, args)
+    args = _with_defaults(args, teacher, initial, train_dataset, freezes=is_frozen)
+    if train_dataset is None and calibration and (calibration.given or (initial and not calibration.problem)):
+        train_dataset = mixed_noise(args, teacher, calibration, alone=by_stored)
+    train_dataset, noise = _train_dataset(args, teacher, train_dataset, model)
     if eval_dataset is None:
-        held_out = given and PixelsDataset(given.held_out.cpu(), HELD_OUT_GIVEN)
+        held_out = calibration and calibration.given and PixelsDataset(calibration.held_out.cpu(), HELD_OUT_GIVEN)
         eval_dataset = held_out or eval_noise(args, teacher, noise)
-    check_eval_datasets(eval_dataset, teacher, collate_fn)
     memory_format = training_memory_format(model, args.device)
     return Plan(
         model=model,
         initial=initial,
-        images=given,
+        images=calibration,
         teacher=teacher,
         args=args,
         train_dataset=on_device(train_dataset, args, memory_format, rank=args.process_index),
         eval_dataset=on_device(eval_dataset, args, memory_format, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
         seconds=time.monotonic() - began_at,
-        frozen_cut=frozen_cut,
+        is_frozen=is_frozen,
     )
+
+
+def _calibration_images(
+    args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages | None, train_dataset: Any
+) -> CalibrationImages | None:
+    """Return those that were given, or, for a training on noise alone, others, made without data."""
+    on_noise = train_dataset is None or isinstance(train_dataset, NoiseDataset)
+    if given or not on_noise or isinstance(train_dataset, MixedDataset):
+        return given
+    return made_before_training(args, teacher)
+
+
+def _train_dataset(
+    args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, model: nn.Module
+) -> tuple[Any, NoiseDataset | None]:
+    """Return the training data, twice if it is noise, and turn off bfloat16 where that would spoil a training on it."""
+    noise = train_noise(args, teacher, train_dataset, (model, teacher.model))
+    train_dataset = train_dataset if noise is None else noise
+    check_train_noise(train_dataset, args, teacher)
+    if breaks_bfloat16(args, model, noise, teacher.input_size):
+        args.bf16, args.mixed_precision = False, "no"
+    check_last_batch(train_dataset, args)
+    return train_dataset, noise
 
 
 def _teacher(
@@ -165,17 +188,23 @@ def initial_student(
     source: str | Path | nn.Module | None,
     teacher: Teacher,
     args: NoiseKDConfig,
-    images: CalibrationImages | None = None,
+    images: Callable[[], CalibrationImages | None] = lambda: None,
     *,
     min_side: float = 1.0,
 ) -> tuple[nn.Module, InitialWeights | None]:
     """Return a student, and what it was initialised with if that is its teacher.
 
     `source` is a model, or the name of one, as [`load_student`] takes them; None for the teacher cut down. What is
-    initialised from the teacher is repaired on `images`, if some are given; for `min_side` see [`shrink`]. There is a
-    `ValueError` if there is no such model, or nothing determines the student, or two things do.
+    initialised from the teacher is repaired on `images`, which are asked for last, as they may have to be made; for
+    `min_side` see [`shrink`]. There is a `ValueError` if there is no such model, or nothing determines the student, or
+    two things do.
     """
     teacher.model.to(args.device)  # where its logits are compared
+
+    def good() -> CalibrationImages | None:
+        some = images()
+        return None if some is None or (some.problem and not some.given) else some
+
     found: Any
     if source is None:
         if not args.limits:
@@ -184,8 +213,7 @@ def initial_student(
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}
         Budget.of(timm_model_of(teacher.model), teacher.input_size, **args.limits)  # what it refuses comes first
-        to_cut_on = images or made_for_cut(args, teacher)
-        student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=to_cut_on)
+        student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=good())
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
@@ -198,7 +226,7 @@ def initial_student(
         if args.init_student == "random":
             logger.info("The student has random weights, by init_student='random'.")
             return student, None
-        some = images or ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
+        some = good() or ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
         original = bare_model(teacher.model)
         like = computing_like(original, student, lambda model_args: build(model_args=model_args), given)
         if found := initialise_from_teacher(like, original, teacher.input_size, some):

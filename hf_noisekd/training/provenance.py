@@ -7,7 +7,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
 
-from hf_noisekd.batches import dataset_name
 from hf_noisekd.models.batch_norm import has_batch_norm
 from hf_noisekd.models.classifier import architecture_of, count_parameters, declared_input_size, pretrained_cfg_of
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -16,7 +15,6 @@ from hf_noisekd.noise.spec import noise_name
 from hf_noisekd.record.environment import versions
 from hf_noisekd.record.schema import (
     Evaluation,
-    ImagesFacts,
     ModelFacts,
     NoiseFacts,
     Provenance,
@@ -49,7 +47,7 @@ def describe_training(
     steps: int,
 ) -> Provenance:
     """Return how the student `model` was made in `steps` steps, with the `evaluations` after them."""
-    method, noise, images = "distillation on images", None, None
+    method, noise, images, number = "distillation on images", None, None, 0
     if isinstance(dataset, NoiseDataset) and getattr(dataset, "share", 0) < 1:
         method = "distillation with noise"
         noise = NoiseFacts(
@@ -61,8 +59,9 @@ def describe_training(
             seed=dataset.seed,
         )
     if isinstance(dataset, MixedDataset):
-        method += " and real images" if noise else ""
-        images = ImagesFacts(images=len(dataset.real_images), dataset=dataset_name(dataset.real_images))
+        images = dataset.real
+        number = len(dataset.images) - (images.images if images else 0)
+        method += " and real images" if noise and images else ""
     better = better_statistics(evaluations, taught_on_batch=noise is not None and teacher.weight_of_batch > 0)
     return Provenance(
         method=method,
@@ -80,4 +79,5 @@ def describe_training(
         versions=versions(),
         noise=noise,
         real_images=images,
+        made_images=number,
     )

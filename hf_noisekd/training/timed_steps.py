@@ -5,29 +5,22 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
-from hf_noisekd.calibration.calibration_images import (
-    STEPS,
-    CalibrationImages,
-    default_held_out,
-    least_images,
-)
-from hf_noisekd.models.batch_norm import stored_statistics
+from hf_noisekd.calibration.calibration_images import default_held_out
 from hf_noisekd.models.classifier import format_size
 from hf_noisekd.models.memory import free_memory
 from hf_noisekd.noise.dataset import MAX_STEPS, NoiseDataset
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.cost import Estimate, ImageCost, cost_of_an_image, duration
-from hf_noisekd.training.ending import matching_limit
 from hf_noisekd.training.evaluation import counts_of
+from hf_noisekd.training.features import StageFeatures
 from hf_noisekd.training.noise_steps import NoiseStepsTrainer
-from hf_noisekd.training.plan import InitialWeights
 from hf_noisekd.training.teacher import Teacher
-from hf_noisekd.training.training_data import SHARE
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +36,9 @@ class TimedTrainer(NoiseStepsTrainer):
 
     args: NoiseKDConfig
     teacher: Teacher
+    _features: StageFeatures | None  # that are compared beside the logits
     planned_for: float  # seconds that its planning took
     _asked_for: int | None = None  # the batch size before a training made it smaller
-    start: InitialWeights | None  # what the student was initialised with, if from its teacher
-    images: CalibrationImages | None  # those that were given, and what is made beside them
 
     def estimate(self) -> Estimate:
         """Measure on a few images what the training will take; a `ValueError` if it is not on noise."""
@@ -88,30 +80,20 @@ class TimedTrainer(NoiseStepsTrainer):
             return noise.draw(0)
 
         batch_size = self.train_dataset.batch_size
-        return cost_of_an_image(
-            self.model, self.teacher, draw, self.distillation_loss, self.accelerator.autocast, batch_size
-        )
+        with self._features or nullcontext():
+            return cost_of_an_image(
+                self.model, self.teacher, draw, self.training_loss, self.accelerator.autocast, batch_size
+            )
 
     def _estimate(self, cost: ImageCost) -> Estimate:
         steps, batch_size = self._training_length()[0], self.train_dataset.batch_size
         return Estimate(
             steps=steps,
             step=cost.training * self.full_size_images(1),
-            calibration=self._matched_images(steps) * STEPS * cost.matching,
             evaluation=self._evaluated_images(steps) * cost.evaluation,
             memory=cost.memory * batch_size,
             device=self.args.device,
         )
-
-    def _matched_images(self, steps: int) -> float:
-        """Return how many calibration images there will be, with those held out."""
-        number = self.args.num_calibration_images
-        could = stored_statistics(self.teacher.model) and (self.start or stored_statistics(self.model))
-        if self.images or not (number and could):
-            return 0
-        wanted = number + default_held_out(number)
-        limit = matching_limit(self.model, self.teacher, self.full_size_images(steps)) / STEPS
-        return min(wanted, max(limit, least_images(self.teacher.input_size)))
 
     def _evaluated_images(self, steps: int) -> float:
         """Return how many images are evaluated on, in the training, after it, and to choose what it ends with."""
@@ -129,9 +111,7 @@ class TimedTrainer(NoiseStepsTrainer):
     def _fit(self, cost: ImageCost, seconds: float, began_at: float) -> None:
         """Choose steps, and a smaller batch where there would be few, with which all ends in time."""
         fixed = self._evaluated_images(0) * cost.evaluation
-        matching = self._matched_images(0) * STEPS * cost.matching
         left = seconds - (time.monotonic() - began_at) - fixed
-        left = min(left / (1 + SHARE), left - matching)
         free = free_memory(self.args.device)
         self._asked_for = batch_size = self._asked_for or self.train_dataset.batch_size
         of_one = cost.training * self.full_size_images(1) / self.train_dataset.batch_size

@@ -12,9 +12,12 @@ from torch import nn
 
 from hf_noisekd.batches import DrawnDataset, PixelsDataset, ResizedDataset, SizedDataset, dataset_name
 from hf_noisekd.calibration.calibration_images import (
+    STEPS,
     CalibrationImages,
     calibration_images,
+    default_held_out,
     given_images,
+    least_images,
     with_made_images,
 )
 from hf_noisekd.models.batch_norm import stored_statistics
@@ -23,13 +26,15 @@ from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.training.config import NoiseKDConfig
+from hf_noisekd.training.cost import cost_of_matching, say_what_matching_takes
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
 
 SHARE = 0.15  # of the cost of a training that calibration images may have
-IMAGES_SHARE = 0.5  # of the steps, with given images
-IMAGES_OF_SHARE = 256  # images for that share; with fewer it is smaller
+COST_OF_TRAINING = 2.5 / 3  # on an image, as a share of a matching step's: the student has half of its teacher's
+MADE_SHARE, GIVEN_SHARE = 0.25, 0.5  # of the steps, with calibration images, and with given ones
+IMAGES_OF_SHARE = 256  # for that share; with fewer it is smaller
 EVAL_PIXELS = 2**21  # of the noise to evaluate on
 MIN_IMAGES = 16  # that a user gives
 HELD_OUT_GIVEN = "held-out given images"
@@ -42,30 +47,36 @@ def calibration_of(
     input_size: tuple[int, int, int],
     collate_fn: Callable,
 ) -> CalibrationImages:
-    """Return unlabelled images of a user as calibration images, and beside few of them others, made without data.
-
-    Making these takes about 15 % of the cost of the training, or, where time decides about that, as little as may be.
-    """
+    """Return unlabelled images of a user as calibration images, and beside few of them others, made without data."""
     given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
-    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
-    limit = 0.0 if args.max_hours else SHARE * steps * args.train_batch_size * args.gradient_accumulation_steps
-    options = {"max_image_steps": limit} | _matching(args, input_size)
+    options = _matching(args, teacher_model, input_size)
     return of_first_process(with_made_images(teacher_model, given, args.num_calibration_images, **options), args)
 
 
-def made_for_cut(args: NoiseKDConfig, teacher: Teacher) -> CalibrationImages | None:
-    """Return a few calibration images to choose and repair a cut on, or None where these are not good enough."""
+def made_before_training(args: NoiseKDConfig, teacher: Teacher) -> CalibrationImages | None:
+    """Return calibration images to cut, repair, train and compare on; None if none are wanted, or can be made."""
     if not args.num_calibration_images or not stored_statistics(teacher.model):
         return None
-    options = {"max_image_steps": 0.0} | _matching(args, teacher.input_size)
-    made = of_first_process(calibration_images(teacher.model, args.num_calibration_images, **options), args)
-    return None if made.problem else made
+    wanted, options = args.num_calibration_images, _matching(args, teacher.model, teacher.input_size)
+    most = max(options["max_image_steps"] / STEPS, least_images(teacher.input_size))
+    number = int(min(wanted + default_held_out(wanted), most))
+    say_what_matching_takes(teacher.model, teacher.input_size, number, STEPS, STEPS)
+    return of_first_process(calibration_images(teacher.model, wanted, **options), args)
 
 
-def _matching(args: NoiseKDConfig, input_size: tuple[int, int, int]) -> dict[str, Any]:
+def _matching(args: NoiseKDConfig, teacher_model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
     """Return how calibration images are made before a training."""
     shows = not args.disable_tqdm and args.process_index == 0
-    return {"input_size": input_size, "seed": args.seed, "show_progress": shows}
+    limit = _most_image_steps(args, teacher_model, input_size)
+    return {"max_image_steps": limit, "input_size": input_size, "seed": args.seed, "show_progress": shows}
+
+
+def _most_image_steps(args: NoiseKDConfig, teacher_model: nn.Module, input_size: tuple[int, int, int]) -> float:
+    """Return how many calibration images times steps take 15 % of the training."""
+    if args.max_hours and stored_statistics(teacher_model):
+        return SHARE * 3600 * args.max_hours / cost_of_matching(teacher_model, input_size)
+    steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
+    return SHARE * COST_OF_TRAINING * steps * args.train_batch_size * args.gradient_accumulation_steps
 
 
 def of_first_process(images: CalibrationImages, args: NoiseKDConfig) -> CalibrationImages:
@@ -97,12 +108,12 @@ def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn
 def at_size(
     size: tuple[int, int, int],
     args: NoiseKDConfig,
-    given: CalibrationImages | None,
+    images: CalibrationImages | None,
     eval_dataset: Any,
     *,
     is_whole: bool,
 ) -> tuple[NoiseKDConfig, CalibrationImages | None, Any]:
-    """Return arguments, given images and evaluation data for smaller images than those of the teacher.
+    """Return arguments, images and evaluation data for smaller images than those of the teacher.
 
     A student that `is_whole`, its teacher on smaller images, has one step: there is nothing to learn.
     """
@@ -117,7 +128,7 @@ def at_size(
 
     named = isinstance(eval_dataset, dict)
     of_size = {name: smaller(one) for name, one in eval_dataset.items()} if named else smaller(eval_dataset)
-    return args, given and given.at(size[1:]), of_size
+    return args, images and images.at(size[1:]), of_size
 
 
 def needs_stored_statistics(
@@ -131,17 +142,23 @@ def needs_stored_statistics(
     return decides and bool(stored_statistics(teacher_model)) and given.problem is not None
 
 
-def mixed_noise(args: NoiseKDConfig, teacher: Teacher, given: CalibrationImages, *, alone: bool) -> NoiseDataset:
-    """Return noise as of the arguments, and the given images, without those held out, in a share of the steps, or all.
+def mixed_noise(args: NoiseKDConfig, teacher: Teacher, images: CalibrationImages, *, alone: bool) -> NoiseDataset:
+    """Return noise as of the arguments, and images, without those held out, in a share of the steps, or all.
 
     A few dozen images in half of the steps would be learnt by heart.
     """
-    share = 1.0 if alone else IMAGES_SHARE * min(1.0, len(given.pixel_values) / IMAGES_OF_SHARE)
-    name = given.given.dataset if given.given else None
-    images = PixelsDataset(given.pixel_values.cpu(), name, augments=True)
-    return MixedDataset.for_model(
-        teacher.model, images=images, share=share, **_noise_batches(args), **_noise_arguments(args, teacher)
+    given = len(images.pixel_values) if images.given else 0
+    share = (GIVEN_SHARE * given + MADE_SHARE * (len(images) - given)) / IMAGES_OF_SHARE
+    pixel_values = torch.cat([batch.cpu() for batch in images])
+    mixed: Any = MixedDataset.for_model(
+        teacher.model,
+        images=PixelsDataset(pixel_values, augments=True),
+        share=1.0 if alone else min(share, GIVEN_SHARE),
+        **_noise_batches(args),
+        **_noise_arguments(args, teacher),
     )
+    mixed.real = images.real
+    return mixed
 
 
 def train_noise(

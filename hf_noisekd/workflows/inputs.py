@@ -1,7 +1,6 @@
 """What the functions of this folder are given: models and data sets by name, and folders to write to."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +13,6 @@ from hf_noisekd.calibration.calibration_images import (
     CalibrationImages,
     calibration_images,
     default_held_out,
-    noise_images,
 )
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
 from hf_noisekd.models.batch_norm import stored_statistics
@@ -22,7 +20,7 @@ from hf_noisekd.models.classifier import declared_input_size, declared_num_class
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
-from hf_noisekd.training.cost import MEASURED_PIXELS, MIN_MEASURED, cost_of_matching, duration, named
+from hf_noisekd.training.cost import say_what_matching_takes
 from hf_noisekd.training.training_data import check_enough
 
 logger = logging.getLogger(__name__)
@@ -75,13 +73,7 @@ def made_images(
 ) -> CalibrationImages:
     """Return the [`calibration_images`] of a teacher, after a line in the log on what they take."""
     if stored_statistics(teacher):
-        number, first = num_images + default_held_out(num_images), min(steps, max_steps)
-        measured = min(num_images, max(MIN_MEASURED, MEASURED_PIXELS // math.prod(input_size[1:])))
-        images = noise_images(teacher, measured, input_size=input_size, seed=0)
-        step = number * cost_of_matching(teacher, images)
-        more = f", up to {max_steps:,} where they need them ({duration(max_steps * step)})" if max_steps > first else ""
-        takes, device = duration(first * step), named(images.device)
-        logger.info("About %s on %s: %d steps to make %d images without data%s.", takes, device, first, number, more)
+        say_what_matching_takes(teacher, input_size, num_images + default_held_out(num_images), steps, max_steps)
     return calibration_images(teacher, num_images, input_size=input_size, steps=steps, max_steps=max_steps)
 
 

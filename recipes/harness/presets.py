@@ -69,6 +69,7 @@ DISTILL_DEFAULTS = {
         "lr_scheduler_type",
         "warmup_steps",
         "max_grad_norm",
+        "match_features",
     )
 }
 

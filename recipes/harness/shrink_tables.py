@@ -43,7 +43,7 @@ def shrink_runs(results: Path) -> dict[tuple[str, str, int], list[dict]]:
         (beside,) = record["measurements"]["what is paid beside the steps"]
         for row in record["measurements"]["accuracy"]:
             time, run = row["time"], dict(row)
-            if time:
+            if time and "minutes" not in row:
                 share = 1 - beside["in steps of the first student"] / time
                 run["minutes"] = seconds[f"{row['student']}, time of {time:,}"] / share / 60
             run["of teacher"] = teacher["evaluations"][0]["running"]["accuracy"]
