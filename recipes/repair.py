@@ -1,4 +1,4 @@
-"""Cut, repaired in closed form, and trained for a few minutes: without an image, and with a few unlabelled ones.
+"""Cut, repaired, and trained for a few minutes: without an image, and with a few unlabelled ones.
 
     python recipes/repair.py --teacher runs/cifar10/teacher
     python recipes/repair.py --preset cpu-wrn               # a Wide ResNet

@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset, TensorDataset
 from hf_noisekd import NoiseKDConfig  # which registers the CIFAR-size models, too
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.release.hub import _api
+from hf_noisekd.shrinking import reconstruction
 from hf_noisekd.training.classifier_trainer import ClassifierTrainer
 from hf_noisekd.training.config import ClassifierConfig
 
@@ -39,6 +40,8 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("same")
+
+reconstruction.STEPS = 10  # of each block of each cut; what more of them do is tested with them
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]

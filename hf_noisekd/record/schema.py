@@ -92,7 +92,7 @@ class StartFacts:
     teacher_input_size: list[int] | None = None  # where the student takes smaller images
     size_agreement: float | None = None  # in percent, of the whole teacher on these with itself on its own
     recalibrated: bool = False  # whether the initial weights have statistics of images
-    repaired_blocks: int = 0  # of the initial weights, solved for the teacher's features
+    repaired_blocks: int = 0  # of the initial weights, fitted to the teacher's features
     training_helped: bool = True  # False if it has its initial weights again
 
     def __str__(self) -> str:

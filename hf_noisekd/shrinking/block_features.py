@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,24 @@ TOLERANCE = 1e-3
 
 class _BlockEnd(Exception):  # noqa: N818 - it ends a forward pass
     pass
+
+
+class Call(NamedTuple):
+    """A call of a block in its network: its arguments, whose tensors are copies, and its output."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The arguments that are tensors."""
+        return [value for value in (*self.args, *self.kwargs.values()) if torch.is_tensor(value)]
+
+    @property
+    def values(self) -> list[Any]:
+        """The other arguments."""
+        return [value for value in (*self.args, *self.kwargs.values()) if not torch.is_tensor(value)]
 
 
 class Block:
@@ -38,12 +56,24 @@ class Block:
             if self.activation:
                 end: Any = lambda _, args: seen.__setitem__("end", args[0].clone())  # noqa: E731
                 stack.enter_context(self.activation.register_forward_pre_hook(end))
+            output = self.call(batch).output
+        return seen.get("end", output), [seen[layer] for layer in layers]
+
+    def call(self, batch: torch.Tensor) -> Call:
+        """Return what the block is called with, for images, and its output."""
+        given: list[tuple[tuple, dict]] = []
+
+        def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            given.append((tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}))
+
+        with ExitStack() as stack:
+            stack.enter_context(self.block.register_forward_pre_hook(note, with_kwargs=True))
             stack.enter_context(self.block.register_forward_hook(self._end))
             try:
                 compute_logits(self.model, batch.clone())
             except _BlockEnd as stop:
-                output = stop.args[0]
-        return seen.get("end", output), [seen[layer] for layer in layers]
+                return Call(*given[-1], stop.args[0])
+        raise AssertionError("the block was not called")
 
     @staticmethod
     def _end(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -115,6 +145,14 @@ class BlockPair:
     def goal(self, batch: torch.Tensor) -> torch.Tensor:
         """Return what the student is to have at the end of its block."""
         return self.of_student(self.teacher.run(batch)[0])
+
+    def output_goal(self, batch: torch.Tensor) -> torch.Tensor:
+        """Return what the block of the student is to output: the same, behind the activation."""
+        return self.of_student(self.teacher.call(batch).output)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if torch.is_tensor(value) else value  # some blocks change their input in place
 
 
 def _are_close(features: torch.Tensor, wanted: torch.Tensor) -> bool:

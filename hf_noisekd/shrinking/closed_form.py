@@ -1,7 +1,7 @@
 """The last linear layers of a block, solved in closed form for the features of its teacher.
 
 `W += (G + r I)^-1 R`, with the covariance `G` of what these layers get and `R` that with the difference to what the
-teacher has at the end of the block. Which layers reach the end linearly is found by trial.
+teacher has at the end of the block, in front of the last activation. Which layers reach it linearly is found by trial.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_noisekd.shrinking.block_features import TOLERANCE, Block, BlockPair
 from hf_noisekd.shrinking.blocks import WEIGHTED
-from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit
+from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit, Solution
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Solver:
             return None
         return cls(pair, dense, next((one for one in reversed(found) if one.module.bias is not None), None))
 
-    def solve(self, batches: Sequence[torch.Tensor]) -> bool:
-        """Solve the layers; return whether that helps on held-out images."""
+    def solve(self, batches: Sequence[torch.Tensor]) -> Solution | None:
+        """Return what to add to the layers, or None if nothing helps on held-out images."""
         fit = RidgeFit(sum(map(len, batches)))
         for batch in batches:
             for chunk in batch.split(CHUNK_SIZE):
@@ -55,13 +55,10 @@ class Solver:
                 difference = _channels_last(self.pair.goal(chunk) - features, self.layers[0].dim)
                 columns = [unfolded(one.module, x) for one, x in zip(self.layers, inputs, strict=True)]
                 fit.add(torch.cat(columns, -1), difference.reshape(*columns[0].shape[:3], -1))
-        solution = fit.solve(has_offset=self.shift is not None)
-        if solution is None:
-            return False
-        self._apply(solution.weights, solution.offsets)
-        return True
+        return fit.solve(has_offset=self.shift is not None)
 
-    def _apply(self, weights: torch.Tensor, offsets: torch.Tensor) -> None:
+    def add(self, weights: torch.Tensor, offsets: torch.Tensor) -> None:
+        """Add a solution to the layers, in place."""
         start = 0
         for one in self.layers:
             weight = one.module.weight

@@ -101,9 +101,9 @@ def shrink(
     taken; one that lost only blocks may have 25 % more. What reads narrowed layers is changed, so that the channels
     that stay stand for those removed; see [`compensate`].
 
-    With `images` the network is also repaired: the last layers of each block are solved for the teacher's features by
-    least squares. Without, the BatchNorm layers keep what is left of the teacher's statistics,
-    which are wrong once channels were cut: correct them with [`recalibrate_batch_norm`].
+    With `images` the network is also repaired: one by one, its blocks are fitted to the teacher's features, by least
+    squares and gradient steps. Without, the BatchNorm layers keep what is left of the teacher's statistics, which are
+    wrong once channels were cut: correct them with [`recalibrate_batch_norm`].
 
     Args:
         teacher: A timm model. It does not change. If it is in half precision, it is cut in float32.

@@ -17,6 +17,7 @@ class Solution(NamedTuple):
     weights: torch.Tensor
     offsets: torch.Tensor
     error: float
+    without_held_out: tuple[torch.Tensor, torch.Tensor]  # weights and offsets for the other images, which it is of
 
 
 class Moments:
@@ -95,8 +96,9 @@ class RidgeFit:
         fitted, held_out = self._moments
         if not (fitted.count and held_out.count):
             return None
-        errors = {ridge: held_out.error(*fitted.solve(ridge, has_offset=has_offset)) for ridge in RIDGES}
+        solutions = {ridge: fitted.solve(ridge, has_offset=has_offset) for ridge in RIDGES}
+        errors = {ridge: held_out.error(*solution) for ridge, solution in solutions.items()}
         best = min(errors, key=lambda ridge: errors[ridge])
         if not errors[best] < 1:
             return None
-        return Solution(*(fitted + held_out).solve(best, has_offset=has_offset), errors[best])
+        return Solution(*(fitted + held_out).solve(best, has_offset=has_offset), errors[best], solutions[best])

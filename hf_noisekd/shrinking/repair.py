@@ -1,10 +1,9 @@
-"""Repair a cut network in closed form: block by block, its layers are solved for the features of its teacher.
+"""Repair a cut network: block by block, it is fitted to the features of its teacher.
 
 Both networks see the same images. From the first block to the last, with the features that the student itself has by
-then, the last linear layers of a block are solved for the difference to what the teacher has there, in front of the
-last activation: `W += (G + r I)^-1 R`, with the covariance `G` of what these layers get and `R` that with the
-difference. Where blocks were left out, the block before them is solved for the output of the last one of them. No class
-of a network is known here: which layers reach the output of a block linearly is found by trial.
+then, the last linear layers of a block are solved for what the teacher has there, see [`Solver`], and the whole block
+is trained for it, see [`Reconstruction`]. Where blocks were left out, the block before them is fitted to the output of
+the last one of them. No class of a network is known here.
 """
 
 import copy
@@ -24,6 +23,7 @@ from hf_noisekd.shrinking.blocks import Place, remove_blocks, stages_of
 from hf_noisekd.shrinking.closed_form import Solver
 from hf_noisekd.shrinking.least_squares import CHUNK_SIZE
 from hf_noisekd.shrinking.ranking import Comparison, running_statistics
+from hf_noisekd.shrinking.reconstruction import Reconstruction
 
 TRIED_IMAGES = 4
 
@@ -67,10 +67,10 @@ class Cut(NamedTuple):
 def repair(
     student: nn.Module, teacher: nn.Module, cut: Cut, images: Iterable[torch.Tensor], *, recalibrates: bool = False
 ) -> int:
-    """Solve the blocks of a cut network for the features of its teacher, in place; return how many became better.
+    """Fit the blocks of a cut network to the features of its teacher, in place; return how many became better.
 
-    Both use running statistics, and `images` are batches `[B, C, H, W]`. A block stays as it is where that gives a
-    smaller squared error on images that it was not solved for, or where no layer reaches its output linearly. With
+    Both use running statistics, and `images` are batches `[B, C, H, W]`. A block is solved, and then trained, each
+    only where it lowers the squared error on images that it was not fitted to. Then it is done on all of them. With
     `recalibrates` each BatchNorm layer first gets statistics of the images, once all before its block is repaired;
     later ones would undo the repair.
     """
@@ -88,11 +88,29 @@ def repair(
                 store_statistics(student, batches, waiting)
                 waiting = []
             pair = BlockPair.of(student, teacher, pairs[name], cut.kept, sample)
-            solver = Solver.of(pair, sample) if pair else None
-            better += solver is not None and solver.solve(batches)
+            better += pair is not None and _repair_block(pair, batches, sample)
         if waiting:
             store_statistics(student, batches, waiting)
     return better
+
+
+def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torch.Tensor) -> bool:
+    """Solve a block, and train it after that, each where it helps; return whether one of them did."""
+    block, solver = pair.student.block, Solver.of(pair, sample)
+    training = Reconstruction.of(pair, batches, sample)
+    solution = solver.solve(batches) if solver else None
+    if not (solver and solution):
+        helps = training is not None and training.helps()
+    else:
+        before = copied_state(block)
+        # Solved for the held-out images, too, it could not be compared on them.
+        solver.add(*solution.without_held_out)
+        helps = training is not None and training.helps()
+        block.load_state_dict(before)
+        solver.add(solution.weights, solution.offsets)
+    if training and helps:
+        training.train()
+    return helps or solution is not None
 
 
 def fit_to_teacher(
@@ -101,7 +119,7 @@ def fit_to_teacher(
     """Give a cut network statistics of images, where these are good enough, and repair it; in place.
 
     What is best on the held-out images stays: the network as it was cut, with other statistics, or repaired, too.
-    Return whether it has other statistics now, and how many blocks were solved for. Without images nothing is done.
+    Return whether it has other statistics now, and how many blocks were repaired. Without images nothing is done.
     """
     if images is None:
         return False, 0
