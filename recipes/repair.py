@@ -67,7 +67,10 @@ def main() -> None:
     for name, arguments in preset["students"].items():
         for images in ("none, not repaired", *given):
             start = time.process_time()
-            trainer = experiment.distillation_trainer(name, **FROM_TEACHER | arguments, images=given.get(images))
+            run = FROM_TEACHER | arguments
+            if images == "none, not repaired":
+                run |= {"num_calibration_images": 0}
+            trainer = experiment.distillation_trainer(name, **run, images=given.get(images))
             seconds = time.process_time() - start + making * (images == "none")
             row = {"student": name, "multiply-adds (%)": 100 * share_of_macs(trainer), "images": images}
             if images == "none, not repaired":
@@ -75,7 +78,7 @@ def main() -> None:
             else:
                 row |= {"accuracy": evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]}
                 if images == "none":  # which is trained without these, as users do
-                    trainer = experiment.distillation_trainer(name, **FROM_TEACHER | arguments)
+                    trainer = experiment.distillation_trainer(name, **run)
                 trainer.train()
                 row |= {"trained": evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]}
             rows.append(row | {"seconds": seconds})
