@@ -72,9 +72,14 @@ def _matching(args: NoiseKDConfig, teacher_model: nn.Module, input_size: tuple[i
 
 
 def _most_image_steps(args: NoiseKDConfig, teacher_model: nn.Module, input_size: tuple[int, int, int]) -> float:
-    """Return how many calibration images times steps take 15 % of the training."""
+    """Return how many calibration images times steps take 15 % of the training.
+
+    For a time there are all images or the fewest: a resumed run must make the same ones, whatever it measures.
+    """
     if args.max_hours and stored_statistics(teacher_model):
-        return SHARE * 3600 * args.max_hours / cost_of_matching(teacher_model, input_size)
+        number = args.num_calibration_images + default_held_out(args.num_calibration_images)
+        takes = number * STEPS * cost_of_matching(teacher_model, input_size)
+        return math.inf if takes <= SHARE * 3600 * args.max_hours else 0.0
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
     return SHARE * COST_OF_TRAINING * steps * args.train_batch_size * args.gradient_accumulation_steps
 
