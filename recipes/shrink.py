@@ -25,14 +25,13 @@ from hf_noisekd import NoiseKDTrainer, calibration_images, evaluate
 
 CALIBRATION_IMAGES, REAL_IMAGES = 256, 2560
 STEPS_TO_TIME = 40
-RANDOM = {"init_student": "random"}
-FROM_TEACHER = {"init_student": "teacher", "num_calibration_images": CALIBRATION_IMAGES}
+RANDOM, FROM_TEACHER = {"init_student": "random"}, {"init_student": "teacher"}
 RESNET10 = {"student": "resnet10_cifar", "model_init_kwargs": {"width": 32, "stem_stride": 2}}
 HALF_WIDTH = {"student": "resnet18_cifar", "model_init_kwargs": {"width": 16, "stem_stride": 2}}
 RESNET18 = {"student": "resnet18_cifar", "model_init_kwargs": {}}
 SHALLOW_WRN = {"student": "wide_resnet16_2_cifar", "model_init_kwargs": {"blocks": 1}}
 SMALL_FIRST = {"resolutions": STRUCTURED_SIZES}  # the default for random initial weights
-KEPT = {f"keep {share}": (FROM_TEACHER | {"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
+KEPT = {f"keep {share}": ({"keep": share}, [600, 2000]) for share in (0.75, 0.5, 0.25, 0.125)}
 # How a student is initialised, and the times that it is trained for, in steps of the first one.
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": NOISE_PAIRS["cpu"]
@@ -91,7 +90,8 @@ def main() -> None:
         preset = preset | {"starts": {name: kept[name] for name in kept if name == first or name in options.starts}}
     experiment = Experiment("shrink", options, preset)
     teacher = experiment.prepare_teacher()
-    runs = {name: DISTILL_DEFAULTS | start for name, (start, _) in preset["starts"].items()}
+    defaults = {"num_calibration_images": CALIBRATION_IMAGES} | DISTILL_DEFAULTS
+    runs = {name: defaults | start for name, (start, _) in preset["starts"].items()}
     costs = step_cost(experiment, runs)
     first = next(iter(runs))
     before = seconds_of_a_step(experiment, runs[first])
