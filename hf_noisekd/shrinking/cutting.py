@@ -5,7 +5,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -123,7 +123,7 @@ def shrink(
     Raises:
         ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
     """
-    limits = {"keep": keep, "max_macs": max_macs, "max_params": max_params}
+    limits: dict[str, Any] = {"keep": keep, "max_macs": max_macs, "max_params": max_params}
     return cut_to_budget(teacher, input_size=input_size, images=images, min_side=min_side, **limits)[:2]
 
 
@@ -133,9 +133,10 @@ def cut_to_budget(
     input_size: tuple[int, int, int] | None,
     images: CalibrationImages | Iterable[torch.Tensor] | None,
     min_side: float = 1.0,
+    trains_blocks: bool = True,
     **limits: float | None,
 ) -> tuple[nn.Module, StartFacts, Cut]:
-    """Return what [`shrink`] does, and what was cut."""
+    """Return what [`shrink`] does, and what was cut; for `trains_blocks` see [`repair`]."""
     teacher = _in_float32(timm_model_of(teacher))
     size = input_size_of(teacher, input_size)
     budget = Budget.of(teacher, size, **limits)
@@ -159,7 +160,8 @@ def cut_to_budget(
             f"timm builds {architecture_of(teacher)} with the same weights and other logits than the teacher's, which "
             "was changed by hand (an activation, eps, ...): build it through timm's arguments, or give a student."
         )
-    recalibrated, repaired = fit_to_teacher(student, whole, cut, images and images.at(best.input_size[1:]))
+    fitted_on = images and images.at(best.input_size[1:])
+    recalibrated, repaired = fit_to_teacher(student, whole, cut, fitted_on, trains_blocks=trains_blocks)
     remove_blocks(rest := copy.deepcopy(teacher), cut.removed)
     macs_of_teacher = count_macs(teacher, size)[""]
     macs, most = count_macs(student, best.input_size)[""] / macs_of_teacher, budget.macs / macs_of_teacher

@@ -56,12 +56,15 @@ def initialise_from_teacher(
     teacher: nn.Module,
     input_size: tuple[int, int, int],
     images: CalibrationImages | Sequence[torch.Tensor],
+    *,
+    trains_blocks: bool = True,
 ) -> tuple[StartFacts, Cut] | None:
     """Initialise a student with random weights from its teacher, as far as their layers correspond.
 
     Where the teacher has more blocks in a stage, the student takes the first and those whose loss would change the
     teacher's predictions the most. Where it has more channels, the student takes the most important ones; see
-    [`channel_importance`]. Predictions are compared on `images`, batches `[B, C, H, W]`, such as noise.
+    [`channel_importance`]. Predictions are compared on `images`, batches `[B, C, H, W]`, such as noise. For
+    `trains_blocks` see [`repair`].
 
     Returns what was taken from the teacher, and how it was cut, or None, with an unchanged student, if fewer than 80 %
     of their tensors correspond. Both are timm models.
@@ -97,7 +100,7 @@ def initialise_from_teacher(
             "activations or eps. Give the student the teacher's arguments of timm: %s.",
             built_with(teacher) or "not known",
         )
-    recalibrated, repaired = fit_to_teacher(student, teacher, made, compared.images)
+    recalibrated, repaired = fit_to_teacher(student, teacher, made, compared.images, trains_blocks=trains_blocks)
     facts = StartFacts(
         removed_blocks=[place.name for place in removed],
         tensors=len(own),

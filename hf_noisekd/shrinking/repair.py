@@ -65,14 +65,20 @@ class Cut(NamedTuple):
 
 @torch.no_grad()
 def repair(
-    student: nn.Module, teacher: nn.Module, cut: Cut, images: Iterable[torch.Tensor], *, recalibrates: bool = False
+    student: nn.Module,
+    teacher: nn.Module,
+    cut: Cut,
+    images: Iterable[torch.Tensor],
+    *,
+    recalibrates: bool = False,
+    trains_blocks: bool = True,
 ) -> int:
     """Fit the blocks of a cut network to the features of its teacher, in place; return how many became better.
 
-    Both use running statistics, and `images` are batches `[B, C, H, W]`. A block is solved, and then trained, each
-    only where it lowers the squared error on images that it was not fitted to. Then it is done on all of them. With
-    `recalibrates` each BatchNorm layer first gets statistics of the images, once all before its block is repaired;
-    later ones would undo the repair.
+    Both use running statistics, and `images` are batches `[B, C, H, W]`. A block is solved, and then with
+    `trains_blocks` trained, each only where it lowers the squared error on images that it was not fitted to. Then it
+    is done on all of them. With `recalibrates` each BatchNorm layer first gets statistics of the images, once all
+    before its block is repaired; later ones would undo the repair.
     """
     batches = [to_device_of(student, batch) for batch in images]
     sample = batches[0][:TRIED_IMAGES]
@@ -88,16 +94,16 @@ def repair(
                 store_statistics(student, batches, waiting)
                 waiting = []
             pair = BlockPair.of(student, teacher, pairs[name], cut.kept, sample)
-            better += pair is not None and _repair_block(pair, batches, sample)
+            better += pair is not None and _repair_block(pair, batches, sample, trains_blocks)
         if waiting:
             store_statistics(student, batches, waiting)
     return better
 
 
-def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torch.Tensor) -> bool:
+def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torch.Tensor, trains: bool) -> bool:
     """Solve a block, and train it after that, each where it helps; return whether one of them did."""
     block, solver = pair.student.block, Solver.of(pair, sample)
-    training = Reconstruction.of(pair, batches, sample)
+    training = Reconstruction.of(pair, batches, sample) if trains else None
     solution = solver.solve(batches) if solver else None
     if not (solver and solution):
         helps = training is not None and training.helps()
@@ -114,12 +120,18 @@ def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torc
 
 
 def fit_to_teacher(
-    student: nn.Module, teacher: nn.Module, cut: Cut, images: CalibrationImages | None
+    student: nn.Module,
+    teacher: nn.Module,
+    cut: Cut,
+    images: CalibrationImages | None,
+    *,
+    trains_blocks: bool = True,
 ) -> tuple[bool, int]:
     """Give a cut network statistics of images, where these are good enough, and repair it; in place.
 
-    What is best on the held-out images stays: the network as it was cut, with other statistics, or repaired, too.
-    Return whether it has other statistics now, and how many blocks were repaired. Without images nothing is done.
+    What is best on the held-out images stays: the network as it was cut, with other statistics, or repaired, too; see
+    [`repair`]. Return whether it has other statistics now, and how many blocks were repaired. Without images nothing is
+    done.
     """
     if images is None:
         return False, 0
@@ -127,7 +139,7 @@ def fit_to_teacher(
     expected = held_out.log_probs(teacher)
     recalibrates = bool(stored_statistics(student)) and not images.problem
     states = [copied_state(student)]
-    solved = repair(student, teacher, cut, images, recalibrates=recalibrates)
+    solved = repair(student, teacher, cut, images, recalibrates=recalibrates, trains_blocks=trains_blocks)
     states.append(copied_state(student))
     if recalibrates:
         student.load_state_dict(states[0])

@@ -55,6 +55,7 @@ from hf_noisekd.training.training_data import (
     needs_stored_statistics,
     on_device,
     train_noise,
+    trains_blocks,
 )
 
 logger = logging.getLogger(__name__)
@@ -206,6 +207,7 @@ def initial_student(
         return None if some is None or (some.problem and not some.given) else some
 
     found: Any
+    trains = trains_blocks(args)
     if source is None:
         if not args.limits:
             raise ValueError("There is no student: give one, or cut the teacher: keep=0.5, max_macs or max_params.")
@@ -213,7 +215,7 @@ def initial_student(
             raise ValueError("model_init_kwargs are for a student given by its timm name, and there is none.")
         sizes: Any = {"input_size": teacher.input_size, "min_side": min_side}
         Budget.of(timm_model_of(teacher.model), teacher.input_size, **args.limits)  # what it refuses comes first
-        student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=good())
+        student, *found = cut_to_budget(teacher.model, **args.limits, **sizes, images=good(), trains_blocks=trains)
     elif args.limits:
         raise ValueError(f"There is a student, and {next(iter(args.limits))} to cut the teacher: give one of the two.")
     else:
@@ -229,7 +231,7 @@ def initial_student(
         some = good() or ranking_noise(teacher.model, teacher.input_size, seed=args.seed)
         original = bare_model(teacher.model)
         like = computing_like(original, student, lambda model_args: build(model_args=model_args), given)
-        if found := initialise_from_teacher(like, original, teacher.input_size, some):
+        if found := initialise_from_teacher(like, original, teacher.input_size, some, trains_blocks=trains):
             student = like
     if not found:
         logger.info("The student has random weights: its layers do not correspond to those of the teacher.")

@@ -25,6 +25,8 @@ from hf_noisekd.models.classifier import format_size, logits_of_blanks
 from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
+from hf_noisekd.shrinking.reconstruction import MAX_BATCH
+from hf_noisekd.shrinking.reconstruction import STEPS as BLOCK_STEPS
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.cost import cost_of_matching, say_what_matching_takes
 from hf_noisekd.training.teacher import Teacher
@@ -80,8 +82,17 @@ def _most_image_steps(args: NoiseKDConfig, teacher_model: nn.Module, input_size:
         number = args.num_calibration_images + default_held_out(args.num_calibration_images)
         takes = number * STEPS * cost_of_matching(teacher_model, input_size)
         return math.inf if takes <= SHARE * 3600 * args.max_hours else 0.0
+    return SHARE * COST_OF_TRAINING * _trained_images(args)
+
+
+def trains_blocks(args: NoiseKDConfig) -> bool:
+    """Return whether blocks are trained one by one before the training: a training on more images does as much."""
+    return not args.max_hours and _trained_images(args) < BLOCK_STEPS * MAX_BATCH
+
+
+def _trained_images(args: NoiseKDConfig) -> float:
     steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * args.steps_per_epoch
-    return SHARE * COST_OF_TRAINING * steps * args.train_batch_size * args.gradient_accumulation_steps
+    return steps * args.train_batch_size * args.gradient_accumulation_steps
 
 
 def of_first_process(images: CalibrationImages, args: NoiseKDConfig) -> CalibrationImages:
