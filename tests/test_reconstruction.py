@@ -5,12 +5,13 @@ import timm
 import torch
 from torch import nn
 
+from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.shrinking import reconstruction
 from hf_noisekd.shrinking.block_features import BlockPair
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.reconstruction import Reconstruction
-from hf_noisekd.shrinking.repair import Cut, repair
+from hf_noisekd.shrinking.repair import Cut, fit_to_teacher, repair
 
 SIZE = (3, 32, 32)
 
@@ -126,6 +127,21 @@ def test_a_training_that_makes_held_out_images_worse_leaves_the_block(monkeypatc
     state = state_of(student)
     assert repair(student, teacher, Cut(REMOVED, {}), [images]) == 0
     assert are_equal(state, student.state_dict())
+
+
+def test_the_closed_form_alone_stays_where_training_spoils_the_predictions(monkeypatch):
+    student, teacher, images = cut(block=Residual)
+    state, given = state_of(student), given_images(teacher, images)
+    with monkeypatch.context() as patches:
+        patches.setattr(reconstruction, "STEPS", 0)
+        before = fit_to_teacher(student, teacher, Cut(REMOVED, {}), given)
+    solved = state_of(student)
+    assert not are_equal(state, solved)
+    student.load_state_dict(state)
+    monkeypatch.setattr(reconstruction, "LEARNING_RATE", 10.0)
+    monkeypatch.setattr(Reconstruction, "helps", lambda self: True)  # on features that the predictions do not need
+    assert fit_to_teacher(student, teacher, Cut(REMOVED, {}), given) == before
+    assert are_equal(solved, student.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -129,20 +129,23 @@ def fit_to_teacher(
 ) -> tuple[bool, int]:
     """Give a cut network statistics of images, where these are good enough, and repair it; in place.
 
-    What is best on the held-out images stays: the network as it was cut, with other statistics, or repaired, too; see
-    [`repair`]. Return whether it has other statistics now, and how many blocks were repaired. Without images nothing is
-    done.
+    What is best on the held-out images stays: the network as it was cut, with other statistics, or repaired, too, with
+    or without the training of blocks: on a few dozen images better features can give worse predictions. Return whether
+    it has other statistics now, and how many blocks were repaired. Without images nothing is done.
     """
     if images is None:
         return False, 0
     held_out = Comparison([*images.to_compare_on.split(CHUNK_SIZE)], running_statistics)
     expected = held_out.log_probs(teacher)
     recalibrates = bool(stored_statistics(student)) and not images.problem
-    states = [copied_state(student)]
-    solved = repair(student, teacher, cut, images, recalibrates=recalibrates, trains_blocks=trains_blocks)
-    states.append(copied_state(student))
+    states, repaired = [copied_state(student)], [0]
+    for trains in (True, False) if trains_blocks else (False,):
+        student.load_state_dict(states[0])
+        repaired.append(repair(student, teacher, cut, images, recalibrates=recalibrates, trains_blocks=trains))
+        states.append(copied_state(student))
     if recalibrates:
         student.load_state_dict(states[0])
+        repaired.append(0)
         store_statistics(student, images)
         states.append(copied_state(student))
     divergences = []
@@ -151,7 +154,7 @@ def fit_to_teacher(
         divergences.append(held_out.divergence(expected, student))
     best = min(range(len(states)), key=lambda index: divergences[index])
     student.load_state_dict(states[best])
-    return recalibrates and best > 0, solved if best == 1 else 0
+    return recalibrates and best > 0, repaired[best]
 
 
 def _in_order(model: nn.Module, names: Iterable[str], sample: torch.Tensor) -> list[str]:
