@@ -212,9 +212,9 @@ class NoiseKDConfig(ClassifierConfig):
     )
     num_calibration_images: int = HfArg(
         default=256,
-        help="After the training the student's running statistics are re-estimated on so many images, made without "
-        "data: noise that is moved until the teacher's BatchNorm layers see the statistics that they store. 0 keeps "
-        "the statistics of the training noise.",
+        help="Before the training so many images are made without data: noise that is moved until the teacher's "
+        "BatchNorm layers see the statistics that they store. A cut is repaired and trained on them, too, and in the "
+        "end the student's running statistics are re-estimated on them. 0 keeps those of the training noise.",
     )
     max_hours: float | None = HfArg(
         default=None,
