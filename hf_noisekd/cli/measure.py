@@ -11,7 +11,6 @@ from .text import scores_table, table
 
 def info_options(parser: CommandParser) -> None:
     options.add_teacher(parser, "the model")
-    options.add_batch_size(parser, "noise images in a batch")
     options.add_input_size(parser)
     options.add_switch(parser, "--json", "print JSON (default: false)")
 
@@ -24,7 +23,6 @@ def info(args: argparse.Namespace) -> int:
         args.teacher,
         args.input_size,
         checkpoint=args.teacher_checkpoint,
-        batch_size=args.batch_size,
         trust_remote_code=args.trust_remote_code,
     )
     facts = {"teacher": args.teacher} | facts

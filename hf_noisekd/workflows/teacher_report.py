@@ -19,11 +19,13 @@ from hf_noisekd.models.classifier import (
     nonfinite_tensor,
     other_task_of,
 )
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.training.teacher import Teacher
 from hf_noisekd.workflows.inputs import usable_model
 
-NUM_BATCHES = 2
+MIN_BATCHES, MIN_BATCH = 2, 64
+BATCH_PIXELS = 2**22  # more take memory alone
 
 
 def describe_teacher(
@@ -31,18 +33,22 @@ def describe_teacher(
     input_size: Sequence[int] | None = None,
     *,
     checkpoint: str | Path | None = None,
-    batch_size: int = 256,
+    num_images: int = 512,
     trust_remote_code: bool = False,
 ) -> dict:
     """Return what decides whether a model can be a teacher: what it is, and what it predicts for the default noise.
 
-    `source` and `checkpoint` are as for [`load_teacher`], `input_size` is by default what the model declares, and there
-    are two batches of noise of full size. Among the results are `predictions`, as of [`describe_probs`] by kind of
-    statistics, as far as there are any; `can_teach`; and `verdict`, a sentence. Without such a model, or an input size,
-    there is a `ValueError`.
+    `source` and `checkpoint` are as for [`load_teacher`], and `input_size` is by default what the model declares. The
+    noise has full size, and is read in two batches, or in more where these would have over four million pixels. Among
+    the results are `predictions`, as of [`describe_probs`] by kind of statistics, as far as there are any; `can_teach`;
+    and `verdict`, a sentence. Without such a model, or an input size, there is a `ValueError`.
     """
     model = usable_model(source, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
-    noise = full_size_noise(model, "structured", input_size=input_size, batch_size=batch_size, num_steps=NUM_BATCHES)
+    batch_size, input_size = num_images // MIN_BATCHES, input_size_of(model, input_size)
+    while batch_size >= 2 * MIN_BATCH and batch_size * math.prod(input_size[1:]) > BATCH_PIXELS:
+        batch_size //= 2
+    batches = {"batch_size": batch_size, "num_steps": num_images // batch_size}
+    noise = full_size_noise(model, "structured", input_size=input_size, **batches)
     num_classes = logits_of_blanks(model, noise.input_size, "model").shape[-1]
     layers, obstacle = find_batch_norm(model), ""
     try:
@@ -70,7 +76,7 @@ def describe_teacher(
         "num_classes": num_classes,
         "class_names": class_names(model, num_classes)[:5],
         "batch_norm": dict(Counter(type(layer).__name__ for layer in layers.values())),
-        "noise_images": NUM_BATCHES * batch_size,
+        "noise_images": batches["num_steps"] * batch_size,
         "predictions": predictions,
         "can_teach": not obstacle,
         "verdict": f"cannot be a teacher{obstacle}" if obstacle else _verdict(predictions, num_classes),
