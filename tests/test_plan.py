@@ -154,7 +154,7 @@ def test_without_images_a_cut_is_repaired_on_calibration_images(
 ):
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 80 if are_good else 101)
     cut, _ = start(digits_teacher, tmp_path, student=None, keep=0.5)
-    args = config(tmp_path / "made", keep=0.5, num_calibration_images=64)
+    args = config(tmp_path / "made", keep=0.5, num_calibration_images=128)
     trainer = NoiseKDTrainer(None, digits_teacher, args)
     assert trainer.start.facts.recalibrated == are_good
     assert trainer.provenance().is_data_free
