@@ -166,11 +166,20 @@ def test_given_images_give_statistics_also_where_the_teacher_stores_none(digits_
     ("initial", "helped"), [((90.0, 0.5), True), ((70.0, 0.1), True), ((90.0, 0.1), False), ((80.0, 0.1), False)]
 )
 def test_initial_weights_are_taken_where_agreement_and_divergence_are_better(initial, helped):
-    def candidate(is_trained, agreement, kl):
-        scores = {"running": {"agreement": agreement, "kl": kl}, "batch": {}, "precision": "float32"}
-        measured = Evaluation(dataset="images", images=40, batch_size=40, step=1, **scores)
-        return Candidate({}, is_trained, agreement=measured)
-
     tried = [candidate(True, 80.0, 0.2), candidate(True, 90.0, 0.3), candidate(False, *initial)]
     best = ending_module._best(tried)
     assert best is (tried[0] if helped else tried[2])
+
+
+@pytest.mark.parametrize(
+    ("initial", "helped"), [((90.0, 0.5), False), ((70.0, 0.1), False), ((90.0, 0.1), False), ((70.0, 0.5), True)]
+)
+def test_a_student_for_batches_alone_has_to_be_better_than_the_cut_by_both(initial, helped):
+    tried = [candidate(True, 80.0, 0.2, "batch"), candidate(False, *initial)]
+    assert ending_module._best(tried) is tried[0 if helped else 1]
+
+
+def candidate(is_trained, agreement, kl, statistics="running"):
+    scores = {"running": {}, "batch": {}, "precision": "float32"} | {statistics: {"agreement": agreement, "kl": kl}}
+    measured = Evaluation(dataset="images", images=40, batch_size=40, step=1, **scores)
+    return Candidate({}, is_trained, statistics=statistics, agreement=measured)

@@ -9,8 +9,9 @@ A student is compared with its teacher on images that were held out, and becomes
 | trained | of the training | batch statistics | else, and there are no good images |
 | initial | as they were | running statistics | the student was initialised from its teacher |
 
-Initial weights are taken where both agreement and KL divergence say that they are better. So a student that was
-initialised from its teacher does not end worse than it was before the training.
+Initial weights are taken where both agreement and KL divergence say that they are better, or one of them where the
+trained student would have to be evaluated with batch statistics. So a student that was initialised from its teacher
+does not end worse than it was before the training.
 """
 
 import logging
@@ -123,22 +124,28 @@ def end_without_data(
 def _best(tried: list[Candidate]) -> Candidate | None:
     """Return the trained candidate with the lowest divergence, or an initial one that is better by both measures.
 
-    On a few dozen images agreement is a lottery; divergence alone would punish a student that is less sure.
+    On a few dozen images agreement is a lottery; divergence alone would punish a student that is less sure. A trained
+    one that classifies batches alone has to be better by both itself.
     """
     by_kind = [[one for one in tried if one.is_trained is is_trained] for is_trained in (True, False)]
     trained, initial = (min(kind, key=lambda one: one.divergence, default=None) for kind in by_kind)
-    if trained and initial and initial.score >= trained.score and initial.divergence < trained.divergence:
-        return initial
+    if trained and initial:
+        better = [initial.score >= trained.score, initial.divergence < trained.divergence]
+        return initial if (any if trained.statistics == "batch" else all)(better) else trained
     return trained
 
 
 def _say_that_training_did_not_help(best: Candidate, tried: list[Candidate], num_images: int) -> None:
+    trained = min((candidate for candidate in tried if candidate.is_trained), key=lambda one: one.divergence)
     logger.warning(
-        "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images, and "
-        "before the training on %.1f %%. It has the weights of then.",
-        max(candidate.score for candidate in tried if candidate.is_trained),
+        "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images%s, and "
+        "before the training on %.1f %% (KL divergence %.2f and %.2f). It has the weights of then.",
+        trained.score,
         num_images,
+        ", in batches" if trained.statistics == "batch" else "",
         best.score,
+        trained.divergence,
+        best.divergence,
     )
 
 
