@@ -708,7 +708,7 @@ def test_a_folder_of_images_helps_to_cut_and_to_quantise(teacher, digits, tmp_pa
 
 
 def test_info_of_a_teacher(teacher, digits_teacher, capsys):
-    assert main(["info", "--teacher", teacher, "--batch-size", "64", "--json"]) == 0
+    assert main(["info", "--teacher", teacher, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert (facts["architecture"], facts["input_size"], facts["num_classes"]) == ("resnet10_cifar", [1, 32, 32], 10)
     assert facts["parameters"] == sum(parameter.numel() for parameter in digits_teacher.parameters())
@@ -717,7 +717,7 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
     assert facts["batch_norm"] == {"BatchNorm2d": len(layers)}
     assert facts["verdict"].startswith("can be a teacher")
 
-    assert main(["info", "--teacher", teacher, "--batch-size", "64"]) == 0
+    assert main(["info", "--teacher", teacher]) == 0
     text = capsys.readouterr().out
     assert facts["verdict"] in text
     for statistics, answers in facts["predictions"].items():
@@ -726,19 +726,19 @@ def test_info_of_a_teacher(teacher, digits_teacher, capsys):
 
 def test_info_of_a_teacher_without_batch_norm_and_of_what_cannot_be_one(tmp_path, capsys):
     save_model(timm.create_model("test_convnext", num_classes=7), tmp_path / "convnext")
-    assert main(["info", "--teacher", str(tmp_path / "convnext"), "--batch-size", "4"]) == 0
+    assert main(["info", "--teacher", str(tmp_path / "convnext")]) == 0
     text = capsys.readouterr().out
     assert "without BatchNorm" in text
     assert "7 classes" in text
     save_model(timm.create_model("test_convnext", num_classes=1), tmp_path / "one")
-    assert main(["info", "--teacher", str(tmp_path / "one"), "--batch-size", "4"]) == 1
+    assert main(["info", "--teacher", str(tmp_path / "one")]) == 1
     assert "one class" in capsys.readouterr().out
 
 
 def test_info_asks_for_an_input_size_that_is_not_declared(tmp_path, capsys):
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_labels=4, layer_type="basic")
     save_model(ResNetForImageClassification(config), tmp_path)
-    command = ["info", "--teacher", str(tmp_path), "--batch-size", "4"]
+    command = ["info", "--teacher", str(tmp_path)]
     assert "--input-size" in run_error(capsys, *command)
     assert main([*command, "--input-size", "3", "32", "32"]) == 0
     assert "5x32x32" in run_error(capsys, *command, "--input-size", "5", "32", "32")
