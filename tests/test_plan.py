@@ -163,6 +163,13 @@ def test_without_images_a_cut_is_repaired_on_calibration_images(
         assert repaired > plain
 
 
+def test_a_student_that_does_not_fit_is_refused_before_images_are_made(digits_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.training.plan.made_before_training", lambda *_: pytest.fail("images were made"))
+    student = timm.create_model("resnet10_cifar", num_classes=3, in_chans=1)
+    with pytest.raises(ValueError, match="num_classes=10"):
+        NoiseKDTrainer(student, digits_teacher, config(tmp_path, num_calibration_images=64))
+
+
 def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     small = [{"pixel_values": one["pixel_values"][:, :16, :16]} for one in given]
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):

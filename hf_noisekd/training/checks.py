@@ -31,6 +31,15 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
+def check_task(teacher_model: nn.Module) -> None:
+    """Raise a `ValueError` if the teacher's predictions are not probabilities of one class among all."""
+    if task := other_task_of(teacher_model):
+        raise ValueError(
+            f"The teacher's problem_type is {task}, and its predictions are compared as probabilities of one class "
+            "among all, which lose what its single logits say: give a teacher of single_label_classification."
+        )
+
+
 def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> None:
     """Check that the student can learn the teacher's logits for images of the teacher's input size, and be saved.
 
@@ -39,11 +48,6 @@ def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> 
     input_size, num_classes = teacher.input_size, teacher.num_classes
     if num_classes < 2:
         raise ValueError("The teacher has one class: distillation compares logits over two classes or more.")
-    if task := other_task_of(teacher.model):
-        raise ValueError(
-            f"The teacher's problem_type is {task}, and its predictions are compared as probabilities of one class "
-            "among all, which lose what its single logits say: give a teacher of single_label_classification."
-        )
     check_nothing_shared(model, teacher.model)
     for role, candidate in (("teacher", teacher.model), ("student", model)):
         check_bare(candidate, role)
