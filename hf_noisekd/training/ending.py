@@ -127,16 +127,22 @@ def _best(tried: list[Candidate]) -> Candidate | None:
     On a few dozen images agreement is a lottery; divergence alone would punish a student that is less sure. A trained
     one that classifies batches alone has to be better by both itself.
     """
-    by_kind = [[one for one in tried if one.is_trained is is_trained] for is_trained in (True, False)]
-    trained, initial = (min(kind, key=lambda one: one.divergence, default=None) for kind in by_kind)
+    trained, initial = _closest(tried, is_trained=True), _closest(tried, is_trained=False)
     if trained and initial:
-        better = [initial.score >= trained.score, initial.divergence < trained.divergence]
-        return initial if (any if trained.statistics == "batch" else all)(better) else trained
+        enough = any if trained.statistics == "batch" else all
+        if enough((initial.score >= trained.score, initial.divergence < trained.divergence)):
+            return initial
     return trained
 
 
+def _closest(tried: list[Candidate], *, is_trained: bool) -> Candidate | None:
+    """Return the candidate with such weights whose divergence from the teacher is the lowest, if there is any."""
+    return min((one for one in tried if one.is_trained is is_trained), key=lambda one: one.divergence, default=None)
+
+
 def _say_that_training_did_not_help(best: Candidate, tried: list[Candidate], num_images: int) -> None:
-    trained = min((candidate for candidate in tried if candidate.is_trained), key=lambda one: one.divergence)
+    trained = _closest(tried, is_trained=True)
+    assert trained is not None  # there always is one
     logger.warning(
         "Training did not help: trained, the student agrees with its teacher on %.1f %% of %d held-out images%s, and "
         "before the training on %.1f %% (KL divergence %.2f and %.2f). It has the weights of then.",
