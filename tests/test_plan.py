@@ -170,6 +170,16 @@ def test_a_student_that_does_not_fit_is_refused_before_images_are_made(digits_te
         NoiseKDTrainer(student, digits_teacher, config(tmp_path, num_calibration_images=64))
 
 
+@pytest.mark.parametrize(
+    ("classes", "dtype", "message"), [(1, torch.float32, "one class"), (3, torch.float16, r"teacher.float\(\)")]
+)
+def test_a_teacher_that_cannot_teach_is_refused_before_images_are_made(classes, dtype, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_noisekd.training.plan.made_before_training", lambda *_: pytest.fail("images were made"))
+    teacher = timm.create_model("resnet18_cifar", width=4, num_classes=classes, in_chans=1).to(dtype)
+    with pytest.raises(ValueError, match=message):
+        NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=[1, 32, 32], num_calibration_images=64))
+
+
 def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     small = [{"pixel_values": one["pixel_values"][:, :16, :16]} for one in given]
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):

@@ -31,50 +31,54 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def check_task(teacher_model: nn.Module) -> None:
-    """Raise a `ValueError` if the teacher's predictions are not probabilities of one class among all."""
-    if task := other_task_of(teacher_model):
+def check_teacher(model: nn.Module, input_size: tuple[int, int, int], *, explicit_size: bool) -> None:
+    """Check that a model can teach on images of a size; nothing has to be made for that.
+
+    `explicit_size` means that somebody chose that size for both models, rather than the teacher.
+    """
+    if task := other_task_of(model):
         raise ValueError(
             f"The teacher's problem_type is {task}, and its predictions are compared as probabilities of one class "
             "among all, which lose what its single logits say: give a teacher of single_label_classification."
         )
-
-
-def check_models(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> None:
-    """Check that the student can learn the teacher's logits for images of the teacher's input size, and be saved.
-
-    `explicit_size` means that somebody chose that size for both, rather than the teacher.
-    """
-    input_size, num_classes = teacher.input_size, teacher.num_classes
-    if num_classes < 2:
+    if _checked_num_classes(model, "teacher", input_size, explicit_size=explicit_size) < 2:
         raise ValueError("The teacher has one class: distillation compares logits over two classes or more.")
+
+
+def check_student(model: nn.Module, teacher: Teacher, *, explicit_size: bool) -> None:
+    """Check that a student can learn the teacher's logits for images of the teacher's input size, and be saved."""
     check_nothing_shared(model, teacher.model)
-    for role, candidate in (("teacher", teacher.model), ("student", model)):
-        check_bare(candidate, role)
-        check_finite(candidate, role)
-        declared = declared_input_size(candidate) or input_size
-        if declared[0] != input_size[0] or (declared != input_size and not explicit_size):
-            raise ValueError(
-                f"The {role} takes images of {format_size(declared)} and the noise has {format_size(input_size)}: give "
-                f"the student by its timm name to have it built to fit, build it with in_chans={input_size[0]}, or set "
-                "input_size to choose a height and width for both."
-            )
-        dtype = next(candidate.parameters()).dtype
-        if dtype != torch.float32:
-            raise ValueError(
-                f"The {role}'s weights are of type {dtype}: give it as {role}.float(). With bf16 or fp16 in the "
-                "arguments it computes in half precision all the same."
-            )
-        logits = logits_of_blanks(candidate, input_size, role)
-        if not logits.isfinite().all():
-            raise ValueError(f"The {role}'s logits for blank images are NaN or infinite: look for what is damaged.")
-    if logits.shape[-1] != num_classes:
+    found = _checked_num_classes(model, "student", teacher.input_size, explicit_size=explicit_size)
+    if found != teacher.num_classes:
         raise ValueError(
-            f"The teacher has {num_classes} classes and the student {logits.shape[-1]}: build the "
-            f"student with num_classes={num_classes}, or give it by its timm name, which is built to fit."
+            f"The teacher has {teacher.num_classes} classes and the student {found}: build the "
+            f"student with num_classes={teacher.num_classes}, or give it by its timm name, which is built to fit."
         )
     check_trainable(model)
-    check_can_be_saved(model, input_size, teacher_model=teacher.model)
+    check_can_be_saved(model, teacher.input_size, teacher_model=teacher.model)
+
+
+def _checked_num_classes(model: nn.Module, role: str, input_size: tuple[int, int, int], *, explicit_size: bool) -> int:
+    """Return the number of classes of a model, called `role`, after a check of its weights, images and logits."""
+    check_bare(model, role)
+    check_finite(model, role)
+    declared = declared_input_size(model) or input_size
+    if declared[0] != input_size[0] or (declared != input_size and not explicit_size):
+        raise ValueError(
+            f"The {role} takes images of {format_size(declared)} and the noise has {format_size(input_size)}: give "
+            f"the student by its timm name to have it built to fit, build it with in_chans={input_size[0]}, or set "
+            "input_size to choose a height and width for both."
+        )
+    dtype = next(model.parameters()).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"The {role}'s weights are of type {dtype}: give it as {role}.float(). With bf16 or fp16 in the "
+            "arguments it computes in half precision all the same."
+        )
+    logits = logits_of_blanks(model, input_size, role)
+    if not logits.isfinite().all():
+        raise ValueError(f"The {role}'s logits for blank images are NaN or infinite: look for what is damaged.")
+    return logits.shape[-1]
 
 
 def check_bare(model: nn.Module, role: str) -> None:

@@ -39,8 +39,8 @@ from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
     check_last_batch,
-    check_models,
-    check_task,
+    check_student,
+    check_teacher,
     check_train_noise,
 )
 from hf_noisekd.training.config import NoiseKDConfig
@@ -110,8 +110,8 @@ def plan_training(
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model, input_size=args.input_size)
-    check_task(teacher_model)
     input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
+    check_teacher(teacher_model, input_size, explicit_size=args.input_size is not None)
     given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
     teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
@@ -126,11 +126,12 @@ def plan_training(
         size = input_size_of(model)
         teacher_model = load_teacher(teacher_model, input_size=size)
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
+        check_teacher(teacher_model, size, explicit_size=True)
         args, calibration, eval_dataset = at_size(size, args, images_of(), eval_dataset, is_whole=initial.cut.is_whole)
     is_frozen = by_stored and initial is not None and initial.facts.from_teacher == initial.facts.tensors
     if args.input_size is not None:
         declare_input_size(model, teacher.input_size)
-    check_models(model, teacher, explicit_size=args.input_size is not None)
+    check_student(model, teacher, explicit_size=args.input_size is not None)
     calibration = calibration or images_of()  # after what would refuse the student, as they may take minutes to make
     args = _with_defaults(args, teacher, initial, train_dataset, freezes=is_frozen)
     if train_dataset is None and calibration and (calibration.given or (initial and not calibration.problem)):
