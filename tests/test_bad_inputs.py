@@ -67,18 +67,21 @@ def test_options(refused, saved, words):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("code", "words"),
     [
-        "--adam-beta1 2", "--adam-epsilon -1", '--lr-scheduler-kwargs {"foo":1}', "--optim adamw_bnb_8bit",
-        "--lr-scheduler-type warmup_stable_decay", "--gradient-checkpointing",
-        "--torch-compile --torch-compile-mode foo",
+        (2, "--adam-beta1 2"), (2, "--adam-epsilon -1"), (1, '--lr-scheduler-kwargs {"foo":1}'),
+        (1, "--optim adamw_bnb_8bit"), (1, "--lr-scheduler-type warmup_stable_decay"), (1, "--gradient-checkpointing"),
+        (1, "--torch-compile --torch-compile-mode foo"),
     ],
 )  # fmt: skip
-def test_options_that_torch_or_transformers_refuse_before_the_first_step(refused, saved, tmp_path, words):
+def test_options_that_torch_or_transformers_refuse(refused, saved, tmp_path, monkeypatch, code, words):
     (tmp_path / "out").mkdir()
     command = ["distill", "--teacher", saved, "--student", "resnet10_cifar", "--output-dir", "out", "--max-steps", "9"]
-    command += ["--num-calibration-images", "0"]
-    refused(1, *command, *words.split())
+    if "checkpointing" in words or "compile" in words:  # which the student has to be ready for
+        command += ["--num-calibration-images", "0"]
+    else:
+        monkeypatch.setattr("hf_noisekd.training.plan.made_before_training", lambda *_: pytest.fail("images were made"))
+    refused(code, *command, *words.split())
 
 
 def test_budgets(refused, saved):

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import check_labels
@@ -29,6 +30,16 @@ from hf_noisekd.training.evaluation import evaluation_loader
 from hf_noisekd.training.teacher import Teacher
 
 logger = logging.getLogger(__name__)
+
+
+def check_optimizer(args: ClassifierConfig) -> None:
+    """Raise the errors of torch and transformers for optimizer and schedule, which would come after minutes."""
+    one_weight = nn.Linear(1, 1)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, one_weight)
+    if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, torch.optim.Optimizer):
+        return  # it is built of the whole model
+    optimizer = optimizer_class(one_weight.parameters(), **options | {"lr": args.learning_rate or 0.0})
+    get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
 
 
 def check_teacher(model: nn.Module, input_size: tuple[int, int, int], *, explicit_size: bool) -> None:

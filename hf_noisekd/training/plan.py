@@ -39,6 +39,7 @@ from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
     check_last_batch,
+    check_optimizer,
     check_student,
     check_teacher,
     check_train_noise,
@@ -105,6 +106,7 @@ def plan_training(
     """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
     began_at = time.monotonic()
     get_reporting_integration_callbacks(args.report_to)  # an error of the Trainer's that would come after minutes
+    check_optimizer(args)
     if args.device.type == "cpu":
         keep_freed_memory()
     if teacher_model is None:
