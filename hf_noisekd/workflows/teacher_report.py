@@ -133,7 +133,5 @@ def _verdict(predictions_by: Mapping[str, Mapping[str, float]], num_classes: int
     if predictions["class_balance"] < 0.5:
         verdict += " But most of them are hardly ever predicted: expect a poor student."
     elif predictions["flatness"] > 0.9:
-        verdict += (
-            " But each prediction is nearly flat, and the default softens it further: a --temperature below 1 may help."
-        )
+        verdict += " But each prediction is nearly flat, so noise teaches little: give distill unlabelled images, too."
     return verdict
