@@ -5,7 +5,7 @@
 Beyond the paper. Networks with random weights teach a student of the same kind, the most that one can cost. Nothing is
 trained: the numbers are those that `noisekd distill` says before its first step. A step is of 256 images. Its memory is
 what is kept for the student's backward pass, in float32 or, where the machine has it, in bfloat16; half of the batch
-takes half of the time and the memory. Calibration images are 256, and 128 held out, as after a training of 2,000 steps.
+takes half of the time and the memory.
 """
 
 import tempfile

@@ -6,8 +6,8 @@
 The images are drawn with the seed from the training images, cropped and mirrored at random, and used without labels.
 For images alone the teacher uses running statistics, as in ordinary distillation. With both, noise and images
 take turns, a batch each, and the teacher is on batch statistics, as for noise alone. All students take the same number
-of full batches, in which few images come several times. Each is also read with its running statistics re-estimated from
-its few images, as someone who has them would.
+of full batches, in which few images come several times. Each is also evaluated with its running statistics
+re-estimated from its few images, as someone who has them would.
 """
 
 from accelerate import PartialState

@@ -1,4 +1,4 @@
-"""Teachers without BatchNorm: students of their own kind and of another, taught with noise in one command.
+"""Teachers without BatchNorm: students of their own kind and of another, trained on noise in one command.
 
     python recipes/no_batch_norm.py                         # a ConvNeXt
     python recipes/no_batch_norm.py --preset cpu-groupnorm  # a ResNet with GroupNorm

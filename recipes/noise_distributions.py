@@ -2,7 +2,7 @@
 
     python recipes/noise_distributions.py --teacher runs/cifar10/teacher
 
-Beyond the paper. Students are taught with each noise at full size, for 500 steps and for as many as fit into the
+Beyond the paper. Students are trained on each noise at full size, for 500 steps and for as many as fit into the
 seconds of 500 steps of white noise. The cost of a step is measured beforehand, relative to white noise; where it is the
 same within 2 %, one run is both. Distance, class balance and information are what the teacher tells of a noise without
 any image, and the rank correlation (Spearman's, 1: alike, -1: reversed) says how that goes with the accuracy at equal

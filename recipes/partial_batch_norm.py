@@ -3,7 +3,7 @@
     python recipes/partial_batch_norm.py --teacher runs/cifar10/teacher    # about 20 minutes on two CPU cores
     accelerate launch recipes/partial_batch_norm.py --preset paper         # the authors' networks, for a GPU
 
-A student is taught with white noise for each share of the teacher's layers that stay on running statistics. The layers
+A student is trained on white noise for each share of the teacher's layers that stay on running statistics. The layers
 are drawn with the seed, and those of a smaller share lie in a larger one. Without `--teacher` one is trained first. The
 `cpu` preset takes 750 steps for each share.
 """

@@ -5,11 +5,11 @@
     python recipes/shrink.py --preset cpu-wrn               # a Wide ResNet
     python recipes/shrink.py --preset gpu                   # the authors' networks
 
-Beyond the paper. All students learn as `noisekd distill` teaches them, without data, and are read in ordinary
+Beyond the paper. All students learn as `noisekd distill` teaches them, without data, and are evaluated in ordinary
 evaluation mode, with running statistics of calibration images. A time is that of so many steps of the first student
-from a random start; a student trains in what calibration images and cutting leave of it. Time 0 is a student as it was
-cut, with no training at all. `real images` is what could be had with data: the first student, from a random start,
-taught with all training images.
+from a random start; a student trains in what calibration images and cutting leave of it. Time 0 is a student before any
+training, cut and since version 0.8 repaired. `real images` is what could be had with data: the first student, from a
+random start, trained on all training images.
 """
 
 import time

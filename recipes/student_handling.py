@@ -1,4 +1,4 @@
-"""Read a student that noise taught: Fig. 6 of Raikwar & Mishra (NeurIPS 2022).
+"""Evaluate a student trained on noise: Fig. 6 of Raikwar & Mishra (NeurIPS 2022).
 
     python recipes/student_handling.py --student runs/cifar10/noise-batch-statistics-teacher-resnet10-cifar
     accelerate launch recipes/student_handling.py --preset paper         # the authors' networks, for a GPU

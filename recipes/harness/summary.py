@@ -205,7 +205,7 @@ def _large_teacher_table(results: Path) -> str:
         after = ["", ""] if row["after"] is None else [f"{row['after']:.1f}", f"{row['seconds'] / 60:.0f} min"]
         cells = [f"{row['multiply-adds (%)']:.0f} %", row["images"], str(row["pixels"])]
         rows.append([*cells, f"{row['before training']:.1f}", *after])
-    return markdown_table(["multiply-adds", "images", "pixels", "cut and repaired", "trained on them", "a core"], rows)
+    return markdown_table(["multiply-adds", "images", "pixels", "before training", "trained on them", "a core"], rows)
 
 
 def _cost_table(results: Path) -> str:
