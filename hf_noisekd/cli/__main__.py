@@ -15,7 +15,8 @@ from .text import showing_log
 EPILOG = """\
 examples:
   noisekd info --teacher resnet18.a1_in1k
-  noisekd distill --teacher resnet18.a1_in1k --keep 0.5 --output-dir student
+  noisekd distill --teacher MODEL --keep 0.5 --output-dir student --max-steps 2000
+  noisekd distill --teacher resnet18.a1_in1k --keep 0.75 --images FOLDER --output-dir student --max-hours 0.5
   noisekd push --model student --repo-id organisation/student
   noisekd evaluate --model organisation/student --dataset FOLDER_OR_HUB_ID --split test
 
