@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 
 import pytest
 import timm
@@ -8,7 +9,7 @@ from conftest import snapshot
 from torch import nn
 from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassification
 
-from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm
+from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm, shrink
 from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_student, load_teacher
@@ -185,6 +186,47 @@ def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):
         with pytest.raises(ValueError, match=message):
             NoiseKDTrainer(None, digits_teacher, config(tmp_path, keep=0.5), images=images)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda pixels: pixels * 127.5 + 127.5, "gives -0.947 to 2.15: normalise them"),
+        (lambda pixels: (pixels * 127.5 + 127.5).byte(), "torch.uint8: normalise them"),
+        (
+            lambda pixels: pixels.where(torch.arange(len(pixels))[:, None, None, None] != 5, torch.nan),
+            "Image 5 has a NaN",
+        ),
+    ],
+    ids=["of 255", "bytes", "NaN"],
+)
+def test_pixels_that_no_preprocessing_gives_are_refused(digits_teacher, given, tmp_path, changed, message):
+    pixels = changed(torch.stack([one["pixel_values"] for one in given]))
+    with pytest.raises(ValueError, match=message):
+        NoiseKDTrainer(None, digits_teacher, config(tmp_path, keep=0.5), images=PixelsDataset(pixels))
+    with pytest.raises(ValueError, match=message):
+        shrink(digits_teacher, 0.5, images=pixels)
+
+
+def test_images_of_a_forgotten_normalisation_or_of_one_class_are_warned_of(digits_teacher, given, caplog):
+    pixels = torch.stack([one["pixel_values"] for one in given])
+    for images, message in (
+        (pixels, ""),
+        (pixels / 2 + 0.5, "gives -0.947 to 2.15. Are they normalised"),
+        (pixels[:1].expand_as(pixels), "one class for all held-out ones.* stored statistics stay"),
+    ):
+        caplog.clear()
+        shrink(digits_teacher, 0.5, images=images)
+        assert re.search(message, caplog.text) if message else not caplog.text
+
+
+@pytest.mark.parametrize(
+    "images",
+    [[{"pixel_values": torch.zeros(1, 32, 32)}] * 16, [torch.zeros(16, 3, 32, 32)], [torch.zeros(8, 1, 32, 32)]],
+)
+def test_what_are_no_batches_of_images_for_a_cut_is_refused(digits_teacher, images):
+    with pytest.raises(ValueError, match=r"give batches \('B', 1, 32, 32\)|at least 16"):
+        shrink(digits_teacher, 0.5, images=images)
 
 
 @pytest.mark.parametrize("fit", [True, False])

@@ -22,7 +22,7 @@ from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode
 from hf_noisekd.models.cpu_faults import training_memory_format
-from hf_noisekd.models.preprocessing import input_size_of
+from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts
 
@@ -39,6 +39,8 @@ MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
 MIN_OF_GIVEN = 50.0  # percent of given images, of which maybe four are held out, for others to be made beside them
 ENOUGH_REAL = 64  # unlabelled images, where those made are not good enough
+MIN_IMAGES = 16  # that a user gives
+FAR_OUT = 4  # given pixels are refused if they lie, on average, so many half ranges of the teacher's from its middle
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +109,10 @@ class CalibrationImages:
             if self.self_agreement >= MIN_SELF_AGREEMENT:
                 return None
             if math.isnan(self.self_agreement):
-                return "The given images cannot be checked: the teacher predicts one class for all held-out ones."
+                return (
+                    "The given images cannot be checked: the teacher predicts one class for all held-out ones, so "
+                    "agreement on these says nothing."
+                )
             return (
                 "The given images are too few, or too unlike the teacher's data, for statistics: with those of the "
                 f"images the teacher agrees with itself on {self.self_agreement:.0f} % of held-out ones."
@@ -126,6 +131,11 @@ class CalibrationImages:
                 "images=FOLDER."
             )
         return None
+
+    def say_problem(self) -> None:
+        """Log the problem of given images, where the teacher has statistics to keep in their place."""
+        if self.self_agreement is not None and self.problem:
+            logger.warning("%s The teacher's stored statistics stay.", self.problem)
 
     def check(self) -> "CalibrationImages":
         """Return them, or raise a `ValueError` if they are not good enough; see [`CalibrationImages.problem`]."""
@@ -204,10 +214,12 @@ def frozen_copy(teacher: nn.Module) -> nn.Module:
 def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:
     """Return unlabelled images `[N, C, H, W]` of a teacher's task as calibration images; `name` is the data set's.
 
-    Every fourth is held out. Whether the teacher agrees with itself under statistics of the others tells if these are
-    enough to re-estimate statistics on; see [`CalibrationImages.problem`].
+    Every fourth is held out. Whether the teacher agrees with itself under statistics of the others tells
+    if these are enough to re-estimate statistics on; see [`CalibrationImages.problem`]. Too few images, and pixels that
+    cannot be those of images, are a `ValueError`.
     """
-    images = pixel_values.to(device_of(teacher))
+    _check_pixels(pixel_values, teacher)
+    images = pixel_values.detach().to(device_of(teacher), torch.float32)
     held_out = torch.arange(len(images), device=images.device) % HELD_OUT == HELD_OUT - 1
     given = CalibrationImages(
         images[~held_out], images[held_out], batch_size=BATCH_SIZE, given=ImagesFacts(images=len(images), dataset=name)
@@ -216,6 +228,32 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
         return given
     with evaluation_mode(teacher):
         return replace(given, self_agreement=_self_agreement(teacher, given))
+
+
+def check_enough(number: int) -> None:
+    """Raise a `ValueError` if a user gives too few images."""
+    if number < MIN_IMAGES:
+        raise ValueError(f"There are {number} images: give at least {MIN_IMAGES}, better some hundreds.")
+
+
+def _check_pixels(pixel_values: torch.Tensor, teacher: nn.Module) -> None:
+    """Raise a `ValueError` for images that are not preprocessed as for a model; warn where it looks like that."""
+    check_enough(len(pixel_values))
+    if not pixel_values.is_floating_point():
+        raise ValueError(f"The images are of type {pixel_values.dtype}: normalise them as for the teacher.")
+    if not pixel_values.isfinite().all():
+        index = int((~pixel_values.isfinite().flatten(1).all(1)).nonzero()[0])
+        raise ValueError(f"Image {index} has a NaN or an infinity: replace or remove it.")
+    known = preprocessing_of(teacher)
+    if not {"mean", "std"} <= known.keys():
+        return
+    black, white = ((value - torch.tensor(known["mean"])) / torch.tensor(known["std"]) for value in (0, 1))
+    low, high, (least, most) = black.min().item(), white.max().item(), pixel_values.aminmax()
+    found = f"{least:.3g} to {most:.3g}, and the teacher's preprocessing gives {low:.3g} to {high:.3g}"
+    if (pixel_values - (low + high) / 2).abs().mean() > FAR_OUT * (high - low) / 2:
+        raise ValueError(f"The images have pixels of {found}: normalise them as for the teacher.")
+    if least >= 0 > low:
+        logger.warning("The images have pixels of %s. Are they normalised as for the teacher?", found)
 
 
 def with_made_images(teacher: nn.Module, given: CalibrationImages, num_images: int, **options) -> CalibrationImages:

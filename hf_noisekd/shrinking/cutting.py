@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
+from hf_noisekd.calibration.moments import Batches, pixel_values_of
 from hf_noisekd.models.classifier import (
     architecture_of,
     compute_alike,
@@ -90,7 +91,7 @@ def shrink(
     max_macs: float | None = None,
     max_params: float | None = None,
     input_size: tuple[int, int, int] | None = None,
-    images: CalibrationImages | Iterable[torch.Tensor] | None = None,
+    images: CalibrationImages | Batches | None = None,
     min_side: float = 1.0,
 ) -> tuple[nn.Module, StartFacts]:
     """Cut a smaller network out of a timm model, without training: whole blocks first, then channels.
@@ -111,8 +112,8 @@ def shrink(
         max_macs: Most multiply-adds for an image; below 1 a share of the teacher's.
         max_params: Most parameters, likewise.
         input_size: `(channels, height, width)` of the images. Default: what the teacher declares.
-        images: [`calibration_images`] of the teacher, or batches `[B, C, H, W]` of unlabelled images of its task,
-            preprocessed, to compare predictions and to repair on. Default: noise to compare on, and no repair.
+        images: [`calibration_images`] of the teacher, or batches `[B, C, H, W]` of unlabelled images of its task, 16 or
+            more, preprocessed, to compare predictions and to repair on. Default: noise to compare on, and no repair.
         min_side: Below 1, the network may also take smaller images, down to this share of their sides, where that
             changes the predictions for `images` less: noise would not tell. Not with `max_params` alone, nor for images
             of fewer than 64 pixels a side.
@@ -121,7 +122,7 @@ def shrink(
         The network, in float32 and evaluation mode, which can be saved like any other, and what was cut.
 
     Raises:
-        ValueError: There is no budget, it cannot be met, or the teacher is not a timm model.
+        ValueError: There is no budget, it cannot be met, the teacher is not a timm model, or the images do not fit it.
     """
     limits: dict[str, Any] = {"keep": keep, "max_macs": max_macs, "max_params": max_params}
     return cut_to_budget(teacher, input_size=input_size, images=images, min_side=min_side, **limits)[:2]
@@ -131,7 +132,7 @@ def cut_to_budget(
     teacher: nn.Module,
     *,
     input_size: tuple[int, int, int] | None,
-    images: CalibrationImages | Iterable[torch.Tensor] | None,
+    images: CalibrationImages | Batches | None,
     min_side: float = 1.0,
     trains_blocks: bool = True,
     **limits: float | None,
@@ -141,7 +142,8 @@ def cut_to_budget(
     size = input_size_of(teacher, input_size)
     budget = Budget.of(teacher, size, **limits)
     if images is not None and not isinstance(images, CalibrationImages):
-        images = given_images(teacher, torch.cat(list(images)).float())
+        images = given_images(teacher, _pixels(images, size))
+        images.say_problem()
     compared = Comparison.on(images or ranking_noise(teacher, size))
     expected = compared.log_probs(teacher)
     cuts = [_best_cut(teacher, budget, size, compared, expected)]
@@ -180,6 +182,16 @@ def cut_to_budget(
         agreement = 100 * (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
         facts = replace(facts, teacher_input_size=list(size), size_agreement=agreement)
     return student, facts, cut
+
+
+def _pixels(batches: Batches | torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+    """Return the images of batches, or raise a `ValueError` if they have another size, or are no batches."""
+    batches = [batches] if torch.is_tensor(batches) else batches
+    images = [pixel_values_of(batch) for batch in batches]
+    for found in (tuple(batch.shape) for batch in images):
+        if found[1:] != size:
+            raise ValueError(f"The images have the shape {found}: give batches {('B', *size)}.")
+    return torch.cat(images)
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from hf_noisekd.calibration.calibration_images import (
     STEPS,
     CalibrationImages,
     calibration_images,
+    check_enough,
     default_held_out,
     given_images,
     least_images,
@@ -38,7 +39,6 @@ COST_OF_TRAINING = 2.5 / 3  # on an image, as a share of a matching step's: the 
 MADE_SHARE, GIVEN_SHARE = 0.25, 0.5  # of the steps, with calibration images, and with given ones
 IMAGES_OF_SHARE = 256  # for that share; with fewer it is smaller
 EVAL_PIXELS = 2**21  # of the noise to evaluate on
-MIN_IMAGES = 16  # that a user gives
 HELD_OUT_GIVEN = "held-out given images"
 
 
@@ -52,7 +52,9 @@ def calibration_of(
     """Return unlabelled images of a user as calibration images, and beside few of them others, made without data."""
     given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
     options = _matching(args, teacher_model, input_size)
-    return of_first_process(with_made_images(teacher_model, given, args.num_calibration_images, **options), args)
+    given = with_made_images(teacher_model, given, args.num_calibration_images, **options)
+    given.say_problem()
+    return of_first_process(given, args)
 
 
 def made_before_training(args: NoiseKDConfig, teacher: Teacher) -> CalibrationImages | None:
@@ -101,12 +103,6 @@ def of_first_process(images: CalibrationImages, args: NoiseKDConfig) -> Calibrat
         return images
     [found] = broadcast_object_list([images.to("cpu")])
     return found.to(args.device)
-
-
-def check_enough(number: int) -> None:
-    """Raise a `ValueError` if there are too few images."""
-    if number < MIN_IMAGES:
-        raise ValueError(f"There are {number} images: give at least {MIN_IMAGES}, better some hundreds.")
 
 
 def pixels_of(images: SizedDataset, input_size: tuple[int, int, int], collate_fn: Callable) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from hf_noisekd.calibration.calibration_images import (
     CalibrationImages,
     calibration_images,
+    check_enough,
     default_held_out,
 )
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
@@ -21,7 +22,6 @@ from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.onnx.floats import OnnxClassifier
 from hf_noisekd.training.cost import say_what_matching_takes
-from hf_noisekd.training.training_data import check_enough
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def unlabelled_images(
     like = load_teacher(model, input_size=input_size)
     images = load_images(source, like, split=split, image_column=image_column, labels=False)
     try:
-        check_enough(len(images))
+        check_enough(min(at_most, len(images)))
     except ValueError as error:
         raise UsageError(str(error)) from error
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
