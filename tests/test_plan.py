@@ -11,6 +11,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm, shrink
 from hf_noisekd.batches import PixelsDataset
+from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of
@@ -218,6 +219,15 @@ def test_images_of_a_forgotten_normalisation_or_of_one_class_are_warned_of(digit
         caplog.clear()
         shrink(digits_teacher, 0.5, images=images)
         assert re.search(message, caplog.text) if message else not caplog.text
+
+
+def test_the_order_of_given_images_does_not_say_which_are_held_out(digits_teacher):
+    pixels = torch.zeros(64, 1, 32, 32)
+    pixels[3::4] = 1
+    given = given_images(digits_teacher, pixels)
+    assert [len(given.pixel_values), len(given.held_out)] == [48, 16]
+    assert 0 < given.held_out.mean() < 1
+    assert 0 < given.pixel_values.mean() < 1
 
 
 @pytest.mark.parametrize(

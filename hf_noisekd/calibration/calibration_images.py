@@ -214,12 +214,14 @@ def frozen_copy(teacher: nn.Module) -> nn.Module:
 def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:
     """Return unlabelled images `[N, C, H, W]` of a teacher's task as calibration images; `name` is the data set's.
 
-    Every fourth is held out. Whether the teacher agrees with itself under statistics of the others tells
+    A fourth is held out, drawn at random. Whether the teacher agrees with itself under statistics of the others tells
     if these are enough to re-estimate statistics on; see [`CalibrationImages.problem`]. Too few images, and pixels that
     cannot be those of images, are a `ValueError`.
     """
     _check_pixels(pixel_values, teacher)
-    images = pixel_values.detach().to(device_of(teacher), torch.float32)
+    # The order may be one of classes, or of views of one thing.
+    order = torch.randperm(len(pixel_values), generator=torch.Generator().manual_seed(0))
+    images = pixel_values[order.to(pixel_values.device)].detach().to(device_of(teacher), torch.float32)
     held_out = torch.arange(len(images), device=images.device) % HELD_OUT == HELD_OUT - 1
     given = CalibrationImages(
         images[~held_out], images[held_out], batch_size=BATCH_SIZE, given=ImagesFacts(images=len(images), dataset=name)
