@@ -182,6 +182,12 @@ def test_a_teacher_that_cannot_teach_is_refused_before_images_are_made(classes, 
         NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=[1, 32, 32], num_calibration_images=64))
 
 
+def test_a_teacher_of_probabilities_is_refused(digits_teacher, tmp_path):
+    teacher = nn.Sequential(digits_teacher, nn.Softmax(-1))
+    with pytest.raises(ValueError, match="take off its softmax"):
+        NoiseKDTrainer("resnet10_cifar", teacher, config(tmp_path, input_size=[1, 32, 32]))
+
+
 def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
     small = [{"pixel_values": one["pixel_values"][:, :16, :16]} for one in given]
     for images, message in ((given[:15], "at least 16"), (small, "1x16x16.*1x32x32")):

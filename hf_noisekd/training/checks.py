@@ -89,6 +89,8 @@ def _checked_num_classes(model: nn.Module, role: str, input_size: tuple[int, int
     logits = logits_of_blanks(model, input_size, role)
     if not logits.isfinite().all():
         raise ValueError(f"The {role}'s logits for blank images are NaN or infinite: look for what is damaged.")
+    if logits.shape[1] > 1 and logits.min() >= 0 and torch.allclose(logits.sum(1), torch.ones(()).to(logits)):
+        raise ValueError(f"The {role} returns probabilities, which add up to 1: take off its softmax. It needs logits.")
     return logits.shape[-1]
 
 

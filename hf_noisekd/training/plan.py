@@ -36,6 +36,7 @@ from hf_noisekd.shrinking.initialisation import computing_like, initialise_from_
 from hf_noisekd.shrinking.repair import Cut
 from hf_noisekd.shrinking.shrunk import timm_model_of
 from hf_noisekd.training.checks import (
+    check_bare,
     check_batch_norm_is_local,
     check_eval_datasets,
     check_last_batch,
@@ -112,6 +113,7 @@ def plan_training(
     if teacher_model is None:
         raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
     teacher_model = load_teacher(teacher_model, input_size=args.input_size)
+    check_bare(teacher_model, "teacher")
     input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
     check_teacher(teacher_model, input_size, explicit_size=args.input_size is not None)
     given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
