@@ -6,11 +6,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
+from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.image_datasets import load_images
 from hf_noisekd.record.schema import Record, read_record
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.evaluation import measured
-from hf_noisekd.workflows.inputs import UsageError, usable_model
+from hf_noisekd.workflows.inputs import UsageError, check_same_kind, usable_model
 
 
 class Scores(dict[str, dict[str, float]]):
@@ -63,11 +64,14 @@ def evaluate(
 
     Raises:
         ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
-            nor a teacher, or an image or a logit is NaN or infinite; or a model or a data set cannot be loaded.
+            nor a teacher, or an image or a logit is NaN or infinite; the teacher takes other images than the model, or
+            has other classes; or a model or a data set cannot be loaded.
     """
     record = _record_of(model) if update_card else None
     classifier = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     teacher = None if teacher_model is None else usable_model(teacher_model, trust_remote_code=trust_remote_code)
+    if teacher is not None and not isinstance(dataset, DrawnDataset):
+        check_same_kind(classifier, teacher)
     if isinstance(dataset, str | Path):
         columns: Any = {"image_column": image_column, "label_column": label_column}
         dataset = load_images(str(dataset), classifier, split=split, num_images=num_images, **columns)

@@ -20,6 +20,7 @@ from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
+from hf_noisekd.models.preprocessing import preprocessing_of
 from hf_noisekd.onnx.floats import OnnxClassifier
 from hf_noisekd.training.cost import say_what_matching_takes
 
@@ -91,12 +92,22 @@ def check_unused(output_dir: str | Path, advice: str = "") -> None:
 
 def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:
     """Raise a `ValueError` if what the models declare of their inputs and classes differs."""
+    both = student, teacher
     for what, found in (
-        ("{} channels", [size and size[0] for size in map(declared_input_size, (student, teacher))]),
-        ("{} classes", [declared_num_classes(student), declared_num_classes(teacher)]),
+        ("{} channels", [size and size[0] for size in map(declared_input_size, both)]),
+        ("{} classes", list(map(declared_num_classes, both))),
+        ("pixels of mean and std {}", list(map(_normalisation, both))),
     ):
         if None not in found and found[0] != found[1]:
             student_has, teacher_has = map(what.format, found)
             raise ValueError(
                 f"The student has {student_has} and the teacher {teacher_has}: give the student's teacher."
             )
+
+
+def _normalisation(model: nn.Module) -> str | None:
+    """Return by which mean and standard deviation a model wants its pixels normalised, if it declares them."""
+    known = preprocessing_of(model)
+    if not {"mean", "std"} <= known.keys():
+        return None
+    return " and ".join(", ".join(f"{value:.3f}" for value in known[key]) for key in ("mean", "std"))
