@@ -675,7 +675,7 @@ def test_recalibrating_needs_no_labels(teacher, images, tmp_path):
     (tmp_path / "images").mkdir()
     table.to_parquet(tmp_path / "images" / "train.parquet")
     command = ["recalibrate", "--model", teacher, "--images", str(tmp_path / "images")]
-    assert main([*command, "--output-dir", str(tmp_path / "new"), "--num-images", "8"]) == 0
+    assert main([*command, "--output-dir", str(tmp_path / "new"), "--num-images", "16"]) == 0
     assert Provenance.of(load_teacher(tmp_path / "new")) is None
 
 

@@ -7,9 +7,10 @@ import torch
 from conftest import TinyCNN, made_by_noise, modes, snapshot
 from hypothesis import example, given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_noisekd import batch_statistics, recalibrate_batch_norm
+from hf_noisekd import batch_statistics, recalibrate, recalibrate_batch_norm
 from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.models.batch_norm import find_batch_norm
 from hf_noisekd.record.plain import to_dict
@@ -188,3 +189,13 @@ def test_given_images_are_recorded_as_real_ones_and_made_ones_beside_them(tiny_c
         recalibrate_batch_norm(tiny_cnn, one)
         found = Provenance.of(tiny_cnn)
         assert (found.recalibration, found.calibration) == (ImagesFacts(images=36, dataset="photos"), calibration)
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_statistics_of_other_images_than_a_models_own_are_warned_of(digits_teacher, digits, tmp_path, caplog, fit):
+    (tmp_path / "photos").mkdir()
+    for index in range(32):
+        pixels = digits[0].images[index, 0] if fit else digits[0].images[0, 0] // 4
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{index}.png")
+    recalibrate(copy.deepcopy(digits_teacher), tmp_path / "new", images=tmp_path / "photos")
+    assert ("keep it as it was" in caplog.text) != fit

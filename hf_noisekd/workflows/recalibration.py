@@ -1,14 +1,14 @@
 """A saved student with other running statistics: of images made without data, or of some real ones."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import STEPS
+from hf_noisekd.calibration.calibration_images import STEPS, given_images
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
 from hf_noisekd.models.loading import has_weights, model_folder
@@ -24,6 +24,8 @@ from hf_noisekd.workflows.inputs import (
     unlabelled_images,
     usable_model,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def recalibrate(
@@ -78,8 +80,14 @@ def recalibrate(
     else:
         given: Any = {"split": images_split, "at_most": num_images, "image_column": image_column}
         drawn = unlabelled_images(str(images), student, **given, input_size=input_size)
-        loader = DataLoader(drawn, batch_size=batch_size, collate_fn=collate_images)
-        recalibrate_batch_norm(student, loader, dataset=drawn.name, split=images_split)
+        pixels = collate_images([drawn[index] for index in range(len(drawn))])["pixel_values"]
+        provenance = Provenance.of(student)
+        if (provenance is None or provenance.batch_norm == "running") and given_images(student, pixels).problem:
+            logger.warning(
+                "With statistics of such images the model predicts other classes than with its own, or one class for "
+                "all of them. If it was right before, keep it as it was, or give more images of its task."
+            )
+        recalibrate_batch_norm(student, pixels.split(batch_size), dataset=drawn.name, split=images_split)
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
     if checkpoint is None and not isinstance(model, nn.Module) and has_weights(str(model)):
