@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 import PIL.Image
 import torch
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
@@ -155,12 +156,24 @@ def load_splits(name: str, required: str, config: str | None = None) -> datasets
         if path.is_file():
             splits = datasets.load_dataset("parquet", data_files={required: str(path)})
         else:
-            splits = datasets.load_dataset(str(path) if path.is_dir() else name, config)
+            splits = datasets.load_dataset(str(path.resolve()) if path.is_dir() else name, config)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"The data set {name!r} cannot be loaded: {error}") from error
+    served = sum(map(len, splits.values()))
+    if path.is_dir() and served < (number := _count_image_files(path)):
+        logger.warning(
+            f"{name} serves {served:,} of its {number:,} image files: `datasets` reads a split into words such as "
+            "'train' or 'test' in their names, or those of their folders, and reads metadata.csv. Rename these."
+        )
     if required not in splits:
         raise ValueError(f"{name} has no {required} split, only {', '.join(splits)}.")
     return splits
+
+
+def _count_image_files(folder: Path) -> int:
+    """Return the number of image files that `datasets` should find in a folder and those in it."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in ImageFolder.EXTENSIONS)
+    return sum(not any(part.startswith((".", "__")) for part in path.parts) for path in paths)
 
 
 def short_name(name: str) -> str:

@@ -227,3 +227,16 @@ def test_says_why_images_cannot_be_loaded(model, numbered, tmp_path):
     four_channels = timm.create_model("resnet10_cifar", width=4, in_chans=4, pretrained_cfg_overlay=cfg)
     with pytest.raises(ValueError, match="4 input channels"):
         load_images(source, four_channels)
+
+
+def test_files_that_a_folder_does_not_serve_are_counted(model, tmp_path, caplog, monkeypatch):
+    for name in ("car/0", "car/1", "train/0", "bus/0", "bus/.hidden/0"):
+        (tmp_path / "classes" / name).parent.mkdir(parents=True, exist_ok=True)
+        BLACK.save(tmp_path / "classes" / f"{name}.png")
+    assert len(load_images(tmp_path / "classes", model, split="train", labels=False)) == 1
+    assert "serves 1 of its 4 image files" in caplog.text
+    caplog.clear()
+    (tmp_path / "classes" / "train").rename(tmp_path / "classes" / "lorry")
+    monkeypatch.chdir(tmp_path / "classes")
+    assert len(load_images(".", model, split="train", labels=False)) == 4
+    assert not caplog.text
