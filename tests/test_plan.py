@@ -1,3 +1,4 @@
+import copy
 import json
 import pickle
 import re
@@ -122,6 +123,21 @@ def test_the_learning_rate_follows_the_start(digits_teacher, tmp_path):
         for options in ({}, {"init_student": "random"}, {"learning_rate": 5e-4})
     ]
     assert rates == [3e-3, 1e-2, 5e-4]
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_a_student_that_is_trained_already_is_not_trained_as_one_with_random_weights(
+    digits_teacher, given, tmp_path, monkeypatch, fit
+):
+    monkeypatch.setattr("hf_noisekd.calibration.calibration_images.MIN_SELF_AGREEMENT", 0 if fit else 101)
+    student = copy.deepcopy(digits_teacher)
+    trainer = NoiseKDTrainer(student, digits_teacher, config(tmp_path / "out"), images=given)
+    assert (trainer.args.learning_rate, trainer.args.resolutions) == (3e-3 if fit else 3e-4, "1")
+    trainer.train()
+    if not fit:
+        assert torch.equal(student.bn1.running_mean, digits_teacher.bn1.running_mean)
+    fresh = timm.create_model("resnet10_cifar", in_chans=1, **KIN)
+    assert NoiseKDTrainer(fresh, digits_teacher, config(tmp_path / "fresh"), images=given).args.learning_rate == 1e-2
 
 
 def test_arguments_of_the_student_are_saved_with_it(digits_teacher, tmp_path):

@@ -151,6 +151,12 @@ class Provenance:
             advice = "Remove it from config.json, or save the student with this package again."
             raise ValueError(f"The section 'noisekd' of config.json is damaged: {error}. {advice}") from error
 
+    @classmethod
+    def has_statistics_of_images(cls, model: nn.Module) -> bool:
+        """Return whether running statistics of `model` hold for images, as far as is known: not only for noise."""
+        made = cls.of(model)
+        return made is None or made.batch_norm == "running"
+
     def attach(self, model: nn.Module) -> None:
         """Store this in `model`, and in its `config.json` once it is saved."""
         self.detach(model)

@@ -229,8 +229,8 @@ class NoiseKDConfig(ClassifierConfig):
     num_train_epochs: float = HfArg(default=200.0, help="Epochs to train, of `steps_per_epoch` batches.")
     learning_rate: float | None = HfArg(
         default=None,
-        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student initialised from its teacher, or 3e-4 for one "
-        "that keeps its statistics.",
+        help="Peak learning rate. Default: 1e-2, or 3e-3 for a student initialised from its teacher or trained before, "
+        "or 3e-4 for one that keeps its statistics.",
     )
     lr_scheduler_type: str = HfArg(default="linear", help="Learning-rate schedule.")
     hub_strategy: str = HfArg(default="end", help="When to push with `push_to_hub`: at the end alone.")

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
 from hf_noisekd.models.classifier import (
     bare_model,
     declare_input_size,
@@ -30,7 +30,7 @@ from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
-from hf_noisekd.record.schema import StartFacts
+from hf_noisekd.record.schema import Provenance, StartFacts
 from hf_noisekd.shrinking.cutting import Budget, cut_to_budget, ranking_noise
 from hf_noisekd.shrinking.initialisation import computing_like, initialise_from_teacher
 from hf_noisekd.shrinking.repair import Cut
@@ -64,9 +64,9 @@ from hf_noisekd.training.training_data import (
 logger = logging.getLogger(__name__)
 
 RANDOM_LEARNING_RATE = 1e-2
-# A cut teacher has something to lose, and knows already what small images teach. A teacher that is not on the batch
+# What is trained already has something to lose, and knows what small images teach. A teacher that is not on the batch
 # knows images of full size alone: small ones have other features.
-CUT_LEARNING_RATE = 3e-3
+TRAINED_LEARNING_RATE = 3e-3
 FROZEN_LEARNING_RATE = 3e-4  # of a repaired one, on images
 FULL_SIZE = "1"
 
@@ -132,12 +132,15 @@ def plan_training(
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
         check_teacher(teacher_model, size, explicit_size=True)
         args, calibration, eval_dataset = at_size(size, args, images_of(), eval_dataset, is_whole=initial.cut.is_whole)
-    is_frozen = by_stored and initial is not None and initial.facts.from_teacher == initial.facts.tensors
+    is_trained = initial is not None or _is_trained(model)
+    is_of_teacher = initial is not None and initial.facts.from_teacher == initial.facts.tensors
+    keeps_own = initial is None and is_trained and Provenance.has_statistics_of_images(model)
+    is_frozen = by_stored and (is_of_teacher or keeps_own)
     if args.input_size is not None:
         declare_input_size(model, teacher.input_size)
     check_student(model, teacher, explicit_size=args.input_size is not None)
     calibration = calibration or images_of()  # after what would refuse the student, as they may take minutes to make
-    args = _with_defaults(args, teacher, initial, train_dataset, freezes=is_frozen)
+    args = _with_defaults(args, teacher, train_dataset, is_trained=is_trained, freezes=is_frozen)
     if train_dataset is None and calibration and (calibration.given or (initial and not calibration.problem)):
         train_dataset = mixed_noise(args, teacher, calibration, alone=by_stored)
     train_dataset, noise = _train_dataset(args, teacher, train_dataset, model)
@@ -251,6 +254,12 @@ def initial_student(
     )
 
 
+def _is_trained(model: nn.Module) -> bool:
+    """Return whether a model has BatchNorm statistics of a training; of one without such layers nothing is known."""
+    layers: list[Any] = list(stored_statistics(model).values())
+    return any(layer.running_mean.any() for layer in layers)
+
+
 def _training_input_size(
     args: NoiseKDConfig, teacher_model: nn.Module, train_dataset: Any, collate_fn: Callable
 ) -> tuple[int, int, int]:
@@ -269,16 +278,16 @@ def _training_input_size(
 
 
 def _with_defaults(
-    args: NoiseKDConfig, teacher: Teacher, initial: InitialWeights | None, train_dataset: Any, *, freezes: bool
+    args: NoiseKDConfig, teacher: Teacher, train_dataset: Any, *, is_trained: bool, freezes: bool
 ) -> NoiseKDConfig:
-    """Return a copy of the arguments in which the student's initialisation and the teacher decide what nobody did."""
+    """Return a copy of the arguments in which the student's initial weights and the teacher decide what nobody did."""
     args = copy.copy(args)
     if args.metric_is_default and not teacher.weight_of_batch:
         args.metric_for_best_model = "running_agreement"
     if args.learning_rate is None:
-        of_cut = FROZEN_LEARNING_RATE if freezes else CUT_LEARNING_RATE
-        args.learning_rate = RANDOM_LEARNING_RATE if initial is None else of_cut
+        of_trained = FROZEN_LEARNING_RATE if freezes else TRAINED_LEARNING_RATE
+        args.learning_rate = of_trained if is_trained else RANDOM_LEARNING_RATE
     # A data set of the user's own has sizes of its own.
-    if (initial or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
+    if (is_trained or not teacher.weight_of_batch) and args.resolutions is None and train_dataset is None:
         args.resolutions = FULL_SIZE
     return args

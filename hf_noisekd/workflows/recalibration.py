@@ -81,8 +81,7 @@ def recalibrate(
         given: Any = {"split": images_split, "at_most": num_images, "image_column": image_column}
         drawn = unlabelled_images(str(images), student, **given, input_size=input_size)
         pixels = collate_images([drawn[index] for index in range(len(drawn))])["pixel_values"]
-        provenance = Provenance.of(student)
-        if (provenance is None or provenance.batch_norm == "running") and given_images(student, pixels).problem:
+        if Provenance.has_statistics_of_images(student) and given_images(student, pixels).problem:
             logger.warning(
                 "With statistics of such images the model predicts other classes than with its own, or one class for "
                 "all of them. If it was right before, keep it as it was, or give more images of its task."
