@@ -12,7 +12,7 @@ from hf_noisekd.shrinking.cutting import Budget, _narrowed, shrink
 from hf_noisekd.shrinking.ranking import Comparison
 
 SIZE = (3, 32, 32)
-IMAGES = [torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(0))]
+IMAGES = [torch.randn(16, *SIZE, generator=torch.Generator().manual_seed(0))]
 
 
 def build(name="resnet18_cifar", **kwargs):
@@ -203,3 +203,13 @@ def test_parameters_behind_concatenations_are_counted(max_params):
     student, _ = shrink(teacher, max_params=max_params, input_size=(3, 32, 32))
     share = count_parameters(student) / count_parameters(teacher)
     assert max_params - 0.05 < share <= max_params
+
+
+def test_a_cut_within_inference_mode_is_the_same():
+    teacher = timm.create_model("resnet10_cifar", width=8).eval()
+    generator = torch.Generator().manual_seed(0)
+    expected = shrink(teacher, 0.6, images=[torch.randn(32, 3, 32, 32, generator=generator)])[0]
+    with torch.inference_mode():
+        images = [torch.randn(32, 3, 32, 32, generator=generator.manual_seed(0))]
+        student, _ = shrink(teacher, 0.6, images=images)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in student.state_dict().items())

@@ -128,6 +128,7 @@ def shrink(
     return cut_to_budget(teacher, input_size=input_size, images=images, min_side=min_side, **limits)[:2]
 
 
+@torch.inference_mode(False)
 def cut_to_budget(
     teacher: nn.Module,
     *,
