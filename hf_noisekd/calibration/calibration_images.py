@@ -111,7 +111,7 @@ class CalibrationImages:
             if math.isnan(self.self_agreement):
                 return (
                     "The given images cannot be checked: the teacher predicts one class for all held-out ones, so "
-                    "agreement on these says nothing."
+                    "agreement on these says nothing. Give images of several classes."
                 )
             return (
                 "The given images are too few, or too unlike the teacher's data, for statistics: with those of the "
