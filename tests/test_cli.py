@@ -771,7 +771,7 @@ def test_a_file_of_weights_is_evaluated_and_exported_like_a_folder(weights, teac
 
 def test_a_file_of_weights_becomes_a_folder(weights, digits_teacher, images, tmp_path, capsys):
     assert main(["convert", *weights, "--output-dir", str(tmp_path / "folder")]) == 0
-    command = ["recalibrate", *weights, "--images", images, "--num-images", "8"]
+    command = ["recalibrate", *weights, "--images", images, "--num-images", "16"]
     assert main([*command, "--output-dir", str(tmp_path / "recalibrated")]) == 0
     for folder in ("folder", "recalibrated"):
         model = load_teacher(tmp_path / folder)
