@@ -191,11 +191,13 @@ def test_given_images_are_recorded_as_real_ones_and_made_ones_beside_them(tiny_c
         assert (found.recalibration, found.calibration) == (ImagesFacts(images=36, dataset="photos"), calibration)
 
 
-@pytest.mark.parametrize("fit", [True, False])
-def test_statistics_of_other_images_than_a_models_own_are_warned_of(digits_teacher, digits, tmp_path, caplog, fit):
+@pytest.mark.parametrize(("fit", "dtype"), [(True, torch.float16), (True, torch.float32), (False, torch.float32)])
+def test_statistics_of_other_images_than_a_models_own_are_warned_of(
+    digits_teacher, digits, tmp_path, caplog, fit, dtype
+):
     (tmp_path / "photos").mkdir()
     for index in range(32):
         pixels = digits[0].images[index, 0] if fit else digits[0].images[0, 0] // 4
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{index}.png")
-    recalibrate(copy.deepcopy(digits_teacher), tmp_path / "new", images=tmp_path / "photos")
+    recalibrate(copy.deepcopy(digits_teacher).to(dtype), tmp_path / "new", images=tmp_path / "photos")
     assert ("keep it as it was" in caplog.text) != fit

@@ -20,7 +20,7 @@ from hf_noisekd.batches import resized
 from hf_noisekd.calibration.matching import LEARNING_RATE, match_statistics
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode
+from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode, to_device_of
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
 from hf_noisekd.noise.dataset import NoiseDataset
@@ -381,7 +381,9 @@ def _self_agreement(teacher: nn.Module, images: CalibrationImages) -> float:
     store_statistics(changed, images)
     # Copies, because some models change their input in place.
     before, after = (
-        torch.cat([compute_logits(model, batch.clone()) for batch in held_out.split(images.batch_size)])
+        torch.cat(
+            [compute_logits(model, to_device_of(model, batch.clone())) for batch in held_out.split(images.batch_size)]
+        )
         for model in (teacher, changed)
     )
     classes = before.argmax(-1)

@@ -29,7 +29,6 @@ def recalibrate_options(parser: CommandParser) -> None:
     parser.add_argument("--num-images", type=options.at_least(2), default=256, metavar="N", help=help)
     options.add_calibration_steps(parser)
     options.add_input_size(parser)
-    options.add_batch_size(parser, "real images that are read at a time")
     help = "where the new model goes; new or empty"
     parser.add_argument("--output-dir", required=True, type=options.path, metavar="FOLDER", help=help)
     options.add_trust_remote_code(parser, "model")
@@ -48,7 +47,6 @@ def recalibrate(args: argparse.Namespace) -> int:
         images_split=args.images_split,
         image_column=args.image_column,
         num_images=args.num_images,
-        batch_size=args.batch_size,
         calibration_steps=args.calibration_steps,
         input_size=args.input_size,
         trust_remote_code=args.trust_remote_code,

@@ -38,7 +38,6 @@ def recalibrate(
     images_split: str = "train",
     image_column: str | None = None,
     num_images: int = 256,
-    batch_size: int = 256,
     calibration_steps: int = 900,
     input_size: Sequence[int] | None = None,
     trust_remote_code: bool = False,
@@ -54,7 +53,6 @@ def recalibrate(
         images_split: Their split.
         image_column: Their column, where there are several.
         num_images: Images to make, or up to so many to draw at random.
-        batch_size: Real images that are read at a time.
         calibration_steps: Steps at most to make images; large inputs and many classes need more.
         input_size: `(channels, height, width)` of the images. Default: what the student declares.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
@@ -86,7 +84,7 @@ def recalibrate(
                 "With statistics of such images the model predicts other classes than with its own, or one class for "
                 "all of them. If it was right before, keep it as it was, or give more images of its task."
             )
-        recalibrate_batch_norm(student, pixels.split(batch_size), dataset=drawn.name, split=images_split)
+        recalibrate_batch_norm(student, [pixels], dataset=drawn.name, split=images_split)
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
     if checkpoint is None and not isinstance(model, nn.Module) and has_weights(str(model)):
