@@ -223,6 +223,9 @@ def test_an_unknown_command_is_wrong_usage(capsys):
 # Configuration files
 
 
+NARROW = ["--student", "resnet10_cifar", "--student-args", "width=16"]
+
+
 @pytest.fixture
 def file(tmp_path):
     """Writes a configuration file and returns its path."""
@@ -391,7 +394,7 @@ def student(teacher, images, tmp_path_factory):
         "max_steps: 3\nper_device_train_batch_size: 16\nlogging_steps: 1\nsave_steps: 2\ndisable_tqdm: true\n"
         "num_calibration_images: 0\n"
     )
-    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(folder)]
+    command = ["distill", "--teacher", teacher, *NARROW, "--output-dir", str(folder)]
     command += ["--config", str(folder.parent / "config.yaml"), "--max_steps", "4"]
     command += ["--eval-dataset", images, "--eval-label-column", "label"]
     with pytest.MonkeyPatch.context() as patch:
@@ -468,7 +471,7 @@ def test_where_there_are_no_statistics_commands_that_need_them_say_so_first(teac
 
 
 def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path, capsys):
-    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command = ["distill", "--teacher", teacher, *NARROW, "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--save_steps", "1"]
     command += ["--per-device-eval-batch-size", "8", "--disable-tqdm", "--bf16", "false"]
     command += ["--max-steps", "2", "--num-calibration-images", "0"]
@@ -486,9 +489,10 @@ def test_distill_without_images_resumes_and_reports_agreement(teacher, tmp_path,
 
 
 def test_a_distillation_that_diverges_leaves_no_card(teacher, tmp_path, capsys):
-    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command = ["distill", "--teacher", teacher, *NARROW, "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "6"]
     command += ["--learning-rate", "1e20", "--max-grad-norm", "0", "--warmup-steps", "0", "--logging-steps", "2"]
+    command += ["--num-calibration-images", "0"]
     assert re.search(r"(nan|inf) .*step \d", run_error(capsys, *command))
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -499,7 +503,7 @@ def test_a_trained_student_is_not_lost_to_what_fails_after_it(teacher, tmp_path,
         raise OSError("image file is truncated")
 
     monkeypatch.setattr(f"hf_noisekd.training.noise_trainer.NoiseKDTrainer.{failing}", fail)
-    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command = ["distill", "--teacher", teacher, *NARROW, "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "2"]
     command += ["--save-strategy", "no", "--num-calibration-images", "0"]
     capsys.readouterr()
@@ -544,7 +548,7 @@ def test_an_interrupted_distillation_says_in_a_line_how_to_go_on(teacher, tmp_pa
         original = getattr(NoiseKDTrainer, method)
         monkeypatch.setattr(NoiseKDTrainer, method, interrupted)
 
-    command = ["distill", "--teacher", teacher, "--student", "resnet10_cifar", "--output-dir", str(tmp_path / "out")]
+    command = ["distill", "--teacher", teacher, *NARROW, "--output-dir", str(tmp_path / "out")]
     command += ["--per-device-train-batch-size", "8", "--eval-noise-batches", "1", "--disable-tqdm", "--max-steps", "6"]
     command += ["--save-steps", "2", "--num-calibration-images", "0"]
     if "save" in by:
