@@ -104,7 +104,8 @@ class FullBatchSampler(Sampler[list[int]]):
 def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
     """Make a batch of samples `{"pixel_values": [C, H, W], "labels": int}` or `(pixels, label)`.
 
-    `label` is a key, too. A whole batch from `__getitems__` stays as it is. Without pixels there is a `ValueError`.
+    `label` is a key, too. A whole batch from `__getitems__` stays as it is. Without pixels, or with pixels of different
+    shapes, there is a `ValueError`.
     """
     if isinstance(samples, dict):
         return samples
@@ -117,7 +118,13 @@ def collate_images(samples: Sequence) -> dict[str, torch.Tensor]:
             'Samples must be {"pixel_values": tensor [C, H, W], "labels": int} or (tensor, label), found '
             f"{found}. Apply the model's preprocessing, for example with `dataset.with_transform(...)`."
         )
-    batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+    pixels = [sample["pixel_values"] for sample in samples]
+    if other := next((one.shape for one in pixels if one.shape != pixels[0].shape), None):
+        raise ValueError(
+            f"The images of a batch have different shapes, {list(pixels[0].shape)} and {list(other)}: bring them to "
+            "one size, as the model's preprocessing does."
+        )
+    batch = {"pixel_values": torch.stack(pixels)}
     label = next((key for key in ("labels", "label") if key in first), None)
     if label is not None:
         batch["labels"] = torch.as_tensor([int(sample[label]) for sample in samples])

@@ -23,3 +23,5 @@ def test_collates_mappings_pairs_and_whole_batches():
     assert collate_images(whole) is whole
     with pytest.raises(ValueError, match=r"\['image', 'label'\]"):
         collate_images([{"image": "a PIL image", "label": 1}])
+    with pytest.raises(ValueError, match=r"\[1, 8, 8\] and \[1, 8, 4\]"):
+        collate_images([{"pixel_values": pixels}, {"pixel_values": pixels[..., :4]}])
