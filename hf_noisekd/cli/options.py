@@ -67,7 +67,7 @@ def add_input_size(parser) -> None:
 
 
 def add_calibration_steps(parser) -> None:
-    help = "steps at most to make images without data; large inputs and many classes need more (default: 900)"
+    help = "steps at most to make images without data; it ends where more would not do (default: 900)"
     parser.add_argument("--calibration-steps", type=at_least(1), default=900, metavar="N", help=help)
 
 

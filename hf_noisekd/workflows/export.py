@@ -63,7 +63,7 @@ def export(
         images: For int8 unlabelled images of its task: the name of a data set as [`load_images`] takes it, or a folder.
         images_split: Their split.
         num_images: Number of images to make in at most `calibration_steps` steps, or to draw at random.
-        calibration_steps: Large inputs and many classes need more.
+        calibration_steps: Steps at most to make images; it ends where more would not do.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
 
     Raises:

@@ -53,7 +53,7 @@ def recalibrate(
         images_split: Their split.
         image_column: Their column, where there are several.
         num_images: Images to make, or up to so many to draw at random.
-        calibration_steps: Steps at most to make images; large inputs and many classes need more.
+        calibration_steps: Steps at most to make images; it ends where more would not do.
         input_size: `(channels, height, width)` of the images. Default: what the student declares.
         trust_remote_code: Run the Python code that a transformers model on the Hub brings along.
 
