@@ -69,8 +69,8 @@ def test_options(refused, saved, words):
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        (2, "--adam-beta1 2"), (2, "--adam-epsilon -1"), (1, '--lr-scheduler-kwargs {"foo":1}'),
-        (1, "--optim adamw_bnb_8bit"), (1, "--lr-scheduler-type warmup_stable_decay"), (1, "--gradient-checkpointing"),
+        (2, "--adam-beta1 2"), (2, "--adam-epsilon -1"), (2, '--lr-scheduler-kwargs {"foo":1}'),
+        (2, "--optim adamw_bnb_8bit"), (2, "--lr-scheduler-type warmup_stable_decay"), (1, "--gradient-checkpointing"),
         (1, "--torch-compile --torch-compile-mode foo"),
     ],
 )  # fmt: skip

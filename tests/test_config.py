@@ -3,6 +3,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_noisekd import NoiseKDConfig
+from hf_noisekd.training.checks import check_optimizer
 from hf_noisekd.training.config import ClassifierConfig, _cpu_has_bf16
 
 
@@ -118,3 +119,10 @@ def test_refuses_options_out_of_range(tmp_path, option, message):
 def test_every_option_of_its_own_has_a_help_text():
     for field in ClassifierConfig.__dataclass_fields__.keys() | NoiseKDConfig.__dataclass_fields__.keys():
         assert NoiseKDConfig.__dataclass_fields__[field].metadata.get("help") or field in dir(TrainingArguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 1e-5}), ("constant_with_warmup", {})]
+)
+def test_schedules_are_built_before_the_learning_rate_is_known(tmp_path, kind, options):
+    check_optimizer(NoiseKDConfig(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=options))

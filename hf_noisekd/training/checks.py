@@ -33,13 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_optimizer(args: ClassifierConfig) -> None:
-    """Raise the errors of torch and transformers for optimizer and schedule, which would come after minutes."""
+    """Check what torch and transformers would refuse of optimizer and schedule after minutes."""
+    if args.optim_target_modules:
+        return  # they are looked for in the student
     one_weight = nn.Linear(1, 1)
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, one_weight)
-    if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, torch.optim.Optimizer):
-        return  # it is built of the whole model
-    optimizer = optimizer_class(one_weight.parameters(), **options | {"lr": args.learning_rate or 0.0})
-    get_scheduler(args.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    try:
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(args, one_weight)
+        if not isinstance(optimizer_class, type) or not issubclass(optimizer_class, torch.optim.Optimizer):
+            return  # it is built of the whole model
+        learning_rate = args.learning_rate or 1e-2  # the default, which depends on the student, is as good for this
+        optimizer = optimizer_class(one_weight.parameters(), **options | {"lr": learning_rate})
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"The optimizer or its schedule cannot be built: {error}") from error
 
 
 def check_teacher(model: nn.Module, input_size: tuple[int, int, int], *, explicit_size: bool) -> None:
