@@ -15,7 +15,7 @@ from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.calibration.calibration_images import given_images
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_student, load_teacher
-from hf_noisekd.models.preprocessing import input_size_of
+from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
 from hf_noisekd.models.saving import save_model
 from hf_noisekd.record.schema import Provenance
 from hf_noisekd.training.plan import initial_student
@@ -137,7 +137,14 @@ def test_a_student_that_is_trained_already_is_not_trained_as_one_with_random_wei
     if not fit:
         assert torch.equal(student.bn1.running_mean, digits_teacher.bn1.running_mean)
     fresh = timm.create_model("resnet10_cifar", in_chans=1, **KIN)
+    fresh.train()(torch.randn(2, 1, 32, 32))  # which changes its running statistics alone
     assert NoiseKDTrainer(fresh, digits_teacher, config(tmp_path / "fresh"), images=given).args.learning_rate == 1e-2
+
+
+def test_a_student_has_its_teachers_preprocessing_before_it_is_saved(digits_teacher, tmp_path):
+    student = timm.create_model("resnet10_cifar", in_chans=1, num_classes=10, **KIN)
+    NoiseKDTrainer(student, digits_teacher, config(tmp_path))
+    assert preprocessing_of(student) == preprocessing_of(digits_teacher)
 
 
 def test_arguments_of_the_student_are_saved_with_it(digits_teacher, tmp_path):
@@ -214,8 +221,8 @@ def test_images_that_do_not_fit_are_refused(digits_teacher, given, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda pixels: pixels * 127.5 + 127.5, "gives -0.947 to 2.15: normalise them"),
-        (lambda pixels: (pixels * 127.5 + 127.5).byte(), "torch.uint8: normalise them"),
+        (lambda pixels: pixels * 127.5 + 127.5, "of -0.947 to 2.15: normalise them"),
+        (lambda pixels: (pixels * 127.5 + 127.5).byte(), "torch.uint8: preprocess them"),
         (
             lambda pixels: pixels.where(torch.arange(len(pixels))[:, None, None, None] != 5, torch.nan),
             "Image 5 has a NaN",
@@ -235,7 +242,7 @@ def test_images_of_a_forgotten_normalisation_or_of_one_class_are_warned_of(digit
     pixels = torch.stack([one["pixel_values"] for one in given])
     for images, message in (
         (pixels, ""),
-        (pixels / 2 + 0.5, "gives -0.947 to 2.15. Are they normalised"),
+        (pixels / 2 + 0.5, "of -0.947 to 2.15. Are they normalised"),
         (pixels[:1].expand_as(pixels), "one class for all held-out ones.* stored statistics stay"),
     ):
         caplog.clear()
@@ -254,7 +261,12 @@ def test_the_order_of_given_images_does_not_say_which_are_held_out(digits_teache
 
 @pytest.mark.parametrize(
     "images",
-    [[{"pixel_values": torch.zeros(1, 32, 32)}] * 16, [torch.zeros(16, 3, 32, 32)], [torch.zeros(8, 1, 32, 32)]],
+    [
+        [{"pixel_values": torch.zeros(1, 32, 32)}] * 16,
+        [torch.zeros(16, 3, 32, 32)],
+        {"pixel_values": torch.zeros(8, 1, 32, 32)},
+        [],
+    ],
 )
 def test_what_are_no_batches_of_images_for_a_cut_is_refused(digits_teacher, images):
     with pytest.raises(ValueError, match=r"give batches \('B', 1, 32, 32\)|at least 16"):

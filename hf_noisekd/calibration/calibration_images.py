@@ -29,7 +29,7 @@ from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts
 logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
-HELD_OUT, BATCH_SIZE = 4, 256  # of given images every so many, and those of a forward pass
+HELD_OUT, BATCH_SIZE = 4, 256  # of given images one of so many, and those of a forward pass
 MIN_TRIED = 6  # images of the batch that is tried first: a third of them are held out
 MIN_BATCH, MATCHED_PIXELS = 32, 2**20  # of images that are matched together
 # A teacher agrees with itself after half of these. Statistics for a student with features of its own need them all.
@@ -133,9 +133,11 @@ class CalibrationImages:
         return None
 
     def say_problem(self) -> None:
-        """Log the problem of given images, where the teacher has statistics to keep in their place."""
+        """Log the problem of given images, where the teacher's statistics are used in place of theirs."""
         if self.self_agreement is not None and self.problem:
-            logger.warning("%s The teacher's stored statistics stay.", self.problem)
+            # At many classes no few images are enough, and that is no fault of theirs.
+            level = logging.WARNING if math.isnan(self.self_agreement) else logging.INFO
+            logger.log(level, "%s The teacher's stored statistics stay.", self.problem)
 
     def check(self) -> "CalibrationImages":
         """Return them, or raise a `ValueError` if they are not good enough; see [`CalibrationImages.problem`]."""
@@ -221,11 +223,13 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
     _check_pixels(pixel_values, teacher)
     # The order may be one of classes, or of views of one thing.
     order = torch.randperm(len(pixel_values), generator=torch.Generator().manual_seed(0))
-    images = pixel_values[order.to(pixel_values.device)].detach().to(device_of(teacher), torch.float32)
-    held_out = torch.arange(len(images), device=images.device) % HELD_OUT == HELD_OUT - 1
-    given = CalibrationImages(
-        images[~held_out], images[held_out], batch_size=BATCH_SIZE, given=ImagesFacts(images=len(images), dataset=name)
+    held_out = torch.arange(len(order)) % HELD_OUT == HELD_OUT - 1
+    images, others = (
+        pixel_values[order[chosen].to(pixel_values.device)].detach().to(device_of(teacher), torch.float32)
+        for chosen in (~held_out, held_out)
     )
+    facts = ImagesFacts(images=len(order), dataset=name)
+    given = CalibrationImages(images, others, batch_size=BATCH_SIZE, given=facts)
     if not stored_statistics(teacher):
         return given
     with evaluation_mode(teacher):
@@ -242,7 +246,7 @@ def _check_pixels(pixel_values: torch.Tensor, teacher: nn.Module) -> None:
     """Raise a `ValueError` for images that are not preprocessed as for a model; warn where it looks like that."""
     check_enough(len(pixel_values))
     if not pixel_values.is_floating_point():
-        raise ValueError(f"The images are of type {pixel_values.dtype}: normalise them as for the teacher.")
+        raise ValueError(f"The images are of type {pixel_values.dtype}: preprocess them as for the model.")
     if not pixel_values.isfinite().all():
         index = int((~pixel_values.isfinite().flatten(1).all(1)).nonzero()[0])
         raise ValueError(f"Image {index} has a NaN or an infinity: replace or remove it.")
@@ -251,11 +255,13 @@ def _check_pixels(pixel_values: torch.Tensor, teacher: nn.Module) -> None:
         return
     black, white = ((value - torch.tensor(known["mean"])) / torch.tensor(known["std"]) for value in (0, 1))
     low, high, (least, most) = black.min().item(), white.max().item(), pixel_values.aminmax()
-    found = f"{least:.3g} to {most:.3g}, and the teacher's preprocessing gives {low:.3g} to {high:.3g}"
+    found = f"{least:.3g} to {most:.3g}, and those of the model's preprocessing are of {low:.3g} to {high:.3g}"
     if (pixel_values - (low + high) / 2).abs().mean() > FAR_OUT * (high - low) / 2:
-        raise ValueError(f"The images have pixels of {found}: normalise them as for the teacher.")
+        raise ValueError(
+            f"The images have pixels of {found}: normalise them, or correct mean and std in its `pretrained_cfg`."
+        )
     if least >= 0 > low:
-        logger.warning("The images have pixels of %s. Are they normalised as for the teacher?", found)
+        logger.warning("The images have pixels of %s. Are they normalised as for the model?", found)
 
 
 def with_made_images(teacher: nn.Module, given: CalibrationImages, num_images: int, **options) -> CalibrationImages:

@@ -83,16 +83,19 @@ def declare_input_size(model: nn.Module, input_size: tuple[int, int, int]) -> No
     if cfg := pretrained_cfg_of(model):
         for key in ("test_input_size", "test_crop_pct"):
             cfg.pop(key, None)
-        cfg["input_size"] = tuple(input_size)
-        for part in (model, bare_model(model)):
-            part.pretrained_cfg = cfg  # type: ignore[assignment]
-    config = getattr(model, "config", None)
-    if isinstance(config, PretrainedConfig):
+        declare(model, cfg | {"input_size": tuple(input_size)})
+    elif isinstance(config := getattr(model, "config", None), PretrainedConfig):
         model.config = config = copy.deepcopy(config)
-        if cfg:
-            config.pretrained_cfg = cfg
-        else:
-            config.image_size = list(input_size[1:])
+        config.image_size = list(input_size[1:])
+
+
+def declare(model: nn.Module, cfg: Mapping[str, Any]) -> None:
+    """Have a model, and the timm model that it may wrap, declare another `pretrained_cfg`."""
+    for part in (model, bare_model(model)):
+        part.pretrained_cfg = dict(cfg)  # type: ignore[assignment]
+    if isinstance(config := getattr(model, "config", None), PretrainedConfig):
+        model.config = config = copy.deepcopy(config)
+        config.pretrained_cfg = dict(cfg)
 
 
 def declared_num_classes(model: nn.Module) -> int | None:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import nn
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from hf_noisekd.models.classifier import declared_input_size, format_size, pretrained_cfg_of
+from hf_noisekd.models.classifier import declare, declared_input_size, format_size, pretrained_cfg_of
 from hf_noisekd.record.schema import noisekd_section
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,13 @@ def preprocessing_of(model: nn.Module) -> dict:
 def unknown_preprocessing(model: nn.Module) -> str:
     """Return why a student cannot be given all of the preprocessing of `model`; nothing if it can."""
     return _known_and_unknown(model)[1]
+
+
+def take_preprocessing(model: nn.Module, teacher_model: nn.Module) -> None:
+    """Have a timm model declare the preprocessing of its teacher, as it does once it is saved."""
+    if cfg := pretrained_cfg_of(model):
+        known = preprocessing_of(teacher_model)
+        declare(model, cfg | {key: known.get(key) for key in PREPROCESSING_KEYS})
 
 
 def input_size_of(model: nn.Module, given: Sequence[int] | None = None) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import CalibrationImages, given_images
+from hf_noisekd.calibration.calibration_images import CalibrationImages, check_enough, given_images
 from hf_noisekd.calibration.moments import Batches, pixel_values_of
 from hf_noisekd.models.classifier import (
     architecture_of,
@@ -187,8 +187,9 @@ def cut_to_budget(
 
 def _pixels(batches: Batches | torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     """Return the images of batches, or raise a `ValueError` if they have another size, or are no batches."""
-    batches = [batches] if torch.is_tensor(batches) else batches
-    images = [pixel_values_of(batch) for batch in batches]
+    whole = torch.is_tensor(batches) or isinstance(batches, Mapping)
+    images = [pixel_values_of(batch) for batch in ([batches] if whole else batches)]
+    check_enough(sum(map(len, images)))
     for found in (tuple(batch.shape) for batch in images):
         if found[1:] != size:
             raise ValueError(f"The images have the shape {found}: give batches {('B', *size)}.")

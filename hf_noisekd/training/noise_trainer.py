@@ -70,7 +70,7 @@ class NoiseKDTrainer(PushingTrainer, TimedTrainer):
         optimizers: Optimizer and learning-rate scheduler to use instead of those in `args`.
         images: Unlabelled images of the teacher's task, at least 16, in the forms of [`collate_images`], preprocessed
             as for the student. A cut is chosen and repaired on them. They are trained on, beside noise or, where their
-            statistics spoil the teacher itself, alone, but for every fourth, which is compared on.
+            statistics spoil the teacher itself, alone, but for a fourth, which is compared on.
 
     Raises:
         ValueError: The models or a data set do not fit each other or the method. Nothing is written then.

@@ -18,7 +18,7 @@ from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.models.batch_norm import check_leaves_stored_statistics, stored_statistics
+from hf_noisekd.models.batch_norm import check_leaves_stored_statistics
 from hf_noisekd.models.classifier import (
     bare_model,
     declare_input_size,
@@ -27,7 +27,7 @@ from hf_noisekd.models.classifier import (
 from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
-from hf_noisekd.models.preprocessing import input_size_of
+from hf_noisekd.models.preprocessing import input_size_of, take_preprocessing
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.record.schema import Provenance, StartFacts
@@ -92,7 +92,7 @@ class Plan:
     eval_dataset: Any
     counts_steps: bool  # whether the noise needs the number of all steps, which its sizes are shares of
     seconds: float  # that it took to plan
-    is_frozen: bool  # whether the student's statistics stay as they are: its teacher's
+    is_frozen: bool  # whether the student's statistics stay as they are
 
 
 def plan_training(
@@ -118,13 +118,18 @@ def plan_training(
     check_teacher(teacher_model, input_size, explicit_size=args.input_size is not None)
     given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
+    if by_stored and given:
+        given.say_problem()
     teacher = _teacher(args, teacher_model, input_size, 0.0 if by_stored else args.teacher_statistics)
     if eval_dataset is not None:
         check_eval_datasets(eval_dataset, teacher, collate_fn)
     set_seed(args.seed)  # before a student given by name gets its random weights
     may_be_smaller = args.input_size is None and train_dataset is None and collate_fn is collate_images
     images_of = cache(partial(_calibration_images, args, teacher, given, train_dataset))
-    model, initial = initial_student(model, teacher, args, images_of, min_side=args.min_side if may_be_smaller else 1.0)
+    source = model
+    model, initial = initial_student(
+        source, teacher, args, images_of, min_side=args.min_side if may_be_smaller else 1.0
+    )
     calibration = None
     if initial and initial.facts.teacher_input_size:
         size = input_size_of(model)
@@ -132,13 +137,14 @@ def plan_training(
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
         check_teacher(teacher_model, size, explicit_size=True)
         args, calibration, eval_dataset = at_size(size, args, images_of(), eval_dataset, is_whole=initial.cut.is_whole)
-    is_trained = initial is not None or _is_trained(model)
+    is_trained = initial is not None or _is_trained(source, model)
     is_of_teacher = initial is not None and initial.facts.from_teacher == initial.facts.tensors
     keeps_own = initial is None and is_trained and Provenance.has_statistics_of_images(model)
     is_frozen = by_stored and (is_of_teacher or keeps_own)
     if args.input_size is not None:
         declare_input_size(model, teacher.input_size)
     check_student(model, teacher, explicit_size=args.input_size is not None)
+    take_preprocessing(model, teacher.model)
     calibration = calibration or images_of()  # after what would refuse the student, as they may take minutes to make
     args = _with_defaults(args, teacher, train_dataset, is_trained=is_trained, freezes=is_frozen)
     if train_dataset is None and calibration and (calibration.given or (initial and not calibration.problem)):
@@ -254,10 +260,15 @@ def initial_student(
     )
 
 
-def _is_trained(model: nn.Module) -> bool:
-    """Return whether a model has BatchNorm statistics of a training; of one without such layers nothing is known."""
-    layers: list[Any] = list(stored_statistics(model).values())
-    return any(layer.running_mean.any() for layer in layers)
+def _is_trained(source: str | Path | nn.Module | None, model: nn.Module) -> bool:
+    """Return whether a student that was given comes with weights, or, as a module, looks like that.
+
+    In new networks the biases of normalisation layers are 0, as every library initialises them.
+    """
+    if not isinstance(source, nn.Module):
+        return source is not None and has_weights(str(source))
+    norms = (layer for layer in model.modules() if "norm" in type(layer).__name__.lower())
+    return any(bias.any() for layer in norms if torch.is_tensor(bias := getattr(layer, "bias", None)))
 
 
 def _training_input_size(

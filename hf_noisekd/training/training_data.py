@@ -52,9 +52,7 @@ def calibration_of(
     """Return unlabelled images of a user as calibration images, and beside few of them others, made without data."""
     given = given_images(teacher_model, pixels_of(images, input_size, collate_fn), dataset_name(images))
     options = _matching(args, teacher_model, input_size)
-    given = with_made_images(teacher_model, given, args.num_calibration_images, **options)
-    given.say_problem()
-    return of_first_process(given, args)
+    return of_first_process(with_made_images(teacher_model, given, args.num_calibration_images, **options), args)
 
 
 def made_before_training(args: NoiseKDConfig, teacher: Teacher) -> CalibrationImages | None:

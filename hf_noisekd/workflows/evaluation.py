@@ -6,7 +6,6 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.image_datasets import load_images
 from hf_noisekd.record.schema import Record, read_record
 from hf_noisekd.release.card import write_model_card
@@ -64,15 +63,15 @@ def evaluate(
 
     Raises:
         ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
-            nor a teacher, or an image or a logit is NaN or infinite; the teacher takes other images than the model, or
-            has other classes; or a model or a data set cannot be loaded.
+            nor a teacher, or an image or a logit is NaN or infinite; a data set is given by name, and the teacher
+            takes other images than the model, or has other classes; or a model or a data set cannot be loaded.
     """
     record = _record_of(model) if update_card else None
     classifier = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     teacher = None if teacher_model is None else usable_model(teacher_model, trust_remote_code=trust_remote_code)
-    if teacher is not None and not isinstance(dataset, DrawnDataset):
-        check_same_kind(classifier, teacher)
     if isinstance(dataset, str | Path):
+        if teacher is not None:
+            check_same_kind(classifier, teacher)
         columns: Any = {"image_column": image_column, "label_column": label_column}
         dataset = load_images(str(dataset), classifier, split=split, num_images=num_images, **columns)
     name, step = getattr(dataset, "name", None) or "evaluation images", record.steps if record else 0

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import (
+    MIN_IMAGES,
     CalibrationImages,
     calibration_images,
     check_enough,
@@ -25,6 +27,8 @@ from hf_noisekd.onnx.floats import OnnxClassifier
 from hf_noisekd.training.cost import say_what_matching_takes
 
 logger = logging.getLogger(__name__)
+
+SAME_PIXELS = 0.01  # means and standard deviations may differ by so much, in units of the range of an image
 
 
 class UsageError(ValueError):
@@ -63,9 +67,11 @@ def unlabelled_images(
     like = load_teacher(model, input_size=input_size)
     images = load_images(source, like, split=split, image_column=image_column, labels=False)
     try:
-        check_enough(min(at_most, len(images)))
+        check_enough(len(images))
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if at_most < MIN_IMAGES:
+        raise UsageError(f"num_images is {at_most}: use at least {MIN_IMAGES} of the {len(images)} given images.")
     return replace(images, indices=draw_indices(len(images), min(at_most, len(images)), 0, images.name))
 
 
@@ -96,18 +102,16 @@ def check_same_kind(student: nn.Module, teacher: nn.Module) -> None:
     for what, found in (
         ("{} channels", [size and size[0] for size in map(declared_input_size, both)]),
         ("{} classes", list(map(declared_num_classes, both))),
-        ("pixels of mean and std {}", list(map(_normalisation, both))),
     ):
         if None not in found and found[0] != found[1]:
             student_has, teacher_has = map(what.format, found)
             raise ValueError(
                 f"The student has {student_has} and the teacher {teacher_has}: give the student's teacher."
             )
-
-
-def _normalisation(model: nn.Module) -> str | None:
-    """Return by which mean and standard deviation a model wants its pixels normalised, if it declares them."""
-    known = preprocessing_of(model)
-    if not {"mean", "std"} <= known.keys():
-        return None
-    return " and ".join(", ".join(f"{value:.3f}" for value in known[key]) for key in ("mean", "std"))
+    known, of_teacher = map(preprocessing_of, both)
+    for key in {"mean", "std"} & known.keys() & of_teacher.keys():
+        if not np.allclose(known[key], of_teacher[key], atol=SAME_PIXELS):
+            raise ValueError(
+                f"The student has pixels of {key} {known[key]} and the teacher of {of_teacher[key]}, so one cannot "
+                f"take the images of the other: give the student's teacher, or correct {key} in a `pretrained_cfg`."
+            )
