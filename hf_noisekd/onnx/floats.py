@@ -152,8 +152,7 @@ class _Logits(nn.Module):
 
 def _check_exportable(model: nn.Module, input_size: Sequence[int] | None, name: str | Path) -> tuple[int, int, int]:
     """Return the input size of a model, after a check that its running statistics and weights are of use."""
-    provenance = Provenance.of(model)
-    if provenance is not None and provenance.batch_norm == "batch":
+    if not Provenance.has_statistics_of_images(model):
         raise ValueError(
             f"This {architecture_of(model)} needs batch statistics, and an ONNX file has only the running ones, here "
             f"those of noise. Re-estimate them first with `noisekd recalibrate --model {name} --output-dir ...` and "

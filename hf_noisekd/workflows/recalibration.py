@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import STEPS, given_images
+from hf_noisekd.calibration.calibration_images import BATCH_SIZE, STEPS, given_images
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
+from hf_noisekd.image_datasets import Images
 from hf_noisekd.models.loading import has_weights, model_folder
 from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.models.saving import save_model
@@ -26,6 +28,8 @@ from hf_noisekd.workflows.inputs import (
 )
 
 logger = logging.getLogger(__name__)
+
+MAX_CHECKED = 512  # images
 
 
 def recalibrate(
@@ -78,18 +82,23 @@ def recalibrate(
     else:
         given: Any = {"split": images_split, "at_most": num_images, "image_column": image_column}
         drawn = unlabelled_images(str(images), student, **given, input_size=input_size)
-        pixels = collate_images([drawn[index] for index in range(len(drawn))])["pixel_values"]
-        if Provenance.has_statistics_of_images(student) and given_images(student, pixels).problem:
-            logger.warning(
-                "With statistics of such images the model predicts other classes than with its own, or one class for "
-                "all of them. If it was right before, keep it as it was, or give more images of its task."
-            )
-        recalibrate_batch_norm(student, [pixels], dataset=drawn.name, split=images_split)
+        if Provenance.has_statistics_of_images(student):
+            _check_images(student, drawn)
+        loader = DataLoader(drawn, batch_size=BATCH_SIZE, collate_fn=collate_images)
+        recalibrate_batch_norm(student, loader, dataset=drawn.name, split=images_split)
         facts = ImagesFacts(images=len(drawn), dataset=drawn.name, split=images_split)
     save_model(student, output_dir)
     if checkpoint is None and not isinstance(model, nn.Module) and has_weights(str(model)):
         _write_card(model_folder(str(model))[0], student, output_dir)
     return facts
+
+
+def _check_images(model: nn.Module, images: Images) -> None:
+    """Warn if statistics of images are worse than those of the model."""
+    some = [images[index] for index in range(min(len(images), MAX_CHECKED))]
+    if problem := given_images(model, collate_images(some)["pixel_values"]).problem:
+        text = problem.replace("the teacher's", "the model's").replace("the teacher", "the model")
+        logger.warning("%s If its own statistics were right, keep it as it was.", text)
 
 
 def _write_card(before: Path, student: nn.Module, output_dir: str | Path) -> None:
