@@ -111,18 +111,18 @@ def test_it_goes_on_until_the_images_are_good_enough(tiny_cnn):
 )
 def test_no_round_is_begun_that_would_not_do(tiny_cnn, monkeypatch, agreements, rounds):
     found = iter(agreements)
-    monkeypatch.setattr(module, "_self_agreement", lambda *_: next(found))
+    monkeypatch.setattr(module.CalibrationImages, "measure_self_agreement", lambda *_: next(found))
     images = made(tiny_cnn, steps=4, max_steps=16)
     assert images.steps == sum([2, 2, 4][:rounds])
     assert (images.problem is None) == (agreements[rounds - 1] >= 90)
 
 
 def test_of_many_batches_one_is_tried_first(tiny_cnn, monkeypatch):
-    monkeypatch.setattr(module, "_self_agreement", lambda *_: 50.0)
+    monkeypatch.setattr(module.CalibrationImages, "measure_self_agreement", lambda *_: 50.0)
     images = made(tiny_cnn, num_images=32, batch_size=8, steps=2)
     assert (len(images), len(images.held_out)) == (6, 2)
     assert "50 %" in images.problem
-    monkeypatch.setattr(module, "_self_agreement", lambda *_: 70.0)
+    monkeypatch.setattr(module.CalibrationImages, "measure_self_agreement", lambda *_: 70.0)
     assert len(made(tiny_cnn, num_images=32, batch_size=8, steps=2)) == 32
 
 
@@ -131,7 +131,7 @@ def test_of_many_batches_one_is_tried_first(tiny_cnn, monkeypatch):
 )
 def test_images_and_steps_go_by_what_they_may_cost(tiny_cnn, monkeypatch, most, sizes, steps):
     after = {1: 80.0, 2: 85.0, 4: 89.0, 6: 89.0}  # it grows, so that further rounds could do
-    monkeypatch.setattr(module, "_self_agreement", lambda _, images: after[images.steps])
+    monkeypatch.setattr(module.CalibrationImages, "measure_self_agreement", lambda images, _: after[images.steps])
     images = made(tiny_cnn, batch_size=8, steps=2, max_steps=6, max_image_steps=most)
     assert ((len(images), len(images.held_out)), images.steps) == (sizes, steps)
 

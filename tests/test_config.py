@@ -3,7 +3,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_noisekd import NoiseKDConfig
-from hf_noisekd.training.checks import check_optimizer
+from hf_noisekd.training.checks import check_trainer_arguments
 from hf_noisekd.training.config import ClassifierConfig, _cpu_has_bf16
 
 
@@ -125,4 +125,4 @@ def test_every_option_of_its_own_has_a_help_text():
     ("kind", "options"), [("polynomial", {}), ("cosine_with_min_lr", {"min_lr": 1e-5}), ("constant_with_warmup", {})]
 )
 def test_schedules_are_built_before_the_learning_rate_is_known(tmp_path, kind, options):
-    check_optimizer(NoiseKDConfig(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=options))
+    check_trainer_arguments(NoiseKDConfig(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs=options))

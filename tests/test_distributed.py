@@ -86,7 +86,9 @@ def run(folder: Path) -> None:
 def recalibrated(trainer) -> list[str]:
     """Return the student's digests after a recalibration, and after one that fails on the second rank."""
     digests = []
-    calibration._self_agreement = lambda *_: 100.0  # a teacher with random weights vouches for nothing
+    calibration.CalibrationImages.measure_self_agreement = lambda *_: (
+        100.0
+    )  # a teacher with random weights vouches for nothing
     trainer.args.num_calibration_images = 16
     options = {"input_size": (1, 8, 8), "steps": 2, "max_steps": 2}
     for seed in (0, 1):

@@ -27,7 +27,9 @@ def test_python_blocks_run_as_they_stand(page, tmp_path, monkeypatch):
     """From the first to the last of a page, where `make demo` has left a teacher; in fewer steps."""
     monkeypatch.chdir(tmp_path)
     # A teacher with random weights agrees with itself on nothing; and few steps are enough to run.
-    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    monkeypatch.setattr(
+        "hf_noisekd.calibration.calibration_images.CalibrationImages.measure_self_agreement", lambda *_: 100.0
+    )
     monkeypatch.setattr("hf_noisekd.calibration.calibration_images._rounds", lambda *_: [2])
     cfg = {"input_size": (1, 8, 8)}
     teacher = timm.create_model("resnet10_cifar", width=16, in_chans=1, pretrained_cfg_overlay=cfg)

@@ -8,7 +8,8 @@ from conftest import snapshot
 from timm.layers import freeze_batch_norm_2d
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer
-from hf_noisekd.calibration.calibration_images import calibration_images, given_images
+from hf_noisekd.calibration.calibration_images import calibration_images
+from hf_noisekd.calibration.given_images import given_images
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.loading import load_teacher
 from hf_noisekd.record.schema import Evaluation, Provenance, StartFacts

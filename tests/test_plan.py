@@ -12,7 +12,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm, shrink
 from hf_noisekd.batches import PixelsDataset
-from hf_noisekd.calibration.calibration_images import given_images
+from hf_noisekd.calibration.given_images import given_images
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of

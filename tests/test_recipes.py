@@ -112,7 +112,9 @@ def test_cifar10_has_the_five_rows_of_table_1(cifar10, hub, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_students_are_deployed_and_their_agreement_is_weighed(cifar10, small_teacher, tmp_path, monkeypatch):
     # A teacher with random weights vouches for nothing, and students of 2 steps agree with nobody.
-    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    monkeypatch.setattr(
+        "hf_noisekd.calibration.calibration_images.CalibrationImages.measure_self_agreement", lambda *_: 100.0
+    )
     monkeypatch.setattr("hf_noisekd.onnx.int8.MIN_AGREEMENT", 0)
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--max-steps", 2, "--output-dir", tmp_path)
     record = run_here("deploy", monkeypatch, *options)
@@ -131,7 +133,9 @@ def test_students_are_deployed_and_their_agreement_is_weighed(cifar10, small_tea
 
 
 def test_students_are_cut_out_of_their_teacher(cifar10, small_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    monkeypatch.setattr(
+        "hf_noisekd.calibration.calibration_images.CalibrationImages.measure_self_agreement", lambda *_: 100.0
+    )
     monkeypatch.setattr(
         "hf_noisekd.calibration.calibration_images.match_statistics", lambda _, images, *args, **kwargs: (images, 0.0)
     )
@@ -148,7 +152,9 @@ def test_students_are_cut_out_of_their_teacher(cifar10, small_teacher, tmp_path,
 
 @pytest.mark.slow
 def test_students_are_repaired_on_images_of_all_kinds(cifar10, small_teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_noisekd.calibration.calibration_images._self_agreement", lambda *_: 100.0)
+    monkeypatch.setattr(
+        "hf_noisekd.calibration.calibration_images.CalibrationImages.measure_self_agreement", lambda *_: 100.0
+    )
     options = ("--dataset", cifar10, "--teacher", small_teacher, "--output-dir", tmp_path)
     record = run_here("repair", monkeypatch, *options, "--students", "keep 0.5", "--images", 16)
     rows = record["measurements"]["accuracy"]

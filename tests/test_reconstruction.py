@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import given_images
+from hf_noisekd.calibration.given_images import given_images
 from hf_noisekd.shrinking import reconstruction
 from hf_noisekd.shrinking.block_features import BlockPair
 from hf_noisekd.shrinking.blocks import Place, remove_blocks

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_noisekd import shrink
-from hf_noisekd.calibration.calibration_images import given_images
+from hf_noisekd.calibration.given_images import given_images
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.compensation import compensate

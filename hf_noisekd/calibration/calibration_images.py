@@ -20,16 +20,15 @@ from hf_noisekd.batches import resized
 from hf_noisekd.calibration.matching import LEARNING_RATE, match_statistics
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
-from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, evaluation_mode, to_device_of
+from hf_noisekd.models.classifier import check_finite, compute_logits, device_of, to_device_of
 from hf_noisekd.models.cpu_faults import training_memory_format
-from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
+from hf_noisekd.models.preprocessing import input_size_of
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.record.schema import CalibrationFacts, ImagesFacts
 
 logger = logging.getLogger(__name__)
 
 START = "dead_leaves|cutmix:0.5"  # the noise that needs the fewest steps
-HELD_OUT, BATCH_SIZE = 4, 256  # of given images one of so many, and those of a forward pass
 MIN_TRIED = 6  # images of the batch that is tried first: a third of them are held out
 MIN_BATCH, MATCHED_PIXELS = 32, 2**20  # of images that are matched together
 # A teacher agrees with itself after half of these. Statistics for a student with features of its own need them all.
@@ -37,10 +36,7 @@ STEPS = 120
 MIN_SELF_AGREEMENT = 90.0  # percent; with less the images would spoil a student's statistics
 MAX_GAIN = 15.0  # percent that the first round may lack, for a second one to be worth its time
 MIN_OF_ONE_BATCH = 60.0  # percent; few images of a good kind have less than many
-MIN_OF_GIVEN = 50.0  # percent of given images, of which maybe four are held out, for others to be made beside them
 ENOUGH_REAL = 64  # unlabelled images, where those made are not good enough
-MIN_IMAGES = 16  # that a user gives
-FAR_OUT = 4  # given pixels are refused if they lie, on average, so many half ranges of the teacher's from its middle
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -132,6 +128,26 @@ class CalibrationImages:
             )
         return None
 
+    @torch.no_grad()
+    def measure_self_agreement(self, teacher: nn.Module) -> float:
+        """Return `self_agreement`; NaN if the teacher predicts one class for all, or anything is not finite."""
+        held_out = self.to_compare_on
+        if not all(batch.isfinite().all() for batch in (*self, held_out)):
+            return math.nan
+        changed = copy.deepcopy(teacher)
+        store_statistics(changed, self)
+        # Copies, because some models change their input in place.
+        before, after = (
+            torch.cat(
+                [compute_logits(model, to_device_of(model, batch.clone())) for batch in held_out.split(self.batch_size)]
+            )
+            for model in (teacher, changed)
+        )
+        classes = before.argmax(-1)
+        if not (before.isfinite().all() and after.isfinite().all()) or (classes == classes[0]).all():
+            return math.nan
+        return 100 * (classes == after.argmax(-1)).float().mean().item()
+
     def say_problem(self) -> None:
         """Log the problem of given images, where the teacher's statistics are used in place of theirs."""
         if self.self_agreement is not None and self.problem:
@@ -213,76 +229,6 @@ def frozen_copy(teacher: nn.Module) -> nn.Module:
     return frozen.to(memory_format=training_memory_format(frozen, device_of(frozen)))
 
 
-def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | None = None) -> CalibrationImages:
-    """Return unlabelled images `[N, C, H, W]` of a teacher's task as calibration images; `name` is the data set's.
-
-    A fourth is held out, drawn at random. Whether the teacher agrees with itself under statistics of the others tells
-    if these are enough to re-estimate statistics on; see [`CalibrationImages.problem`]. Too few images, and pixels that
-    cannot be those of images, are a `ValueError`.
-    """
-    _check_pixels(pixel_values, teacher)
-    # The order may be one of classes, or of views of one thing.
-    order = torch.randperm(len(pixel_values), generator=torch.Generator().manual_seed(0))
-    held_out = torch.arange(len(order)) % HELD_OUT == HELD_OUT - 1
-    images, others = (
-        pixel_values[order[chosen].to(pixel_values.device)].detach().to(device_of(teacher), torch.float32)
-        for chosen in (~held_out, held_out)
-    )
-    facts = ImagesFacts(images=len(order), dataset=name)
-    given = CalibrationImages(images, others, batch_size=BATCH_SIZE, given=facts)
-    if not stored_statistics(teacher):
-        return given
-    with evaluation_mode(teacher):
-        return replace(given, self_agreement=_self_agreement(teacher, given))
-
-
-def check_enough(number: int) -> None:
-    """Raise a `ValueError` if a user gives too few images."""
-    if number < MIN_IMAGES:
-        raise ValueError(f"There are {number} images: give at least {MIN_IMAGES}, better some hundreds.")
-
-
-def _check_pixels(pixel_values: torch.Tensor, teacher: nn.Module) -> None:
-    """Raise a `ValueError` for images that are not preprocessed as for a model; warn where it looks like that."""
-    check_enough(len(pixel_values))
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"The images are of type {pixel_values.dtype}: preprocess them as for the model.")
-    if not pixel_values.isfinite().all():
-        index = int((~pixel_values.isfinite().flatten(1).all(1)).nonzero()[0])
-        raise ValueError(f"Image {index} has a NaN or an infinity: replace or remove it.")
-    known = preprocessing_of(teacher)
-    if not {"mean", "std"} <= known.keys():
-        return
-    black, white = ((value - torch.tensor(known["mean"])) / torch.tensor(known["std"]) for value in (0, 1))
-    low, high, (least, most) = black.min().item(), white.max().item(), pixel_values.aminmax()
-    found = f"{least:.3g} to {most:.3g}, and those of the model's preprocessing are of {low:.3g} to {high:.3g}"
-    if (pixel_values - (low + high) / 2).abs().mean() > FAR_OUT * (high - low) / 2:
-        raise ValueError(
-            f"The images have pixels of {found}: normalise them, or correct mean and std in its `pretrained_cfg`."
-        )
-    if least >= 0 > low:
-        logger.warning("The images have pixels of %s. Are they normalised as for the model?", found)
-
-
-def with_made_images(teacher: nn.Module, given: CalibrationImages, num_images: int, **options) -> CalibrationImages:
-    """Return given images, and beside them, where these are fewer than `num_images`, calibration images for the rest.
-
-    Statistics of a few dozen images are poor, and a repair on them is too. Nothing is made where they spoil the
-    teacher: so it is at many classes, where images made without data do that, too. `options` are those of
-    [`calibration_images`].
-    """
-    missing = num_images - len(given)
-    if missing < MIN_BATCH or not (given.self_agreement or 0) >= MIN_OF_GIVEN:
-        return given
-    made = calibration_images(teacher, missing, **options)
-    if made.problem:
-        return given
-    both = replace(given, made=made)
-    with evaluation_mode(teacher):
-        both = replace(both, self_agreement=_self_agreement(teacher, both))
-    return given if both.problem else both
-
-
 def _matched(
     teacher: nn.Module,
     start: Sequence[torch.Tensor],
@@ -321,7 +267,7 @@ def _checked(
     batches = [images for images, _ in matched]
     distance = sum(len(images) * distance for images, distance in matched) / sum(map(len, batches))
     made = replace(_as_made(batches, num_images, seed), steps=steps, distance=distance)
-    agreement = _self_agreement(teacher, made)
+    agreement = made.measure_self_agreement(teacher)
     return replace(made, self_agreement=agreement), agreement
 
 
@@ -375,24 +321,3 @@ def _noise(teacher: nn.Module, number: int, batch_size: int, **kwargs) -> list[t
 def _as_made(batches: Sequence[torch.Tensor], num_images: int, seed: int) -> CalibrationImages:
     images = torch.cat(list(batches))
     return CalibrationImages(images[:num_images], images[num_images:], batch_size=len(batches[0]), seed=seed)
-
-
-@torch.no_grad()
-def _self_agreement(teacher: nn.Module, images: CalibrationImages) -> float:
-    """Return `self_agreement` in percent; NaN if the teacher predicts one class for all, or anything is not finite."""
-    held_out = images.to_compare_on
-    if not all(batch.isfinite().all() for batch in (*images, held_out)):
-        return math.nan
-    changed = copy.deepcopy(teacher)
-    store_statistics(changed, images)
-    # Copies, because some models change their input in place.
-    before, after = (
-        torch.cat(
-            [compute_logits(model, to_device_of(model, batch.clone())) for batch in held_out.split(images.batch_size)]
-        )
-        for model in (teacher, changed)
-    )
-    classes = before.argmax(-1)
-    if not (before.isfinite().all() and after.isfinite().all()) or (classes == classes[0]).all():
-        return math.nan
-    return 100 * (classes == after.argmax(-1)).float().mean().item()

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import CalibrationImages, check_enough, given_images
-from hf_noisekd.calibration.moments import Batches, pixel_values_of
+from hf_noisekd.calibration.calibration_images import CalibrationImages
+from hf_noisekd.calibration.given_images import given_images, pixels_of_batches
+from hf_noisekd.calibration.moments import Batches
 from hf_noisekd.models.classifier import (
     architecture_of,
     compute_alike,
@@ -143,7 +144,7 @@ def cut_to_budget(
     size = input_size_of(teacher, input_size)
     budget = Budget.of(teacher, size, **limits)
     if images is not None and not isinstance(images, CalibrationImages):
-        images = given_images(teacher, _pixels(images, size))
+        images = given_images(teacher, pixels_of_batches(images, size))
         images.say_problem()
     compared = Comparison.on(images or ranking_noise(teacher, size))
     expected = compared.log_probs(teacher)
@@ -183,17 +184,6 @@ def cut_to_budget(
         agreement = 100 * (found.argmax(-1) == expected.argmax(-1)).float().mean().item()
         facts = replace(facts, teacher_input_size=list(size), size_agreement=agreement)
     return student, facts, cut
-
-
-def _pixels(batches: Batches | torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
-    """Return the images of batches, or raise a `ValueError` if they have another size, or are no batches."""
-    whole = torch.is_tensor(batches) or isinstance(batches, Mapping)
-    images = [pixel_values_of(batch) for batch in ([batches] if whole else batches)]
-    check_enough(sum(map(len, images)))
-    for found in (tuple(batch.shape) for batch in images):
-        if found[1:] != size:
-            raise ValueError(f"The images have the shape {found}: give batches {('B', *size)}.")
-    return torch.cat(images)
 
 
 def _in_float32(model: nn.Module) -> nn.Module:

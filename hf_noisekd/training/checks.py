@@ -12,6 +12,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import check_labels
@@ -32,8 +33,9 @@ from hf_noisekd.training.teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def check_optimizer(args: ClassifierConfig) -> None:
-    """Check what torch and transformers would refuse of optimizer and schedule after minutes."""
+def check_trainer_arguments(args: ClassifierConfig) -> None:
+    """Check what torch and transformers would refuse after minutes: reporters, optimizer and schedule."""
+    get_reporting_integration_callbacks(args.report_to)
     if args.optim_target_modules:
         return  # they are looked for in the student
     one_weight = nn.Linear(1, 1)

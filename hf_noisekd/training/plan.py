@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from transformers import set_seed
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import has_length
 
 from hf_noisekd.batches import PixelsDataset, SizedDataset, collate_images
@@ -24,7 +23,6 @@ from hf_noisekd.models.classifier import (
     declare_input_size,
     format_size,
 )
-from hf_noisekd.models.cpu_faults import training_memory_format
 from hf_noisekd.models.loading import has_weights, load_student, load_teacher
 from hf_noisekd.models.memory import keep_freed_memory
 from hf_noisekd.models.preprocessing import input_size_of, take_preprocessing
@@ -40,10 +38,10 @@ from hf_noisekd.training.checks import (
     check_batch_norm_is_local,
     check_eval_datasets,
     check_last_batch,
-    check_optimizer,
     check_student,
     check_teacher,
     check_train_noise,
+    check_trainer_arguments,
 )
 from hf_noisekd.training.config import NoiseKDConfig
 from hf_noisekd.training.teacher import Teacher
@@ -106,16 +104,10 @@ def plan_training(
 ) -> Plan:
     """Return what [`NoiseKDTrainer`] is to do with these arguments, which do not change, or raise its `ValueError`."""
     began_at = time.monotonic()
-    get_reporting_integration_callbacks(args.report_to)  # an error of the Trainer's that would come after minutes
-    check_optimizer(args)
+    check_trainer_arguments(args)
     if args.device.type == "cpu":
         keep_freed_memory()
-    if teacher_model is None:
-        raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
-    teacher_model = load_teacher(teacher_model, input_size=args.input_size)
-    check_bare(teacher_model, "teacher")
-    input_size = _training_input_size(args, teacher_model, train_dataset, collate_fn)
-    check_teacher(teacher_model, input_size, explicit_size=args.input_size is not None)
+    teacher_model, input_size = _teacher_and_size(teacher_model, args, train_dataset, collate_fn)
     given = None if images is None else calibration_of(images, teacher_model, args, input_size, collate_fn)
     by_stored = given is not None and needs_stored_statistics(args, teacher_model, given, train_dataset)
     if by_stored and given:
@@ -124,48 +116,56 @@ def plan_training(
     if eval_dataset is not None:
         check_eval_datasets(eval_dataset, teacher, collate_fn)
     set_seed(args.seed)  # before a student given by name gets its random weights
-    may_be_smaller = args.input_size is None and train_dataset is None and collate_fn is collate_images
+    is_settled = args.input_size or train_dataset is not None or collate_fn is not collate_images
+    least_side = 1.0 if is_settled else args.min_side
     images_of = cache(partial(_calibration_images, args, teacher, given, train_dataset))
-    source = model
-    model, initial = initial_student(
-        source, teacher, args, images_of, min_side=args.min_side if may_be_smaller else 1.0
-    )
+    student, initial = initial_student(model, teacher, args, images_of, min_side=least_side)
     calibration = None
     if initial and initial.facts.teacher_input_size:
-        size = input_size_of(model)
+        size = input_size_of(student)
         teacher_model = load_teacher(teacher_model, input_size=size)
         teacher = _teacher(args, teacher_model, size, teacher.statistics)
         check_teacher(teacher_model, size, explicit_size=True)
         args, calibration, eval_dataset = at_size(size, args, images_of(), eval_dataset, is_whole=initial.cut.is_whole)
-    is_trained = initial is not None or _is_trained(source, model)
-    is_of_teacher = initial is not None and initial.facts.from_teacher == initial.facts.tensors
-    keeps_own = initial is None and is_trained and Provenance.has_statistics_of_images(model)
-    is_frozen = by_stored and (is_of_teacher or keeps_own)
+    is_trained = initial is not None or _is_trained(model, student)
+    is_frozen = by_stored and is_trained and _has_statistics_of_images(student, initial)
     if args.input_size is not None:
-        declare_input_size(model, teacher.input_size)
-    check_student(model, teacher, explicit_size=args.input_size is not None)
-    take_preprocessing(model, teacher.model)
+        declare_input_size(student, teacher.input_size)
+    check_student(student, teacher, explicit_size=args.input_size is not None)
+    take_preprocessing(student, teacher.model)
     calibration = calibration or images_of()  # after what would refuse the student, as they may take minutes to make
     args = _with_defaults(args, teacher, train_dataset, is_trained=is_trained, freezes=is_frozen)
     if train_dataset is None and calibration and (calibration.given or (initial and not calibration.problem)):
         train_dataset = mixed_noise(args, teacher, calibration, alone=by_stored)
-    train_dataset, noise = _train_dataset(args, teacher, train_dataset, model)
+    train_dataset, noise = _train_dataset(args, teacher, train_dataset, student)
     if eval_dataset is None:
         held_out = calibration and calibration.given and PixelsDataset(calibration.held_out.cpu(), HELD_OUT_GIVEN)
         eval_dataset = held_out or eval_noise(args, teacher, noise)
-    memory_format = training_memory_format(model, args.device)
     return Plan(
-        model=model,
+        model=student,
         initial=initial,
         images=calibration,
         teacher=teacher,
         args=args,
-        train_dataset=on_device(train_dataset, args, memory_format, rank=args.process_index),
-        eval_dataset=on_device(eval_dataset, args, memory_format, rank=0),
+        train_dataset=on_device(train_dataset, args, student, rank=args.process_index),
+        eval_dataset=on_device(eval_dataset, args, student, rank=0),
         counts_steps=noise is not None and noise.total_steps is None,
         seconds=time.monotonic() - began_at,
         is_frozen=is_frozen,
     )
+
+
+def _teacher_and_size(
+    source: str | Path | nn.Module | None, args: NoiseKDConfig, train_dataset: Any, collate_fn: Callable
+) -> tuple[nn.Module, tuple[int, int, int]]:
+    """Return the teacher and the size of the training images, once it is known that it can teach on them."""
+    if source is None:
+        raise ValueError("There is no teacher: give teacher_model, a timm name, a Hub id, a folder or a module.")
+    model = load_teacher(source, input_size=args.input_size)
+    check_bare(model, "teacher")
+    input_size = _training_input_size(args, model, train_dataset, collate_fn)
+    check_teacher(model, input_size, explicit_size=args.input_size is not None)
+    return model, input_size
 
 
 def _calibration_images(
@@ -258,6 +258,13 @@ def initial_student(
     return student, InitialWeights(
         facts, cut, {name: tensor.cpu().clone() for name, tensor in student.state_dict().items()}
     )
+
+
+def _has_statistics_of_images(student: nn.Module, initial: InitialWeights | None) -> bool:
+    """Return whether the stored statistics of a trained student hold for images: all of its teacher's, or its own."""
+    if initial is None:
+        return Provenance.has_statistics_of_images(student)
+    return initial.facts.from_teacher == initial.facts.tensors
 
 
 def _is_trained(source: str | Path | nn.Module | None, model: nn.Module) -> bool:

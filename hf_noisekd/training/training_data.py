@@ -15,15 +15,13 @@ from hf_noisekd.calibration.calibration_images import (
     STEPS,
     CalibrationImages,
     calibration_images,
-    check_enough,
     default_held_out,
-    given_images,
     least_images,
-    with_made_images,
 )
+from hf_noisekd.calibration.given_images import check_enough, given_images, with_made_images
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import format_size, logits_of_blanks
-from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks
+from hf_noisekd.models.cpu_faults import layer_that_bfloat16_breaks, training_memory_format
 from hf_noisekd.noise.dataset import NoiseDataset
 from hf_noisekd.noise.mixed import MixedDataset
 from hf_noisekd.shrinking.reconstruction import MAX_BATCH
@@ -245,14 +243,14 @@ def breaks_bfloat16(
     return False
 
 
-def on_device(dataset: Any, args: NoiseKDConfig, memory_format: torch.memory_format, *, rank: int) -> Any:
-    """Return noise that is drawn for a process in the form its steps want; other data sets as they are."""
+def on_device(dataset: Any, args: NoiseKDConfig, student: nn.Module, *, rank: int) -> Any:
+    """Return noise that is drawn for a process in the form that the student wants; other data sets as they are."""
     if isinstance(dataset, dict):
-        return {name: on_device(value, args, memory_format, rank=rank) for name, value in dataset.items()}
+        return {name: on_device(value, args, student, rank=rank) for name, value in dataset.items()}
     if not isinstance(dataset, NoiseDataset):
         return dataset
     dataset = copy.copy(dataset)
     dataset.device, dataset.rank = args.device, rank
     dataset.dtype = torch.bfloat16 if args.bf16 else torch.float32
-    dataset.memory_format = memory_format
+    dataset.memory_format = training_memory_format(student, args.device)
     return dataset

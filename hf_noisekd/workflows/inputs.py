@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import (
-    MIN_IMAGES,
     CalibrationImages,
     calibration_images,
-    check_enough,
     default_held_out,
 )
+from hf_noisekd.calibration.given_images import MIN_IMAGES, check_enough
 from hf_noisekd.image_datasets import Images, draw_indices, load_images
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import declared_input_size, declared_num_classes

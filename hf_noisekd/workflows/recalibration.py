@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_noisekd.batches import collate_images
-from hf_noisekd.calibration.calibration_images import BATCH_SIZE, STEPS, given_images
+from hf_noisekd.calibration.calibration_images import STEPS
+from hf_noisekd.calibration.given_images import BATCH_SIZE, given_images
 from hf_noisekd.calibration.recalibration import check_recalibration, recalibrate_batch_norm
 from hf_noisekd.files import RECORD_NAME
 from hf_noisekd.image_datasets import Images

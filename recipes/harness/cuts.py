@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import given_images
+from hf_noisekd.calibration.given_images import given_images
 from hf_noisekd.record.schema import StartFacts
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.cutting import cut_to_budget
