@@ -6,8 +6,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from hf_noisekd.image_datasets import load_images
-from hf_noisekd.record.schema import Record, read_record
+from hf_noisekd.image_datasets import Images, load_images
+from hf_noisekd.record.schema import Evaluation, Record, read_record
 from hf_noisekd.release.card import write_model_card
 from hf_noisekd.training.evaluation import measured
 from hf_noisekd.workflows.inputs import UsageError, check_same_kind, usable_model
@@ -17,6 +17,13 @@ class Scores(dict[str, dict[str, float]]):
     """What [`evaluate`] measured, by kind of statistics, and on how many images."""
 
     images: int
+
+    @classmethod
+    def of(cls, found: Evaluation) -> "Scores":
+        """Return the scores of an evaluation."""
+        scores = cls(running=found.running, batch=found.batch)
+        scores.images = found.images
+        return scores
 
 
 def evaluate(
@@ -63,25 +70,28 @@ def evaluate(
 
     Raises:
         ValueError: The data set has no length or fewer than 2 images, a label is out of range, there is neither a label
-            nor a teacher, or an image or a logit is NaN or infinite; a data set is given by name, and the teacher
-            takes other images than the model, or has other classes; or a model or a data set cannot be loaded.
+            nor a teacher, an image or a logit is NaN or infinite, the teacher does not take the images of a data set
+            given by name as the model does, or a model or a data set cannot be loaded.
     """
     record = _record_of(model) if update_card else None
     classifier = usable_model(model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     teacher = None if teacher_model is None else usable_model(teacher_model, trust_remote_code=trust_remote_code)
     if isinstance(dataset, str | Path):
-        if teacher is not None:
-            check_same_kind(classifier, teacher)
-        columns: Any = {"image_column": image_column, "label_column": label_column}
-        dataset = load_images(str(dataset), classifier, split=split, num_images=num_images, **columns)
+        given: Any = {"num_images": num_images, "image_column": image_column, "label_column": label_column}
+        dataset = _images_for(classifier, teacher, dataset, split=split, **given)
     name, step = getattr(dataset, "name", None) or "evaluation images", record.steps if record else 0
-    given: Any = {"teacher_model": teacher, "batch_size": batch_size, "num_workers": num_workers}
+    given = {"teacher_model": teacher, "batch_size": batch_size, "num_workers": num_workers}
     found = measured(classifier, dataset, name=name, split=split, step=step, **given)
     if record:
         write_model_card(record.measured(found), str(model))
-    scores = Scores(running=found.running, batch=found.batch)
-    scores.images = found.images
-    return scores
+    return Scores.of(found)
+
+
+def _images_for(classifier: nn.Module, teacher: nn.Module | None, name: str | Path, **options: Any) -> Images:
+    """Return a data set preprocessed for a classifier, and so for its teacher, too."""
+    if teacher is not None:
+        check_same_kind(classifier, teacher)
+    return load_images(str(name), classifier, **options)
 
 
 def _record_of(model: str | Path | nn.Module) -> Record:
