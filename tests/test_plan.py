@@ -13,6 +13,7 @@ from transformers import BitImageProcessor, ResNetConfig, ResNetForImageClassifi
 from hf_noisekd import NoiseKDConfig, NoiseKDTrainer, evaluate, recalibrate_batch_norm, shrink
 from hf_noisekd.batches import PixelsDataset
 from hf_noisekd.calibration.given_images import given_images
+from hf_noisekd.cli.distill import _quality_text
 from hf_noisekd.models.cost import count_macs
 from hf_noisekd.models.loading import load_student, load_teacher
 from hf_noisekd.models.preprocessing import input_size_of, preprocessing_of
@@ -432,6 +433,7 @@ def test_a_student_may_take_smaller_images_than_its_teacher(tmp_path):
         assert Provenance.of(load_teacher(folder)).start.teacher_input_size == [3, 64, 64]
         trainer.create_model_card()
         assert "64x64" in (folder / "README.md").read_text()
+        assert ("its whole teacher" in _quality_text(trainer, trainer.record())) == (steps == 1)
         check_same_kind(load_teacher(folder), teacher)
     assert input_size_of(teacher) == (3, 64, 64)
     trainer = NoiseKDTrainer(None, teacher, config(tmp_path / "off", keep=0.5, min_side=1.0), images=samples)

@@ -153,6 +153,9 @@ def _statistics_text(record: "Record") -> str:
 def _quality_text(trainer: "NoiseKDTrainer", record: "Record") -> str:
     """Return how often the student agrees with its teacher, and, where that is seldom, what raises it."""
     made: Any = record.noisekd
+    start = made.start
+    if start and start.teacher_input_size and not (start.cut or start.removed_blocks):
+        return "It is its whole teacher otherwise, so agreement with that on such images says nothing."
     held_out = [one for one in record.evaluations if one.dataset.startswith("held-out")]
     measured = (held_out or record.evaluations)[-1]  # the last is that of the end of the training
     agreement = measured.scores(made.batch_norm)["agreement"]
