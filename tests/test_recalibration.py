@@ -108,7 +108,8 @@ def test_statistics_are_those_that_evaluation_sees_where_a_layer_is_called_twice
 def test_batches_come_in_several_forms(tiny_cnn):
     images = torch.randn(40, 1, 8, 8)
     others = []
-    for batches in ([images], images, DataLoader(TensorDataset(images, torch.zeros(40)), batch_size=8)):
+    loader = DataLoader(TensorDataset(images, torch.zeros(40)), batch_size=8)
+    for batches in ([images], images, {"pixel_values": images}, loader):
         others.append(copy.deepcopy(tiny_cnn))
         recalibrate_batch_norm(others[-1], batches)
     for other in others[1:]:

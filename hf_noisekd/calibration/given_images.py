@@ -1,7 +1,6 @@
 """Unlabelled images of a user's, in the place of calibration images or beside them."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,7 +11,7 @@ from hf_noisekd.calibration.calibration_images import (
     CalibrationImages,
     calibration_images,
 )
-from hf_noisekd.calibration.moments import Batches, pixel_values_of
+from hf_noisekd.calibration.moments import Batches, as_batches, pixel_values_of
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import device_of, evaluation_mode
 from hf_noisekd.models.preprocessing import preprocessing_of
@@ -98,8 +97,7 @@ def with_made_images(teacher: nn.Module, given: CalibrationImages, num_images: i
 
 def pixels_of_batches(batches: Batches | torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
     """Return the images of batches, or raise a `ValueError` if they have another size, or are no batches."""
-    whole = torch.is_tensor(batches) or isinstance(batches, Mapping)
-    images = [pixel_values_of(batch) for batch in ([batches] if whole else batches)]
+    images = [pixel_values_of(batch) for batch in as_batches(batches)]
     check_enough(sum(map(len, images)))
     for found in (tuple(batch.shape) for batch in images):
         if found[1:] != size:

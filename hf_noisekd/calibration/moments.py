@@ -110,6 +110,11 @@ def gaussian_kl(
     return (ratio + shift - 1 - ratio.log()).mean() / 2
 
 
+def as_batches(batches: Batches | torch.Tensor | Mapping[str, torch.Tensor]) -> Batches:
+    """Return batches as they are, and one batch alone, a tensor or a mapping, as the only one."""
+    return [batches] if isinstance(batches, torch.Tensor | Mapping) else batches
+
+
 def pixel_values_of(batch: Any) -> torch.Tensor:
     """Return the images `[B, C, H, W]` of a batch: the tensor, its `pixel_values`, or its first part."""
     if isinstance(batch, Mapping):

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.calibration.moments import Batches, store_statistics
+from hf_noisekd.calibration.moments import Batches, as_batches, store_statistics
 from hf_noisekd.models.batch_norm import check_has_batch_norm, num_frozen, stored_statistics
 from hf_noisekd.record.schema import ImagesFacts, Provenance
 
@@ -37,8 +36,7 @@ def recalibrate_batch_norm(
     provenance = Provenance.of(model)
     check_recalibration(model)
     checked = batches.check() if isinstance(batches, CalibrationImages) else None
-    if isinstance(batches, torch.Tensor):
-        batches = [batches]
+    batches = as_batches(batches)
     if iter(batches) is batches:
         batches = list(batches)
     num_images = store_statistics(model, batches)
