@@ -346,7 +346,7 @@ def test_blocks_are_trained_alone_only_before_a_short_training(given, tmp_path, 
     torch.manual_seed(0)
     teacher = timm.create_model("resnet18_cifar", width=8, stem_stride=2, in_chans=1, num_classes=10).eval()
     trained = []
-    monkeypatch.setattr("hf_noisekd.shrinking.repair.Reconstruction.of", lambda pair, *_: trained.append(pair))
+    monkeypatch.setattr("hf_noisekd.shrinking.repair.Reconstruction", lambda pair: trained.append(pair))
     for options, trains in (({"max_steps": 2000}, False), ({"max_steps": -1, "max_hours": 1}, False), ({}, True)):
         NoiseKDTrainer(None, teacher, config(tmp_path, keep=0.5, **options), images=given)
         assert bool(trained) == trains

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.given_images import given_images
-from hf_noisekd.shrinking import reconstruction
-from hf_noisekd.shrinking.block_features import BlockPair
+from hf_noisekd.shrinking import reconstruction, walk
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.reconstruction import Reconstruction
 from hf_noisekd.shrinking.repair import Cut, fit_to_teacher, repair
+from hf_noisekd.shrinking.walk import BlockPair, Walk
 
 SIZE = (3, 32, 32)
 
@@ -112,9 +112,18 @@ def test_channels_are_known_without_a_linear_end():
     lost = [*range(0, cutter.groups[root].channels, 2)]
     assert cutter.cut({root: lost})
     images = torch.randn(8, *SIZE)
-    pair = BlockPair.of(student, teacher, ("layer2.1", "layer2.1"), cutter.kept, images)
+    pair = pair_of(student, teacher, images, "layer2.1", "layer2.1", cutter.kept)
     assert pair.channels == [channel for channel in range(cutter.groups[root].channels) if channel not in lost]
-    assert pair.goal(images).shape == pair.student.run(images)[0].shape
+    with torch.no_grad():
+        assert pair.of_student(pair.teacher.run(0)[0]).shape == pair.student.run(0)[0].shape
+
+
+@torch.no_grad()
+def pair_of(student, teacher, images, name, name_of_teacher, kept):
+    walks = [Walk(model, images, mirrors=True) for model in (student, teacher)]
+    for one, block in zip(walks, (name, name_of_teacher), strict=True):
+        one.enter(block)
+    return BlockPair.of(*walks, kept)
 
 
 def names(group):
@@ -183,13 +192,12 @@ def test_everything_but_the_weights_is_as_before():
     assert are_equal(student.state_dict(), again.state_dict())
 
 
-def test_memory_bounds_the_images(monkeypatch):
+@pytest.mark.parametrize("chunks", [0, 1, 2, 3])
+def test_memory_bounds_the_images_that_a_block_is_trained_on(monkeypatch, chunks):
     student, teacher, images = cut()
-    pair = BlockPair.of(student, teacher, ("blocks.0", "blocks.1"), {}, images[:4])
-    assert len(Reconstruction.of(pair, [images], images[:4]).inputs) == 2 * 64
-    features = 8 * 8 * 8 * 4  # bytes
-    monkeypatch.setattr(reconstruction, "MEMORY", 2 * 2 * features * 40)
-    assert len(Reconstruction.of(pair, [images], images[:4]).inputs) == 2 * 40
+    monkeypatch.setattr(walk, "MEMORY", chunks * 32 * 8 * 8 * 8 * 4)  # bytes
+    pair = pair_of(student, teacher, images, "blocks.0", "blocks.1", {})
+    assert Reconstruction(pair).num_images == 32 * (chunks // 2)  # and as many mirror images
 
 
 def test_too_few_images_to_hold_some_out_change_nothing():

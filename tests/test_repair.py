@@ -7,6 +7,7 @@ from torch import nn
 
 from hf_noisekd import shrink
 from hf_noisekd.calibration.given_images import given_images
+from hf_noisekd.shrinking import walk
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.compensation import compensate
@@ -63,6 +64,26 @@ def test_a_network_without_a_block_comes_closer_to_its_teacher(name):
     assert all(torch.equal(tensor, teacher.state_dict()[key]) for key, tensor in state.items())
 
 
+@pytest.mark.parametrize("recalibrates", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_run_on_what_is_kept_are_repaired_as_those_run_on_images(monkeypatch, name, recalibrates):
+    kwargs, block = NETWORKS[name]
+    teacher, images = build(name, **kwargs)
+    removed, students, seen = [place(block)], [], []
+    for memory in (0, 2**29):
+        monkeypatch.setattr(walk, "MEMORY", memory)
+        remove_blocks(student := copy.deepcopy(teacher), removed)
+        first, count = next(layer for layer in student.modules() if isinstance(layer, nn.Conv2d)), []
+        first.register_forward_hook(lambda _, args, __, count=count: count.append(len(args[0])))
+        cut = Cut(removed, {})
+        assert repair(student, teacher, cut, [images], recalibrates=recalibrates, trains_blocks=False) > 0
+        students.append(student)
+        seen.append(sum(count))
+    assert seen[1] < 0.7 * seen[0]
+    expected, found = (student(images.clone()) for student in students)
+    assert torch.allclose(expected, found, rtol=0, atol=1e-3 * expected.std().item())
+
+
 def test_what_a_linear_layer_can_mend_is_mended():
     teacher, images = build("resnet18_cifar", width=8, stem_stride=2)
     student = copy.deepcopy(teacher)
@@ -83,7 +104,11 @@ def test_a_block_answers_for_those_left_out_behind_it():
     teacher, _ = build("resnet18_cifar", width=8, layers=(3, 1, 1, 3))
     removed = [place("layer1.1"), place("layer4.1"), place("layer4.2")]
     pairs = pairs_of(teacher, removed)
-    assert pairs == [Pair("layer1.0", "layer1.1"), Pair("layer1.1", "layer1.2"), Pair("layer4.0", "layer4.2")]
+    assert pairs == [
+        Pair("layer1.0", "layer1.1", ["layer1.0"]),
+        Pair("layer1.1", "layer1.2", []),
+        Pair("layer4.0", "layer4.2", ["layer4.0", "layer4.1"]),
+    ]
 
 
 @pytest.mark.parametrize(

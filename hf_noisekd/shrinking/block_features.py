@@ -1,13 +1,12 @@
-"""The features at the end of a block, in a network and in its teacher."""
+"""A block in its network: how it is called, whether it can be called alone, and its features."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from hf_noisekd.models.classifier import compute_logits
 
@@ -37,14 +36,26 @@ class Call(NamedTuple):
 
 
 class Block:
-    """A block in its network: what is in front of the activation that ends it, if one does, else its output."""
+    """A block in its network, and how it is called for a few images, a `sample`.
+
+    Its features are what is in front of the activation that ends it, if one does, else its output.
+    """
 
     def __init__(self, model: nn.Module, name: str, sample: torch.Tensor):
-        self.model, self.block = model, model.get_submodule(name)
-        self.activation = self._last_activation(sample)
+        self.model, self.name, self.block, self.sample = model, name, model.get_submodule(name), sample
+        self.activation: nn.Module | None = None
+        self.called = self.call(sample)
+        # One that gets several tensors, or whose output depends on more than its arguments, needs its network.
+        self.is_alone = self._can_be_called_alone()
+        self.activation = self._last_activation()
 
-    def run(self, batch: torch.Tensor, layers: Iterable[nn.Module] = (), added: tuple | None = None) -> tuple:
-        """Return the features at the end, and the inputs of `layers`; `added` is a layer and what its output gains."""
+    def run(
+        self, x: torch.Tensor, layers: Iterable[nn.Module] = (), added: tuple | None = None, *, alone: bool = False
+    ) -> tuple:
+        """Return the features for images, or `alone` for what the block gets of them, and the inputs of `layers`.
+
+        `added` is a layer and what its output gains.
+        """
         seen: dict[nn.Module | str, torch.Tensor] = {}
         with ExitStack() as stack:
             for layer in layers:
@@ -56,11 +67,16 @@ class Block:
             if self.activation:
                 end: Any = lambda _, args: seen.__setitem__("end", args[0].clone())  # noqa: E731
                 stack.enter_context(self.activation.register_forward_pre_hook(end))
-            output = self.call(batch).output
+            output = self.output(x) if alone else self.call(x).output
         return seen.get("end", output), [seen[layer] for layer in layers]
 
-    def call(self, batch: torch.Tensor) -> Call:
-        """Return what the block is called with, for images, and its output."""
+    def run_sample(self, added: tuple | None = None) -> Any:
+        """Return the features for the sample."""
+        x = self.called.tensors[0] if self.is_alone else self.sample
+        return self.run(x, added=added, alone=self.is_alone)[0]
+
+    def call(self, images: torch.Tensor) -> Call:
+        """Return what the block is called with for images, and its output."""
         given: list[tuple[tuple, dict]] = []
 
         def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -70,18 +86,31 @@ class Block:
             stack.enter_context(self.block.register_forward_pre_hook(note, with_kwargs=True))
             stack.enter_context(self.block.register_forward_hook(self._end))
             try:
-                compute_logits(self.model, batch.clone())
+                compute_logits(self.model, images.clone())
             except _BlockEnd as stop:
                 return Call(*given[-1], stop.args[0])
         raise AssertionError("the block was not called")
+
+    def output(self, x: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
+        """Return the output of the block alone, called as for the sample but with another tensor."""
+        x = x.clone()  # which it may change
+        args = tuple(x if torch.is_tensor(value) else value for value in self.called.args)
+        kwargs = {name: x if torch.is_tensor(value) else value for name, value in self.called.kwargs.items()}
+        return functional_call(self.block, dict(weights or {}), args, kwargs)
 
     @staticmethod
     def _end(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
         raise _BlockEnd(output)
 
-    def _last_activation(self, sample: torch.Tensor) -> nn.Module | None:
+    def _can_be_called_alone(self) -> bool:
+        call = self.called
+        if [len(x) for x in call.tensors] != [len(self.sample)] or not all(map(_is_plain, call.values)):
+            return False
+        output = self.output(call.tensors[0])
+        return torch.is_tensor(call.output) and are_close(output, call.output)
+
+    def _last_activation(self) -> nn.Module | None:
         """Return the module without weights that ends the block, if its output has the shape of its input."""
-        self.activation = None
         found: dict[nn.Module, torch.Tensor] = {}
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
@@ -92,69 +121,21 @@ class Block:
             for module in self.block.modules():
                 if not [*module.children()] and not [*module.parameters()] and not isinstance(module, nn.Identity):
                     stack.enter_context(module.register_forward_hook(note))
-            output, _ = self.run(sample)
+            output = self.run_sample()
         return next((module for module, tensor in reversed(found.items()) if tensor is output), None)
-
-
-@dataclass
-class BlockPair:
-    """A block of a student, and that of its teacher whose features it is to have."""
-
-    student: Block
-    teacher: Block
-    dim: int = 1  # of the channels
-    channels: Sequence[int] | None = None  # of the teacher that the student has; None for all
-
-    @classmethod
-    def of(
-        cls,
-        student: nn.Module,
-        teacher: nn.Module,
-        names: tuple[str, str],
-        kept: Mapping[str, Sequence[int]],
-        sample: torch.Tensor,
-    ) -> "BlockPair | None":
-        """Return the blocks of these names, or None if their ends do not compare, or are alike: nothing was cut so far.
-
-        `kept` has, of narrowed layers of the student, the teacher's channels that they output.
-        """
-        block, goal = Block(student, names[0], sample), Block(teacher, names[1], sample)
-        features, wanted = block.run(sample)[0], goal.run(sample)[0]
-        if not (torch.is_tensor(features) and torch.is_tensor(wanted)):
-            return None
-        if (block.activation is None) != (goal.activation is None) or _are_close(features, wanted):
-            return None
-        if features.shape == wanted.shape:
-            return cls(block, goal)
-        # Which layer's channels reach the end is not known here: those of no other come as close.
-        pairs = [
-            cls(block, goal, dim, channels)
-            for name, channels in kept.items()
-            for dim in (1, -1)
-            if name.startswith(f"{names[0]}.") and max(channels) < wanted.shape[dim]
-        ]
-        fitting = [pair for pair in pairs if pair.of_student(wanted).shape == features.shape]
-        return min(fitting, key=lambda pair: F.mse_loss(pair.of_student(wanted), features).item(), default=None)
-
-    def of_student(self, features: torch.Tensor) -> torch.Tensor:
-        """Return those of the teacher's features whose channels the student has."""
-        if self.channels is None:
-            return features
-        return features.index_select(self.dim, torch.tensor(self.channels, device=features.device))
-
-    def goal(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return what the student is to have at the end of its block."""
-        return self.of_student(self.teacher.run(batch)[0])
-
-    def output_goal(self, batch: torch.Tensor) -> torch.Tensor:
-        """Return what the block of the student is to output: the same, behind the activation."""
-        return self.of_student(self.teacher.call(batch).output)
 
 
 def _copied(value: Any) -> Any:
     return value.clone() if torch.is_tensor(value) else value  # some blocks change their input in place
 
 
-def _are_close(features: torch.Tensor, wanted: torch.Tensor) -> bool:
+def are_close(features: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Return whether features are alike but for rounding."""
     tolerance = TOLERANCE * wanted.std().item()
     return features.shape == wanted.shape and torch.allclose(features, wanted, rtol=0, atol=tolerance)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

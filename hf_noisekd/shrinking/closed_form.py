@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hf_noisekd.shrinking.block_features import TOLERANCE, Block, BlockPair
+from hf_noisekd.shrinking.block_features import TOLERANCE, Block
 from hf_noisekd.shrinking.blocks import WEIGHTED
-from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, RidgeFit, Solution
+from hf_noisekd.shrinking.least_squares import RidgeFit, Solution
+from hf_noisekd.shrinking.walk import BlockPair
 
 
 @dataclass
@@ -37,24 +38,25 @@ class Solver:
     shift: _Linear | None  # whose bias takes the offset
 
     @classmethod
-    def of(cls, pair: BlockPair, sample: torch.Tensor) -> "Solver | None":
+    def of(cls, pair: BlockPair) -> "Solver | None":
         """Return the solver of a pair of blocks, or None if no layer reaches the end linearly."""
-        found = [one for one in _linear_layers(pair.student, sample) if one.scale.abs().min() > 0]
+        found = [one for one in _linear_layers(pair.student.block) if one.scale.abs().min() > 0]
         layers = [one for one in found if isinstance(one.module, WEIGHTED)]
         dense = [one for one in layers if getattr(one.module, "groups", 1) == 1] or layers[-1:]
         if not dense:
             return None
         return cls(pair, dense, next((one for one in reversed(found) if one.module.bias is not None), None))
 
-    def solve(self, batches: Sequence[torch.Tensor]) -> Solution | None:
+    def solve(self) -> Solution | None:
         """Return what to add to the layers, or None if nothing helps on held-out images."""
-        fit = RidgeFit(sum(map(len, batches)))
-        for batch in batches:
-            for chunk in batch.split(CHUNK_SIZE):
-                features, inputs = self.pair.student.run(chunk, [one.module for one in self.layers])
-                difference = _channels_last(self.pair.goal(chunk) - features, self.layers[0].dim)
-                columns = [unfolded(one.module, x) for one, x in zip(self.layers, inputs, strict=True)]
-                fit.add(torch.cat(columns, -1), difference.reshape(*columns[0].shape[:3], -1))
+        pair = self.pair
+        fit = RidgeFit(pair.student.num_images)
+        for index in pair.student.chunks:
+            features, inputs = pair.student.run(index, [one.module for one in self.layers])
+            goal = pair.of_student(pair.teacher.run(index)[0])
+            difference = _channels_last(goal - features, self.layers[0].dim)
+            columns = [unfolded(one.module, x) for one, x in zip(self.layers, inputs, strict=True)]
+            fit.add(torch.cat(columns, -1), difference.reshape(*columns[0].shape[:3], -1))
         return fit.solve(has_offset=self.shift is not None)
 
     def add(self, weights: torch.Tensor, offsets: torch.Tensor) -> None:
@@ -70,7 +72,7 @@ class Solver:
             self.shift.module.bias.add_(offsets.flatten().to(self.shift.scale) / self.shift.scale)
 
 
-def _linear_layers(block: Block, sample: torch.Tensor) -> list[_Linear]:
+def _linear_layers(block: Block) -> list[_Linear]:
     """Return the layers, in order of their calls, whose outputs reach the end of the block scaled by channel."""
     calls: list[tuple[nn.Module, torch.Tensor, torch.Tensor]] = []
     with ExitStack() as stack:
@@ -78,14 +80,14 @@ def _linear_layers(block: Block, sample: torch.Tensor) -> list[_Linear]:
             if isinstance(module, (*WEIGHTED, _BatchNorm)) and module.weight is not None:
                 note: Any = lambda module, args, output: calls.append((module, args[0].clone(), output.clone()))  # noqa: E731
                 stack.enter_context(module.register_forward_hook(note))
-        features, _ = block.run(sample)
+        features = block.run_sample()
     modules = [module for module, *_ in calls]
     found = []
     for module, x, output in calls:
         if modules.count(module) > 1 or (isinstance(module, WEIGHTED) and not _is_linear(module, x, output)):
             continue
         added = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output) * output.std()
-        change = block.run(sample, added=(module, added))[0] - features
+        change = block.run_sample(added=(module, added)) - features
         rows = _channels_last(added, -1 if isinstance(module, nn.Linear) else 1).flatten(0, -2)
         for dim in (1, -1):
             changes = _channels_last(change, dim).flatten(0, -2)

@@ -5,93 +5,69 @@ ICLR 2021) after quantisation. That the features of a few images recover a netwo
 PRACTISE (Wang & Wu, CVPR 2023). BatchNorm layers keep their statistics.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 
-from hf_noisekd.shrinking.block_features import TOLERANCE, Block, BlockPair, Call
 from hf_noisekd.shrinking.least_squares import CHUNK_SIZE, HELD_OUT
+from hf_noisekd.shrinking.walk import BlockPair
 
 STEPS, LEARNING_RATE = 400, 1e-3  # of Adam, falling linearly to 0
 # Images of a step: fewer if they are large, as each has many positions then, and takes long.
 MIN_BATCH, MAX_BATCH, BATCH_PIXELS = 4, 32, 2**15
-MEMORY = 2**30  # bytes of features that are kept at a time; of images that need more, the first are used
 
 
 @dataclass(eq=False)
 class Reconstruction:
-    """The training of a block of the student for the output of its teacher's, on images and their mirror images."""
+    """The training of a block of the student for the output of its teacher's, on images and their mirror images.
 
-    block: Block
-    call: Call  # for a few images
-    inputs: torch.Tensor  # [2N, ...], of images and then of their mirror images
-    goals: torch.Tensor  # [2N, ...]
-    batch_size: int
+    The student is at its block, and the teacher at the end of its own. The images are those of which both networks keep
+    the features.
+    """
+
+    pair: BlockPair
     seed: int = 0
 
-    @classmethod
-    def of(cls, pair: BlockPair, batches: Sequence[torch.Tensor], sample: torch.Tensor) -> "Reconstruction | None":
-        """Return that of a pair of blocks on batches `[B, C, H, W]`; `sample` is a few of their images.
-
-        There is none where the block cannot be called alone: it gets several tensors, or other values for other images,
-        or its output depends on more than that.
-        """
-        call, goal = pair.student.call(sample), pair.output_goal(sample)
-        if not _can_be_called_alone(pair.student, call, len(sample)):
-            return None
-        num_bytes = call.tensors[0][0].nbytes + goal[0].nbytes
-        images = torch.cat([*batches])[: max(MEMORY // (2 * num_bytes), HELD_OUT)]  # twice: their mirror images
-        number = len(images)
-        inputs, goals = (some.new_empty(2 * number, *some.shape[1:]) for some in (call.tensors[0], goal))
-        for start in range(0, number, CHUNK_SIZE):
-            chunk = images[start : start + CHUNK_SIZE]
-            for first, x in ((start, chunk), (number + start, chunk.flip(-1))):
-                other = pair.student.call(x)
-                if other.values != call.values:
-                    return None
-                inputs[first : first + len(x)] = other.tensors[0]
-                goals[first : first + len(x)] = pair.output_goal(x)
-        height, width = images.shape[2:]
-        batch_size = min(max(BATCH_PIXELS // (height * width), MIN_BATCH), MAX_BATCH)
-        return cls(pair.student, call, inputs, goals, batch_size)
+    def __post_init__(self):
+        student, teacher = self.pair.student, self.pair.teacher
+        self.block = student.block
+        self.num_images = min(student.num_kept, teacher.num_kept)
+        height, width = student.image_size
+        self._batch_size = min(max(BATCH_PIXELS // (height * width), MIN_BATCH), MAX_BATCH)
 
     def helps(self) -> bool:
         """Return whether a training without every fourth image makes the squared error on these smaller.
 
         The block does not change.
         """
-        number = len(self.inputs) // 2
-        held_out = torch.arange(number) % HELD_OUT == HELD_OUT - 1
+        held_out = torch.arange(self.num_images) % HELD_OUT == HELD_OUT - 1
         tests, examples = held_out.nonzero()[:, 0], (~held_out.repeat(2)).nonzero()[:, 0]
         if not len(tests):
             return False
         # Each image as often as with all of them.
-        weights = self._trained(examples, STEPS * len(examples) // len(self.inputs))
+        weights = self._trained(examples, STEPS * len(examples) // (2 * self.num_images))
         return self._error(tests, weights) < self._error(tests)
 
     def train(self) -> None:
         """Train the block on all images, in place."""
-        weights = self._trained(torch.arange(len(self.inputs)), STEPS)
+        weights = self._trained(torch.arange(2 * self.num_images), STEPS)
         for name, parameter in self.block.block.named_parameters():
             parameter.copy_(weights[name])
 
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _trained(self, examples: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
-        """Return the parameters after a training on some examples, by their indices, on the CPU."""
+        """Return the parameters after a training on some examples; those from `num_images` on are mirror images."""
         weights = {name: tensor.detach().clone() for name, tensor in self.block.block.named_parameters()}
         adam = torch.optim.Adam([tensor.requires_grad_() for tensor in weights.values()], LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
-        generator, scale = torch.Generator().manual_seed(self.seed), self.goals.var()
+        generator, scale = torch.Generator().manual_seed(self.seed), self.pair.teacher.kept[0].var()
         for _ in range(steps):
-            chosen = examples[torch.randint(len(examples), (self.batch_size,), generator=generator)]
-            x, goal = (tensor[chosen.to(tensor.device)] for tensor in (self.inputs, self.goals))
+            inputs, goals = self._draw(examples[torch.randint(len(examples), (self._batch_size,), generator=generator)])
             adam.zero_grad()
-            (F.mse_loss(_output(self.block, self.call, x, weights), goal) / scale).backward()
+            (F.mse_loss(self.block.output(inputs, weights), goals) / scale).backward()
             adam.step()
             schedule.step()
         return weights
@@ -100,26 +76,13 @@ class Reconstruction:
         """Return the sum of squared errors of some examples, with other weights than those of the block."""
         total = 0.0
         for chosen in examples.split(CHUNK_SIZE):
-            x, goal = (tensor[chosen.to(tensor.device)] for tensor in (self.inputs, self.goals))
-            total += (_output(self.block, self.call, x, weights) - goal).square().sum().item()
+            inputs, goals = self._draw(chosen)
+            total += (self.block.output(inputs, weights) - goals).square().sum().item()
         return total
 
-
-def _output(block: Block, call: Call, x: torch.Tensor, weights: Mapping[str, torch.Tensor] | None = None) -> Any:
-    """Return the output of a block alone, called as before but with another tensor, which it may change."""
-    args = tuple(x if torch.is_tensor(value) else value for value in call.args)
-    kwargs = {name: x if torch.is_tensor(value) else value for name, value in call.kwargs.items()}
-    return functional_call(block.block, dict(weights or {}), args, kwargs)
-
-
-def _can_be_called_alone(block: Block, call: Call, number: int) -> bool:
-    if [len(tensor) for tensor in call.tensors] != [number] or not all(map(_is_plain, call.values)):
-        return False
-    output = _output(block, call, call.tensors[0].clone())
-    return torch.allclose(output, call.output, rtol=0, atol=TOLERANCE * call.output.std().item())
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
+    def _draw(self, examples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the block of the student gets for examples, and what it is to output."""
+        mirrored, images = (examples // self.num_images).tolist(), (examples % self.num_images).tolist()
+        student, teacher = self.pair.student, self.pair.teacher
+        inputs, outputs = (walk.features_of(images, mirrored) for walk in (student, teacher))
+        return inputs, self.pair.of_student(outputs)

@@ -18,14 +18,12 @@ from hf_noisekd.calibration.calibration_images import CalibrationImages
 from hf_noisekd.calibration.moments import store_statistics
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import compute_logits, copied_state, evaluation_mode, to_device_of
-from hf_noisekd.shrinking.block_features import BlockPair
 from hf_noisekd.shrinking.blocks import Place, remove_blocks, stages_of
 from hf_noisekd.shrinking.closed_form import Solver
 from hf_noisekd.shrinking.least_squares import CHUNK_SIZE
 from hf_noisekd.shrinking.ranking import Comparison, running_statistics
 from hf_noisekd.shrinking.reconstruction import Reconstruction
-
-TRIED_IMAGES = 4
+from hf_noisekd.shrinking.walk import TRIED_IMAGES, BlockPair, Walk
 
 
 class Pair(NamedTuple):
@@ -33,6 +31,7 @@ class Pair(NamedTuple):
 
     student: str
     teacher: str
+    before: Sequence[str] = ()  # blocks of the teacher that lead there, from the one that the student has on
 
 
 def pairs_of(teacher: nn.Module, removed: Collection[Place]) -> list[Pair]:
@@ -42,13 +41,13 @@ def pairs_of(teacher: nn.Module, removed: Collection[Place]) -> list[Pair]:
     name_after = {before: after for after, before in name_before.items()}
     for stage, keys in stages_of(teacher).items():
         left = [index for index, key in enumerate(keys) if Place(stage, key) not in removed]
-        for index, end in zip(left, [*(index - 1 for index in left[1:]), len(keys) - 1], strict=True):
-            name = Place(stage, keys[index]).name
-            if name in name_after:  # not in a block that was removed
-                pairs.append((end > index, Pair(name_after[name], Place(stage, keys[end]).name)))
-    names = {pair.student for _, pair in pairs}
+        for index, next_left in zip(left, [*left[1:], len(keys)], strict=True):
+            first, *_ = whole = [Place(stage, key).name for key in keys[index:next_left]]
+            if first in name_after:  # not in a block that was removed
+                pairs.append(Pair(name_after[first], whole[-1], whole[:-1]))
+    names = {pair.student for pair in pairs}
     # A block of blocks ends where the last of these does.
-    return [one for absorbs, one in pairs if absorbs or not any(name.startswith(f"{one.student}.") for name in names)]
+    return [pair for pair in pairs if pair.before or not any(name.startswith(f"{pair.student}.") for name in names)]
 
 
 class Cut(NamedTuple):
@@ -80,31 +79,40 @@ def repair(
     is done on all of them. With `recalibrates` each BatchNorm layer first gets statistics of the images, once all
     before its block is repaired; later ones would undo the repair.
     """
-    batches = [to_device_of(student, batch) for batch in images]
-    sample = batches[0][:TRIED_IMAGES]
+    pixels = torch.cat([to_device_of(student, batch) for batch in images])
     pairs = {pair.student: pair for pair in pairs_of(teacher, cut.removed)}
     norms = stored_statistics(student) if recalibrates else {}
+    walk, goal = (Walk(model, pixels, mirrors=trains_blocks) for model in (student, teacher))
     better, waiting = 0, list[str]()
     with evaluation_mode(student, teacher):
-        for name in _in_order(student, [*pairs, *norms], sample):
+        for name in _in_order(student, [*pairs, *norms], pixels[:TRIED_IMAGES]):
             if name in norms:
                 waiting.append(name)
                 continue
-            if waiting:
-                store_statistics(student, batches, waiting)
-                waiting = []
-            pair = BlockPair.of(student, teacher, pairs[name], cut.kept, sample)
-            better += pair is not None and _repair_block(pair, batches, sample, trains_blocks)
+            before = [norm for norm in waiting if not norm.startswith(f"{name}.")]
+            if before:
+                store_statistics(student, [pixels], before)
+            walk.enter(name)
+            if inside := [norm for norm in waiting if norm not in before]:
+                walk.store_statistics(inside)
+            waiting = []
+            for one in pairs[name].before:
+                goal.enter(one)
+                goal.leave()
+            goal.enter(pairs[name].teacher)
+            better += _repair_block(walk, goal, cut.kept, trains_blocks)
         if waiting:
-            store_statistics(student, batches, waiting)
+            store_statistics(student, [pixels], waiting)
     return better
 
 
-def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torch.Tensor, trains: bool) -> bool:
-    """Solve a block, and train it after that, each where it helps; return whether one of them did."""
-    block, solver = pair.student.block, Solver.of(pair, sample)
-    training = Reconstruction.of(pair, batches, sample) if trains else None
-    solution = solver.solve(batches) if solver else None
+def _repair_block(student: Walk, teacher: Walk, kept: Mapping[str, Sequence[int]], trains: bool) -> bool:
+    """Solve the block at hand, then train it, each where it helps, and leave it; return whether one of them did."""
+    block, pair = student.block.block, BlockPair.of(student, teacher, kept)
+    solver = Solver.of(pair) if pair else None
+    solution = solver.solve() if solver else None
+    teacher.leave()
+    training = Reconstruction(pair) if pair and trains and student.block.is_alone else None
     if not (solver and solution):
         helps = training is not None and training.helps()
     else:
@@ -116,6 +124,7 @@ def _repair_block(pair: BlockPair, batches: Sequence[torch.Tensor], sample: torc
         solver.add(solution.weights, solution.offsets)
     if training and helps:
         training.train()
+    student.leave()
     return helps or solution is not None
 
 
