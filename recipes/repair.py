@@ -1,6 +1,7 @@
 """Cut, repaired, and trained for a few minutes: without an image, and with a few unlabelled ones.
 
     python recipes/repair.py --teacher runs/cifar10/teacher
+    python recipes/repair.py --preset cpu-leaders           # the rows of the README
     python recipes/repair.py --preset cpu-wrn               # a Wide ResNet
 
 Beyond the paper. Students are initialised from their teacher, as `noisekd distill` does before its first step, and
@@ -40,6 +41,8 @@ PRESETS = {
         }
         | KEPT,
     },
+    "cpu-leaders": NOISE_PAIRS["cpu"]
+    | {"images": [], "students": {name: KEPT[name] for name in ("keep 0.5", "keep 0.25")}},
     "cpu-wrn": NOISE_PAIRS["cpu-wrn"]
     | {
         "images": [64, 512],
@@ -55,7 +58,7 @@ def main() -> None:
     """Cut, repair and train the students, and print their table."""
     parser = experiment_parser(__doc__, "repair", PRESETS)
     parser.add_argument("--students", nargs="+", metavar="NAME", help="students to make; default: all of the preset")
-    parser.add_argument("--images", nargs="+", type=int, metavar="N", help="numbers of images; default: the preset's")
+    parser.add_argument("--images", nargs="*", type=int, metavar="N", help="numbers of images; default: the preset's")
     options = parser.parse_args()
     preset = dict(PRESETS[options.preset])
     preset["students"] = {name: preset["students"][name] for name in options.students or preset["students"]}
@@ -63,7 +66,7 @@ def main() -> None:
     experiment = Experiment("repair", options, preset | {"students": architectures})
     teacher = experiment.prepare_teacher()
     made, making = timed(partial(calibration_images, teacher, CALIBRATION_IMAGES, seed=options.seed))
-    numbers = options.images or preset["images"]
+    numbers = preset["images"] if options.images is None else options.images
     pixels = torch.cat([made.pixel_values, made.held_out])
     given: dict = {"none": [{"pixel_values": image} for image in pixels]}
     given |= {number: experiment.train_dataset.subset(number, options.seed) for number in numbers}

@@ -5,7 +5,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; `make
 
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
@@ -13,8 +13,8 @@ from harness.results import markdown_table, mean_and_spread, read_json, results_
 from harness.shrink_tables import headline_table, shrunk_table
 
 WHITE, DEFAULT = "white", "structured, the default"
-# Of `deploy.py`: the students by preset, and what the README shows of them.
 REPAIRED = {"cpu": "ResNet-18", "cpu-wrn": "WRN-16-2"}  # presets of `repair.py`, and their teachers
+# Of `deploy.py`: the students by preset, and what the README shows of them.
 STATISTICS_TABLE, FILES_TABLE = "running statistics", "onnxruntime"
 DEPLOYED = {
     "cpu": "ResNet-10 of ResNet-18",
@@ -186,16 +186,23 @@ def _shrunk_table(results: Path) -> str:
 
 def _repaired_table(results: Path) -> str:
     """Students that were cut and repaired, and then trained for a short time, by the images that were used."""
-    students: dict[str, dict[str, str]] = {}
+    students: dict[str, dict[str, list[Mapping]]] = {}
     for preset, teacher in REPAIRED.items():
         for row in _measured(results, "repair", preset):
-            cells = students.setdefault(f"{row['student']} of {teacher}", {})
-            cells.setdefault("multiply-adds (%)", f"{row['multiply-adds (%)']:.0f}")  # about the same for all images
-            trained = row.get("trained")
-            cells[str(row["images"])] = f"{row['accuracy']:.1f}" + (f" / {trained:.1f}" if trained else "")
-    columns = list(dict.fromkeys(key for cells in students.values() for key in cells))
-    rows = [[student, *(cells[key] for key in columns)] for student, cells in students.items()]
-    return markdown_table(["accuracy (%) by images", *columns], rows)
+            runs = students.setdefault(f"{row['student']} of {teacher}", {})
+            runs.setdefault(str(row["images"]), []).append(row)
+    columns = list(dict.fromkeys(images for runs in students.values() for images in runs))
+    rows = []
+    for student, runs in students.items():
+        share = runs[columns[0]][0]["multiply-adds (%)"]  # about the same for all images
+        rows.append([student, f"{share:.0f}", *(_repaired_cell(runs.get(images, [])) for images in columns)])
+    return markdown_table(["accuracy (%) by images", "multiply-adds (%)", *columns], rows)
+
+
+def _repaired_cell(runs: Sequence[Mapping]) -> str:
+    """The accuracy of some seeds, and that after a training, if there was one."""
+    found = [[run[key] for run in runs if run.get(key) is not None] for key in ("accuracy", "trained")]
+    return " / ".join(mean_and_spread(accuracies, 1) for accuracies in found if accuracies)
 
 
 def _large_teacher_table(results: Path) -> str:
