@@ -157,9 +157,3 @@ def test_images_make_a_better_cut():
     assert shrink(teacher, 0.5)[1].repaired_blocks == 0
     without, _ = shrink(teacher, 0.5)
     assert error(plain, teacher, images[48:]) < error(without, teacher, images[48:])
-
-
-def test_real_images_that_statistics_are_of_are_counted_without_those_held_out():
-    teacher, images = build("resnet18_cifar", width=8, stem_stride=2)
-    given = given_images(teacher, images, "photos")
-    assert (given.given.images, given.real.images, len(given.held_out), given.real.dataset) == (64, 48, 16, "photos")

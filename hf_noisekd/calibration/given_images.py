@@ -1,5 +1,6 @@
 """Unlabelled images of a user's, in the place of calibration images or beside them."""
 
+import hashlib
 import logging
 from dataclasses import replace
 
@@ -29,10 +30,11 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
     """Return unlabelled images `[N, C, H, W]` of a teacher's task as calibration images; `name` is the data set's.
 
     A fourth is held out, drawn at random. Whether the teacher agrees with itself under statistics of the others tells
-    if these are enough to re-estimate statistics on; see [`CalibrationImages.problem`]. Too few images, and pixels that
-    cannot be those of images, are a `ValueError`.
+    if these are enough to re-estimate statistics on; see [`CalibrationImages.problem`]. Copies of an image count once.
+    Too few images, and pixels that cannot be those of images, are a `ValueError`.
     """
     _check_pixels(pixel_values, teacher)
+    pixel_values = _without_copies(pixel_values)
     # The order may be one of classes, or of views of one thing.
     order = torch.randperm(len(pixel_values), generator=torch.Generator().manual_seed(0))
     held_out = torch.arange(len(order)) % HELD_OUT == HELD_OUT - 1
@@ -46,6 +48,16 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
         return given
     with evaluation_mode(teacher):
         return replace(given, self_agreement=given.measure_self_agreement(teacher))
+
+
+def _without_copies(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return each image once: held out, a copy would be one that the student was fitted to."""
+    rows = pixel_values.float().cpu().numpy()
+    places = {hashlib.sha256(row.tobytes()).digest(): index for index, row in reversed([*enumerate(rows)])}
+    if copies := len(rows) - len(places):
+        logger.warning("%d of the %d images are copies of others: they are left out.", copies, len(rows))
+        check_enough(len(places))
+    return pixel_values[sorted(places.values())]
 
 
 def check_enough(number: int) -> None:
