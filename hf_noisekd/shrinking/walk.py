@@ -28,7 +28,8 @@ class Walk:
         self._sample, self._copies = images[:TRIED_IMAGES], 1 + mirrors
         chunks = images.split(CHUNK_SIZE)
         self._chunks = [x for chunk in chunks for x in (chunk, chunk.flip(-1))[: self._copies]]
-        self.kept: list[torch.Tensor] = []  # what the block at hand gets, for as many chunks as there is room for
+        # What the block at hand gets, and once it is left, what it outputs; of as many chunks as there is room for.
+        self.kept: list[torch.Tensor] = []
 
     @property
     def chunks(self) -> range:
