@@ -103,6 +103,8 @@ def test_the_report_is_of_the_images_held_out(exported, images, tmp_path, monkey
     assert torch.equal(measured[0], images.held_out)
     quantize_onnx(exported, tmp_path / "int8.onnx", [images.held_out[:8], images.held_out[8:16]])
     assert torch.equal(measured[1], images.held_out[:16])
+    quantize_onnx(exported, tmp_path / "int8.onnx", images.held_out[:16])  # one batch alone
+    assert torch.equal(measured[2], measured[1])
 
 
 def test_noise_and_images_that_are_not_good_enough_are_refused(exported, images, tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from hf_noisekd.batches import DrawnDataset
 from hf_noisekd.calibration.calibration_images import CalibrationImages
-from hf_noisekd.calibration.moments import Batches, pixel_values_of
+from hf_noisekd.calibration.moments import Batches, as_batches, pixel_values_of
 from hf_noisekd.files import check_output_file
 from hf_noisekd.onnx.floats import onnx_logits, onnx_session, require_onnx
 
@@ -38,7 +38,7 @@ def quantize_onnx(source: str | Path, path: str | Path, images: CalibrationImage
     check_output_file(path)
     if not source.is_file():
         raise ValueError(f"There is no file {source}: export the model in float32 first.")
-    batches = _on_cpu(pixel_values_of(batch) for batch in images)
+    batches = _on_cpu(pixel_values_of(batch) for batch in as_batches(images))
     if not batches:
         raise ValueError("There are no images to calibrate with: pass a few hundred.")
     measured = batches
