@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_noisekd.calibration.given_images import given_images
-from hf_noisekd.shrinking import reconstruction, walk
+from hf_noisekd.shrinking import reconstruction
 from hf_noisekd.shrinking.blocks import Place, remove_blocks
 from hf_noisekd.shrinking.channels import ChannelCutter
 from hf_noisekd.shrinking.reconstruction import Reconstruction
@@ -38,6 +38,17 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.second(self.norm(self.first(x)).relu())
+
+
+class Gated(Residual):
+    """One of its linear layers gets pooled features."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + (super().forward(x) - x) * self.gate(x.mean((2, 3))).sigmoid()[..., None, None]
 
 
 class Network(nn.Module):
@@ -81,9 +92,10 @@ def are_equal(state, other):
     return all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
-def test_a_block_without_a_linear_end_is_trained(monkeypatch):
+@pytest.mark.parametrize("block", [Squares, Gated])
+def test_a_block_without_a_linear_end_is_trained(monkeypatch, block):
     monkeypatch.setattr(reconstruction, "STEPS", 100)
-    student, teacher, images = cut()
+    student, teacher, images = cut(block=block)
     before, state = error(student, teacher, images[48:]), state_of(student)
     assert repair(student, teacher, Cut(REMOVED, {}), [images[:48]]) == 1
     assert error(student, teacher, images[48:]) < 0.95 * before
@@ -190,14 +202,6 @@ def test_everything_but_the_weights_is_as_before():
     # The same once more, in batches of another size.
     assert repair(again, teacher, Cut(REMOVED, {}), [*images.split(16)]) == 1
     assert are_equal(student.state_dict(), again.state_dict())
-
-
-@pytest.mark.parametrize("chunks", [0, 1, 2, 3])
-def test_memory_bounds_the_images_that_a_block_is_trained_on(monkeypatch, chunks):
-    student, teacher, images = cut()
-    monkeypatch.setattr(walk, "MEMORY", chunks * 32 * 8 * 8 * 8 * 4)  # bytes
-    pair = pair_of(student, teacher, images, "blocks.0", "blocks.1", {})
-    assert Reconstruction(pair).num_images == 32 * (chunks // 2)  # and as many mirror images
 
 
 def test_too_few_images_to_hold_some_out_change_nothing():

@@ -52,11 +52,13 @@ def given_images(teacher: nn.Module, pixel_values: torch.Tensor, name: str | Non
 
 def _without_copies(pixel_values: torch.Tensor) -> torch.Tensor:
     """Return each image once: held out, a copy would be one that the student was fitted to."""
-    rows = pixel_values.float().cpu().numpy()
+    rows = pixel_values.detach().float().cpu().numpy()
     places = {hashlib.sha256(row.tobytes()).digest(): index for index, row in reversed([*enumerate(rows)])}
-    if copies := len(rows) - len(places):
-        logger.warning("%d of the %d images are copies of others: they are left out.", copies, len(rows))
-        check_enough(len(places))
+    copies = len(rows) - len(places)
+    if not copies:
+        return pixel_values
+    logger.warning("%d of the %d images are copies of others: they are left out.", copies, len(rows))
+    check_enough(len(places))
     return pixel_values[sorted(places.values())]
 
 

@@ -104,7 +104,7 @@ class Block:
 
     def _can_be_called_alone(self) -> bool:
         call = self.called
-        if [len(x) for x in call.tensors] != [len(self.sample)] or not all(map(_is_plain, call.values)):
+        if [x.shape[:1] for x in call.tensors] != [self.sample.shape[:1]] or not all(map(_is_plain, call.values)):
             return False
         output = self.output(call.tensors[0])
         return torch.is_tensor(call.output) and are_close(output, call.output)

@@ -101,6 +101,8 @@ def _linear_layers(block: Block) -> list[_Linear]:
 
 def _is_linear(layer: Any, x: torch.Tensor, output: torch.Tensor) -> bool:
     """Return whether a layer computes what [`unfolded`] and its weights give: not with padding of another kind."""
+    if output.ndim < 3:  # of features that are pooled
+        return False
     try:
         columns = unfolded(layer, x)
     except (TypeError, ValueError, RuntimeError, AttributeError):

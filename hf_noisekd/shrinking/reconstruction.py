@@ -63,7 +63,7 @@ class Reconstruction:
         weights = {name: tensor.detach().clone() for name, tensor in self.block.block.named_parameters()}
         adam = torch.optim.Adam([tensor.requires_grad_() for tensor in weights.values()], LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.0, steps)
-        generator, scale = torch.Generator().manual_seed(self.seed), self.pair.teacher.kept[0].var()
+        generator, scale = torch.Generator().manual_seed(self.seed), self.pair.teacher.features[0].var()
         for _ in range(steps):
             inputs, goals = self._draw(examples[torch.randint(len(examples), (self._batch_size,), generator=generator)])
             adam.zero_grad()

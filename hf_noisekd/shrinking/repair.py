@@ -74,7 +74,7 @@ def repair(
 ) -> int:
     """Fit the blocks of a cut network to the features of its teacher, in place; return how many became better.
 
-    Both use running statistics, and `images` are batches `[B, C, H, W]`. A block is solved, and then with
+    Both use running statistics, and `images` are batches `[B, C, H, W]` of one size. A block is solved, and then with
     `trains_blocks` trained, each only where it lowers the squared error on images that it was not fitted to. Then it
     is done on all of them. With `recalibrates` each BatchNorm layer first gets statistics of the images, once all
     before its block is repaired; later ones would undo the repair.
@@ -111,8 +111,9 @@ def _repair_block(student: Walk, teacher: Walk, kept: Mapping[str, Sequence[int]
     block, pair = student.block.block, BlockPair.of(student, teacher, kept)
     solver = Solver.of(pair) if pair else None
     solution = solver.solve() if solver else None
-    teacher.leave()
-    training = Reconstruction(pair) if pair and trains and student.block.is_alone else None
+    is_trained = pair is not None and trains and student.block.is_alone
+    teacher.leave(needs_outputs=is_trained)
+    training = Reconstruction(pair) if pair and is_trained else None
     if not (solver and solution):
         helps = training is not None and training.helps()
     else:

@@ -15,6 +15,7 @@ from hf_noisekd.shrinking.block_features import Block, are_close
 from hf_noisekd.shrinking.least_squares import CHUNK_SIZE
 
 TRIED_IMAGES = 4
+CHUNK_PIXELS = 2**21  # of the images in a forward pass
 MEMORY = 2**29  # bytes of features that a walk keeps; what needs more is computed again, from images
 
 
@@ -26,74 +27,86 @@ class Walk:
     def __init__(self, model: nn.Module, images: torch.Tensor, *, mirrors: bool = False):
         self.model, self.num_images, self.image_size = model, len(images), images.shape[2:]
         self._sample, self._copies = images[:TRIED_IMAGES], 1 + mirrors
-        chunks = images.split(CHUNK_SIZE)
-        self._chunks = [x for chunk in chunks for x in (chunk, chunk.flip(-1))[: self._copies]]
+        self._size = min(max(CHUNK_PIXELS // images[0, 0].numel(), 1), CHUNK_SIZE)
+        self._chunks = images.split(self._size)
+        self._number = self._copies * len(self._chunks)
         # What the block at hand gets, and once it is left, what it outputs; of as many chunks as there is room for.
-        self.kept: list[torch.Tensor] = []
+        self.features: list[torch.Tensor] = []
 
     @property
     def chunks(self) -> range:
         """The indices of the chunks of images, without mirror images."""
-        return range(0, len(self._chunks), self._copies)
+        return range(0, self._number, self._copies)
 
     @property
     def num_kept(self) -> int:
         """The number of images of which the features are kept, as of their mirror images."""
-        return sum(map(len, self.kept[self._copies - 1 :: self._copies]))
+        return sum(map(len, self.features[self._copies - 1 :: self._copies]))
 
     def features_of(self, images: Iterable[int], mirrored: Iterable[int]) -> torch.Tensor:
         """Return what is kept of images, by their indices, or of their mirror images where `mirrored` is 1."""
         places = zip(images, mirrored, strict=True)
         return torch.stack(
-            [self.kept[image // CHUNK_SIZE * self._copies + copy][image % CHUNK_SIZE] for image, copy in places]
+            [self.features[image // self._size * self._copies + copy][image % self._size] for image, copy in places]
         )
 
     def enter(self, name: str) -> None:
-        """Go to a block behind the last one."""
+        """Go to a block that ends behind the last one."""
         self.block = block = Block(self.model, name, self._sample)
+        if not (block.is_alone and self._has_inputs()):
+            self.features = []
         if not block.is_alone:
-            self.kept = []
             return
-        x = block.called.tensors[0]
-        if not (self.kept and are_close(self.kept[0][: len(x)], x)):
-            self.kept = []
-        for images in self._chunks[len(self.kept) :]:
-            call = block.call(images)
+        for index in range(len(self.features), self._number):
+            call = block.call(self._images(index))
             if call.values != block.called.values:
-                self.kept, block.is_alone = [], False
+                self.features, block.is_alone = [], False
                 break
-            if not _add(self.kept, call.tensors[0]):
+            if not _add(self.features, call.tensors[0]):
                 break
+
+    def _has_inputs(self) -> bool:
+        """Return whether the block at hand gets what the last one outputs, by the first and the last images kept."""
+        called, last = self.block.called, len(self.features) - 1
+        if last < 0 or not are_close(self.features[0][:TRIED_IMAGES], called.tensors[0]):
+            return False
+        call = self.block.call(self._images(last))
+        return call.values == called.values and are_close(self.features[last], call.tensors[0])
 
     def store_statistics(self, names: Collection[str]) -> None:
         """Store the statistics of the images in BatchNorm layers of the block, by their names in the network."""
-        block, inputs = self.block, self.kept[:: self._copies]
-        if len(self.kept) == len(self._chunks) and not block.called.kwargs and len(block.called.args) == 1:
+        block, inputs = self.block, self.features[:: self._copies]
+        if len(self.features) == self._number and not block.called.kwargs and len(block.called.args) == 1:
             store_statistics(block.block, inputs, [name.removeprefix(f"{block.name}.") for name in names])
         else:
-            store_statistics(self.model, [self._chunks[index] for index in self.chunks], names)
+            store_statistics(self.model, self._chunks, names)
 
-    def leave(self) -> None:
-        """Go to the end of the block at hand."""
+    def leave(self, *, needs_outputs: bool = False) -> None:
+        """Go to the end of the block at hand; where that needs the network, what it outputs is kept only if needed."""
         outputs = list[torch.Tensor]()
-        for index, images in enumerate(self._chunks):
-            is_kept = index < len(self.kept)
-            output = self.block.output(self.kept[index]) if is_kept else self.block.call(images).output
+        for index in range(self._number if self.block.is_alone or needs_outputs else 0):
+            is_kept = index < len(self.features)
+            block = self.block
+            output = block.output(self.features[index]) if is_kept else block.call(self._images(index)).output
             if not torch.is_tensor(output) or not _add(outputs, output):
                 break
             if is_kept:
-                self.kept[index] = output  # frees what it got
-        self.kept = outputs
+                self.features[index] = output  # frees what it got
+        self.features = outputs
 
     def run(self, index: int, layers: Iterable[nn.Module] = ()) -> tuple:
-        """Return the features for a chunk of images, and the inputs of `layers`."""
-        alone = index < len(self.kept)
-        return self.block.run(self.kept[index] if alone else self._chunks[index], layers, alone=alone)
+        """Return the features at the end of the block for a chunk of images, and the inputs of `layers`."""
+        alone = index < len(self.features)
+        return self.block.run(self.features[index] if alone else self._images(index), layers, alone=alone)
+
+    def _images(self, index: int) -> torch.Tensor:
+        images = self._chunks[index // self._copies]
+        return images.flip(-1) if index % self._copies else images
 
 
 @dataclass
 class BlockPair:
-    """A block of a student, and that of its teacher whose features it is to have."""
+    """A student at one of its blocks, and its teacher at the block whose features that is to have."""
 
     student: Walk
     teacher: Walk
