@@ -74,9 +74,10 @@ def main() -> None:
     for name, arguments in preset["students"].items():
         for images in ("none, not repaired", *given):
             run = FROM_TEACHER | arguments
+            alone = run | {"max_steps": 1}  # blocks are trained alone only before a short training
             if images == "none, not repaired":
-                run |= {"num_calibration_images": 0}
-            trainer, seconds = timed(partial(experiment.distillation_trainer, name, **run, images=given.get(images)))
+                alone |= {"num_calibration_images": 0}
+            trainer, seconds = timed(partial(experiment.distillation_trainer, name, **alone, images=given.get(images)))
             row = {"student": name, "multiply-adds (%)": 100 * share_of_macs(trainer), "images": images}
             row["seconds"] = seconds + making * (images == "none")
             if images == "none, not repaired":
@@ -84,8 +85,9 @@ def main() -> None:
                 row |= {"seconds, trained": None, "trained": None}
             else:
                 row["accuracy"] = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
-                if images == "none":  # which is trained without these, as users do
-                    trainer, seconds = timed(partial(experiment.distillation_trainer, name, **run))
+                if images != "none":  # it makes its own, as many as it may for its length
+                    run |= {"images": given[images]}
+                trainer, seconds = timed(partial(experiment.distillation_trainer, name, **run))
                 row["seconds, trained"] = seconds + timed(trainer.train)[1]
                 row["trained"] = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
             rows.append(row)
