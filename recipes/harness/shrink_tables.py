@@ -1,4 +1,4 @@
-"""Tables of the results of `shrink.py`, for README and docs."""
+"""Tables of students that are initialised from their teacher, for README and docs."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,27 +8,36 @@ from harness.results import markdown_table, mean_and_spread, read_json
 
 # Of `shrink.py`: the teachers of the presets that the README shows.
 SHRUNK = {"gpu": "ResNet-34", "cpu-leaders": "ResNet-18", "cpu-wrn-leaders": "WRN-16-2"}
+CUT = {"cpu-leaders": "ResNet-18", "cpu-wrn": "WRN-16-2"}  # likewise of `repair.py`
 
 
 def headline_table(results: Path) -> str:
-    """What the README shows first: the best student of each size, with all costs in minutes."""
-    machines = {"gpu": "one H100", "cpu-leaders": "one core of an EPYC", "cpu-wrn-leaders": "one core of an EPYC"}
+    """What the README shows first: students that were cut out of their teacher, with all costs in minutes."""
     rows = []
-    for (preset, student, time), runs in shrink_runs(results).items():
-        best = preset != "cpu-wrn-leaders" or "small sizes first" in student
-        if preset in machines and time and best and "from the teacher" in student:
-            name = student.partition(",")[0].replace("half the width", f"{SHRUNK[preset]} of half the width")
-            minutes = statistics.mean(run["minutes"] for run in runs)
-            rows.append(
-                [
-                    f"{SHRUNK[preset]}, {runs[0]['of teacher']:.1f} %",
-                    name,
-                    f"{runs[0]['multiply-adds (%)']:.0f} %",
-                    f"{mean_and_spread([run['accuracy'] for run in runs], 1)} %",
-                    f"{minutes:.0f} min, {machines[preset]}",
-                ]
-            )
+    for preset, teacher in CUT.items():
+        records = [one for one in map(read_json, sorted(results.glob("repair_*.json"))) if one["preset"] == preset]
+        students: dict[str, list[dict]] = {}
+        for row in (row for record in records for row in record["measurements"]["accuracy"]):
+            if "keep" in row["student"] and row["images"] == "none":
+                facts = {"accuracy": row["trained"], "minutes": row["seconds, trained"] / 60}
+                facts["of teacher"] = records[0]["runs"][0]["evaluations"][0]["running"]["accuracy"]
+                students.setdefault(f"`--{row['student']}`", []).append(row | facts)
+        rows += [_headline_row(teacher, name, runs, "a slow core, AVX2 alone") for name, runs in students.items()]
+    for (preset, name, time), runs in shrink_runs(results).items():
+        if preset == "gpu" and time:
+            rows.append(_headline_row(SHRUNK[preset], name.partition(",")[0], runs, "one H100"))
     return markdown_table(["teacher, its accuracy", "student", "multiply-adds", "accuracy", "time"], rows)
+
+
+def _headline_row(teacher: str, name: str, runs: Sequence[dict], machine: str) -> list[str]:
+    minutes = statistics.mean(run["minutes"] for run in runs)
+    return [
+        f"{teacher}, {runs[0]['of teacher']:.1f} %",
+        name,
+        f"{runs[0]['multiply-adds (%)']:.0f} %",
+        f"{mean_and_spread([run['accuracy'] for run in runs], 1)} %",
+        f"{minutes:.0f} min, {machine}",
+    ]
 
 
 def shrink_runs(results: Path) -> dict[tuple[str, str, int], list[dict]]:

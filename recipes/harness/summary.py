@@ -184,10 +184,10 @@ def _shrunk_table(results: Path) -> str:
     return shrunk_table(results, random)
 
 
-def _repaired_table(results: Path) -> str:
+def _repaired_table(results: Path, presets: Mapping[str, str] = REPAIRED) -> str:
     """Students that were cut and repaired, and then trained for a short time, by the images that were used."""
     students: dict[str, dict[str, list[Mapping]]] = {}
-    for preset, teacher in REPAIRED.items():
+    for preset, teacher in presets.items():
         for row in _measured(results, "repair", preset):
             runs = students.setdefault(f"{row['student']} of {teacher}", {})
             runs.setdefault(str(row["images"]), []).append(row)
@@ -304,6 +304,7 @@ def _runs_table(name: str, results: Path) -> str:
 
 TABLES = {
     "repaired": _repaired_table,
+    "repaired-seeds": lambda results: _repaired_table(results, {"cpu-leaders": "ResNet-18"}),
     "large-teacher": _large_teacher_table,
     "cost": _cost_table,
     "deployed": _deployed_table,
