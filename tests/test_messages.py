@@ -132,7 +132,7 @@ def test_twenty_photos_without_labels_recalibrate_and_lead_to_what_needs_no_labe
     (tmp_path / "photos").mkdir()
     for index in range(4):
         for name, picture in pictures(tmp_path / "originals").items():
-            picture.save(tmp_path / "photos" / f"{index}{name}")
+            picture.rotate(90 * index).save(tmp_path / "photos" / f"{index}{name}")
     photos = str(tmp_path / "photos")
     command = ["recalibrate", "--model", str(tmp_path / "model"), "--images", photos]
     assert main([*command, "--output-dir", str(tmp_path / "new")]) == 0

@@ -198,7 +198,7 @@ def test_statistics_of_other_images_than_a_models_own_are_warned_of(
 ):
     (tmp_path / "photos").mkdir()
     for index in range(32):
-        pixels = digits[0].images[index, 0] if fit else digits[0].images[0, 0] // 4
+        pixels = digits[0].images[index, 0] if fit else digits[0].images[0, 0] // 4 + index
         Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{index}.png")
     recalibrate(copy.deepcopy(digits_teacher).to(dtype), tmp_path / "new", images=tmp_path / "photos")
     assert ("keep it as it was" in caplog.text) != fit
