@@ -7,11 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hf_noisekd.calibration.calibration_images import (
-    MIN_BATCH,
-    CalibrationImages,
-    calibration_images,
-)
+from hf_noisekd.calibration.calibration_images import MIN_BATCH, CalibrationImages, calibration_images
 from hf_noisekd.calibration.moments import Batches, as_batches, pixel_values_of
 from hf_noisekd.models.batch_norm import stored_statistics
 from hf_noisekd.models.classifier import device_of, evaluation_mode

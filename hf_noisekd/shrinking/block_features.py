@@ -106,8 +106,7 @@ class Block:
         call = self.called
         if [x.shape[:1] for x in call.tensors] != [self.sample.shape[:1]] or not all(map(_is_plain, call.values)):
             return False
-        output = self.output(call.tensors[0])
-        return torch.is_tensor(call.output) and are_close(output, call.output)
+        return torch.is_tensor(call.output) and are_close(self.output(call.tensors[0]), call.output)
 
     def _last_activation(self) -> nn.Module | None:
         """Return the module without weights that ends the block, if its output has the shape of its input."""
