@@ -12,17 +12,17 @@ core, and of all that leads to a student: those of `none` and of few images have
 """
 
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
+from harness.equal_seconds import timed
 from harness.experiment import Experiment, experiment_parser, share_of_macs
 from harness.presets import DISTILL_DEFAULTS, NOISE_PAIRS
 
 from hf_noisekd import calibration_images, evaluate
 
 CALIBRATION_IMAGES = 256
+core_timed = partial(timed, clock=time.process_time)  # seconds of a core
 FROM_TEACHER = DISTILL_DEFAULTS | {
     "init_student": "teacher",
     "num_calibration_images": CALIBRATION_IMAGES,
@@ -65,7 +65,7 @@ def main() -> None:
     architectures = [one["student"] for one in preset["students"].values() if "student" in one]
     experiment = Experiment("repair", options, preset | {"students": architectures})
     teacher = experiment.prepare_teacher()
-    made, making = timed(partial(calibration_images, teacher, CALIBRATION_IMAGES, seed=options.seed))
+    made, making = core_timed(calibration_images, teacher, CALIBRATION_IMAGES, seed=options.seed)
     numbers = preset["images"] if options.images is None else options.images
     pixels = torch.cat([made.pixel_values, made.held_out])
     given: dict = {"none": [{"pixel_values": image} for image in pixels]}
@@ -77,7 +77,7 @@ def main() -> None:
             alone = run | {"max_steps": 1}  # blocks are trained alone only before a short training
             if images == "none, not repaired":
                 alone |= {"num_calibration_images": 0}
-            trainer, seconds = timed(partial(experiment.distillation_trainer, name, **alone, images=given.get(images)))
+            trainer, seconds = core_timed(experiment.distillation_trainer, name, **alone, images=given.get(images))
             row = {"student": name, "multiply-adds (%)": 100 * share_of_macs(trainer), "images": images}
             row["seconds"] = seconds + making * (images == "none")
             if images == "none, not repaired":
@@ -87,18 +87,12 @@ def main() -> None:
                 row["accuracy"] = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
                 if images != "none":  # it makes its own, as many as it may for its length
                     run |= {"images": given[images]}
-                trainer, seconds = timed(partial(experiment.distillation_trainer, name, **run))
-                row["seconds, trained"] = seconds + timed(trainer.train)[1]
+                trainer, seconds = core_timed(experiment.distillation_trainer, name, **run)
+                row["seconds, trained"] = seconds + core_timed(trainer.train)[1]
                 row["trained"] = evaluate(trainer.model, experiment.test_dataset)["running"]["accuracy"]
             rows.append(row)
             experiment.results.measure("accuracy", rows)
     experiment.results.print_table()
-
-
-def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Return what a function returns, and the seconds of a core that it takes."""
-    start = time.process_time()
-    return function(), time.process_time() - start
 
 
 if __name__ == "__main__":

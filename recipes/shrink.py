@@ -1,7 +1,7 @@
 """Students initialised from their teacher, cut down, against random initial weights: accuracy by size and by time.
 
     python recipes/shrink.py --teacher runs/cifar10/teacher
-    python recipes/shrink.py --preset cpu-leaders           # the rows of the README
+    python recipes/shrink.py --preset cpu-leaders           # the rows of docs/shrink.md
     python recipes/shrink.py --preset cpu-wrn               # a Wide ResNet
     python recipes/shrink.py --preset gpu                   # the authors' networks
 
@@ -12,11 +12,10 @@ training, cut and since version 0.8 repaired. `real images` is what could be had
 random start, trained on all training images.
 """
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from harness.equal_seconds import step_cost
+from harness.equal_seconds import step_cost, timed
 from harness.experiment import Experiment, experiment_parser, share_of_macs
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.presets import CIFAR10, DISTILL_DEFAULTS, NOISE_PAIRS, STRUCTURED_SIZES
@@ -133,12 +132,6 @@ def main() -> None:
     if len(runs) > 3:
         experiment.results.plot("accuracy.png", lambda _, path: plot_panels(panels(rows, limits), path, share_y=True))
     experiment.results.print_table()
-
-
-def timed(function: Callable, *args, **kwargs) -> tuple[Any, float]:
-    """Return what a function returns, and its seconds."""
-    start = time.perf_counter()
-    return function(*args, **kwargs), time.perf_counter() - start
 
 
 def seconds_of_a_step(experiment: Experiment, arguments: Mapping) -> float:

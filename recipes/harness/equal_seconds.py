@@ -1,12 +1,22 @@
 """Runs that are compared at equal seconds: by the cost of a step, which is measured beforehand."""
 
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from harness.experiment import Experiment
+
+
+def timed(
+    function: Callable, *args: Any, clock: Callable[[], float] = time.perf_counter, **kwargs: Any
+) -> tuple[Any, float]:
+    """Return what a function returns, and its seconds by a clock."""
+    start = clock()
+    return function(*args, **kwargs), clock() - start
 
 
 def step_cost(experiment: Experiment, rows: Mapping[str, Mapping]) -> dict[str, float]:

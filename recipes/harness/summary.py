@@ -10,10 +10,9 @@ from pathlib import Path
 
 from harness.figures import ACCURACY_LABEL, Panel, plot_panels
 from harness.results import markdown_table, mean_and_spread, read_json, results_table
-from harness.shrink_tables import headline_table, shrunk_table
+from harness.shrink_tables import REPAIRED, headline_table, shrunk_table
 
 WHITE, DEFAULT = "white", "structured, the default"
-REPAIRED = {"cpu": "ResNet-18", "cpu-wrn": "WRN-16-2"}  # presets of `repair.py`, and their teachers
 # Of `deploy.py`: the students by preset, and what the README shows of them.
 STATISTICS_TABLE, FILES_TABLE = "running statistics", "onnxruntime"
 DEPLOYED = {
@@ -184,12 +183,12 @@ def _shrunk_table(results: Path) -> str:
     return shrunk_table(results, random)
 
 
-def _repaired_table(results: Path, presets: Mapping[str, str] = REPAIRED) -> str:
+def _repaired_table(results: Path, presets: Sequence[str] = ("cpu", "cpu-wrn")) -> str:
     """Students that were cut and repaired, and then trained for a short time, by the images that were used."""
     students: dict[str, dict[str, list[Mapping]]] = {}
-    for preset, teacher in presets.items():
+    for preset in presets:
         for row in _measured(results, "repair", preset):
-            runs = students.setdefault(f"{row['student']} of {teacher}", {})
+            runs = students.setdefault(f"{row['student']} of {REPAIRED[preset]}", {})
             runs.setdefault(str(row["images"]), []).append(row)
     columns = list(dict.fromkeys(images for runs in students.values() for images in runs))
     rows = []
@@ -304,7 +303,7 @@ def _runs_table(name: str, results: Path) -> str:
 
 TABLES = {
     "repaired": _repaired_table,
-    "repaired-seeds": lambda results: _repaired_table(results, {"cpu-leaders": "ResNet-18"}),
+    "repaired-seeds": lambda results: _repaired_table(results, ["cpu-leaders"]),
     "large-teacher": _large_teacher_table,
     "cost": _cost_table,
     "deployed": _deployed_table,
